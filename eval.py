@@ -1,0 +1,191 @@
+"""Score a run: greedy answers, exact match and Rouge-L on its seen and unseen tasks.
+
+    python eval.py --workdir=runs/r16 --sets=seen,unseen
+
+`seen` is the intra-task test set of the run's round (held-out examples of its smallest task set,
+whatever set was trained on), `unseen` the official test tasks. Answers stream to disk; the same
+command goes on after an interruption, and only scores where all answers are there.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from jax_lora import cli
+from jax_lora.evaluation import evaluate
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")
+_SETS = flags.DEFINE_list("sets", ["seen", "unseen"], "test sets: seen, unseen")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "instead of the config's")
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    # ------------------------------------------------------------------ imports that take seconds
+    import jax.numpy as jnp
+
+    from jax_lora.data.prompts import Encoder
+    from jax_lora.data.tasksets import draw
+    from jax_lora.decoding.greedy import greedy
+    from jax_lora.model.llama import Llama
+    from jax_lora.weights.tokenizers import load_tokenizer
+
+    with cli.input_errors():
+        # -------------------------------------------------------------- the run
+        if not _WORKDIR.value:
+            raise ValueError("--workdir: found none, expected a folder that train.py made")
+        workdir = Path(_WORKDIR.value)
+        run = cli.read_json(workdir / "config.json")
+        config = ConfigDict(run["config"])
+        for name in _SETS.value:
+            if name not in ("seen", "unseen"):
+                raise ValueError(f"--sets: found {name!r}, expected seen, unseen or both")
+        max_new_tokens = _MAX_NEW_TOKENS.value or config.eval.max_new_tokens
+
+        # -------------------------------------------------------------- examples
+        checkout = cli.open_checkout(config.data.path, config.data.categories)
+        cli.check_same_run(workdir / "config.json", {"data_fingerprint": checkout.fingerprint})
+        sets = draw(
+            checkout,
+            config.round,
+            sizes=tuple(config.data.sizes),
+            train_per_task=config.data.train_per_task,
+            test_per_task=config.data.test_per_task,
+        )
+        encoder = Encoder(
+            load_tokenizer(config.model),
+            config.data.template,
+            config.data.source_length,
+            config.data.target_length,
+        )
+        rows = {
+            name: [(example, encoder.prompt_row(example)) for example in sets[name].examples]
+            for name in _SETS.value
+        }
+
+        # -------------------------------------------------------------- the model
+        model_config, variables, origin = load_variables(workdir, config)
+        model = Llama(model_config, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
+        end_ids = (encoder.tokenizer.eos_token_id,)
+
+    # ------------------------------------------------------------------ answers and scores
+    generate = functools.partial(
+        greedy, model, variables, max_new_tokens=max_new_tokens, end_ids=end_ids
+    )
+    answer = functools.partial(
+        evaluate.predict,
+        generate,
+        encoder,
+        buckets=tuple(config.eval.buckets),
+        batch_tokens=config.eval.batch_tokens,
+        max_batch=config.eval.max_batch,
+        end_ids=end_ids,
+    )
+    settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": run["config"]}
+    for name in _SETS.value:
+        folder = workdir / folder_name() / name
+        evaluate.write_examples(folder, rows[name])
+        evaluate.write_labels(folder, checkout, sets[name].tasks)
+        evaluate.write_predictions(folder, rows[name], answer, settings)
+        scores = evaluate.score(folder)
+        cli.write_json(folder / "scores.json", scores)
+        untuned = workdir / "eval-none" / name / "scores.json"
+        before = cli.read_json(untuned) if untuned.is_file() and _ADAPTER.value != "none" else None
+        print(f"\n{name}: {origin}\n{score_table(scores, before)}")
+        print(f"{folder / 'scores.json'}", flush=True)
+
+
+def folder_name() -> str:
+    """`eval` for the run's own result; another adapter never overwrites it."""
+    if _ADAPTER.value == "last":
+        return "eval"
+    return f"eval-{Path(_ADAPTER.value).resolve().name if _ADAPTER.value != 'none' else 'none'}"
+
+
+def load_variables(workdir: Path, config: ConfigDict):
+    """(model config, variables to score, what they are: goes into settings.json)."""
+    import jax
+
+    from jax_lora.model import lora
+    from jax_lora.planning import counts
+    from jax_lora.training import masks
+    from jax_lora.training.checkpoints import Checkpoints
+    from jax_lora.weights import base as base_weights
+    from jax_lora.weights import peft
+
+    model_config = base_weights.read_config(config.model)
+    if _ADAPTER.value == "none":
+        _, params = base_weights.load(config.model, config.dtype)
+        return model_config, {"params": params}, f"{config.model}, untuned"
+    if _ADAPTER.value != "last":
+        adapters = peft.load(_ADAPTER.value).adapters
+        lora.check(adapters, model_config)
+        if lora.does_nothing(adapters):
+            raise ValueError(f"{_ADAPTER.value}: every B is zero, expected a trained adapter")
+        _, params = base_weights.load(config.model, config.dtype)
+        variables = {"params": params, "lora": jax.tree.map(jax.numpy.asarray, adapters)}
+        return model_config, variables, f"{config.model} with {_ADAPTER.value}"
+
+    # The folder must exist before Orbax looks into it: it would make it.
+    checkpoints = workdir / "checkpoints"
+    manager = Checkpoints(checkpoints) if checkpoints.is_dir() else None
+    if manager is None or manager.latest() is None:
+        raise FileNotFoundError(
+            f"{checkpoints}: no checkpoint, expected a run that trained (or --adapter=none)"
+        )
+    shapes = {"params": counts.base_shapes(model_config)}
+    if config.method == "lora":
+        rank, targets = config.lora.rank, tuple(config.lora.targets)
+        shapes["lora"] = lora.init(
+            jax.random.key(config.seed),
+            model_config,
+            rank,
+            alpha=config.lora.alpha_per_rank * rank,
+            targets=targets,
+            a_init=config.lora.a_init,
+        )
+    trains = masks.mask(shapes, tuple(config.trainable), tuple(config.frozen))
+    variables = shapes | {"params": cli.load_base(config.model, config.dtype, trains["params"])}
+    trainable, frozen = masks.partition(variables, trains)
+    variables = masks.combine(manager.restore_trainable(trainable), frozen)
+    if config.method == "lora" and lora.does_nothing(variables["lora"]):
+        raise ValueError(f"{checkpoints}: every B is zero, expected a trained adapter")
+    return model_config, variables, f"{config.model} after step {manager.latest()}"
+
+
+def score_table(scores: dict, before: dict | None) -> str:
+    """Scores by task and over all, the untuned base's beside them where it was scored."""
+    header = ["task", "n", "EM", "Rouge-L", "majority EM", "out of options %"]
+    header += ["untuned EM", "untuned R-L"] if before else []
+    rows: list[list] = []
+    for name, task in scores["tasks"].items():
+        row = [name[:44], task["examples"], task["exact_match"], task["rougeL"]]
+        row += [task.get("majority_baseline"), task.get("out_of_options")]
+        if before:
+            row += [before["tasks"][name][key] for key in ("exact_match", "rougeL")]
+        rows.append(row)
+    official, count = scores["metrics"], sum(t["examples"] for t in scores["tasks"].values())
+    for label, suffix in (("mean over examples", ""), ("mean over tasks", "_over_tasks")):
+        row = [label, count, official[f"exact_match{suffix}"], official[f"rougeL{suffix}"]]
+        row += [None, None]
+        if before:
+            row += [before["metrics"][f"{key}{suffix}"] for key in ("exact_match", "rougeL")]
+        rows.append(row)
+    if closed := scores.get("closed_label"):
+        row = [f"{closed['tasks']} closed-label tasks", None, closed["exact_match"], None]
+        row += [closed["majority_baseline"], closed["out_of_options"]]
+        if before:
+            row += [before["closed_label"]["exact_match"], None]
+        rows.append(row)
+    return cli.table(header, rows)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=functools.partial(cli.parse_flags, flags.FLAGS))

@@ -1,0 +1,177 @@
+"""What the scripts share: flags, one-line errors for wrong input, loading, whole files, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_lora.data.hub import read_hub
+from jax_lora.data.instructions import Checkout, read_checkout
+from jax_lora.weights import base as base_weights
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Turn a ValueError or OSError of the enclosed block into one line and exit code 2.
+
+    For the part of a program that reads and checks its input: what fails there is the user's to
+    mend. Whatever is raised outside keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"error: {text}\n")
+        raise SystemExit(2) from None
+
+
+def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str]) -> list[str]:
+    """`parser(argv)`, where a wrong flag or config key is a line and exit code 2.
+
+    absl's own way is a page of usage and exit code 1, and a config file may raise anything.
+    """
+    with input_errors():
+        try:
+            return parser(argv)
+        except Exception as error:
+            raise ValueError(str(error).strip("'\"")) from None
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; FileNotFoundError or a ValueError that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole: a reader finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in plain text: the first column left, the others right, floats to one place."""
+
+    def text(cell: Any) -> str:
+        if cell is None:
+            return "-"
+        if isinstance(cell, float):
+            return f"{cell:.1f}"
+        return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+    cells = [list(header), *([text(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def open_checkout(source: str, categories: str = "") -> Checkout:
+    """The tasks of a checkout folder, or of a data set in the hub's format.
+
+    Args:
+      source: a folder with `tasks/` and `splits/`, else the hub data set's id or a copy of it.
+      categories: for the hub data set, which names none: a JSON file, task → category.
+    """
+    folder = Path(source)
+    if any((folder / part).is_dir() for part in ("tasks", "splits")) or (
+        not folder.is_dir() and source.count("/") != 1
+    ):
+        return read_checkout(folder)
+    return read_hub(source, categories=categories or None)
+
+
+def load_base(source: str, dtype: str, trains: Any) -> Any:
+    """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
+
+    Args:
+      source: folder, hub id or GGUF file.
+      dtype: of the arithmetic.
+      trains: the mask's part for the base, a boolean a leaf.
+    """
+    wide = any(jax.tree.leaves(trains))
+    _, params = base_weights.load(source, "float32" if wide else dtype)
+    return jax.tree.map(lambda x, t: x if t else x.astype(dtype), params, trains)
+
+
+def check_same_run(path: Path, resolved: dict[str, Any]) -> None:
+    """Raise ValueError where a run's config.json says another config or other data."""
+    if not path.is_file():
+        return
+    found = read_json(path)
+    for key, value in _flat(resolved):
+        there = dict(_flat(found)).get(key)
+        if there != value:
+            raise ValueError(
+                f"{path} belongs to another run: {key} is {there!r} there and {value!r} here; "
+                "expected the same config, or an empty --workdir"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what decides the numbers."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events of a run.
+
+    Args:
+      workdir: the run's folder.
+      step: where the run goes on; lines of later steps, written before an interruption, go.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if step and path.is_file():
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        self._board.close()

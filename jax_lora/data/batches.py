@@ -1,0 +1,119 @@
+"""Rows of ids → batches of few shapes, in an order that is a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from jax_lora.data.prompts import Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. `tokens` (B, T) int32 right-padded; `loss_mask` (B, T) bool, True on the
+    tokens to predict; `position` (B,) int32, each row's place in its global batch; `lengths` (B,)
+    int32, its real tokens: none in a row that only fills the shape."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    position: np.ndarray
+    lengths: np.ndarray
+
+
+def bucket_for(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `length` tokens.
+
+    Raises:
+      ValueError: a length above the largest bucket.
+    """
+    for bucket in sorted(buckets):
+        if length <= bucket:
+            return bucket
+    raise ValueError(f"a row has {length} tokens, expected at most the largest bucket, {bucket}")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a training run.
+
+    Attributes:
+      rows: the training rows.
+      batch_size: examples of a global batch; the last one of an epoch may be smaller.
+      seed: of the order; every epoch is one permutation of the rows.
+      buckets: lengths in tokens that rows are padded to; each shape compiles once.
+      micro_tokens: most tokens (padding included) of a micro-batch, unless one row has more.
+      answer_only: loss on the answer and its end token only; otherwise on the prompt too.
+      pad_id: fills the rows. It is never a loss token, so it may equal the end token.
+    """
+
+    rows: Sequence[Row]
+    batch_size: int
+    seed: int
+    buckets: Sequence[int]
+    micro_tokens: int
+    answer_only: bool
+    pad_id: int
+
+    def __post_init__(self):
+        if not self.rows:
+            raise ValueError("training rows: found none, expected at least one")
+        if self.batch_size < 1 or self.micro_tokens < 1:
+            raise ValueError(
+                f"batch_size and micro_tokens: found {self.batch_size} and {self.micro_tokens}, "
+                "expected at least 1"
+            )
+        bucket_for(max(len(row.ids) for row in self.rows), self.buckets)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches that cover the rows once."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which rows make up the global batch of a step (counted from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def at(self, step: int) -> list[Batch]:
+        """The micro-batches of a step.
+
+        Rows are sorted by length and cut from the longest down, each micro-batch as many rows as
+        its bucket allows; the last one is filled with empty rows, so that a bucket is one shape.
+        """
+        chosen = self.indices(step)
+        by_length = sorted(range(len(chosen)), key=lambda i: (-len(self.rows[chosen[i]].ids), i))
+        batches = []
+        while by_length:
+            bucket = bucket_for(len(self.rows[chosen[by_length[0]]].ids), self.buckets)
+            size = self.rows_of(bucket)
+            places, by_length = by_length[:size], by_length[size:]
+            batches.append(self._pad([(i, self.rows[chosen[i]]) for i in places], size, bucket))
+        return batches
+
+    def rows_of(self, bucket: int) -> int:
+        """Rows of a micro-batch of this bucket."""
+        return min(self.batch_size, max(1, self.micro_tokens // bucket))
+
+    def _pad(self, placed: list[tuple[int, Row]], size: int, bucket: int) -> Batch:
+        tokens = np.full((size, bucket), self.pad_id, np.int32)
+        loss_mask = np.zeros((size, bucket), bool)
+        position, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        for r, (place, row) in enumerate(placed):
+            tokens[r, : len(row.ids)] = row.ids
+            loss_mask[r, (row.prompt_length if self.answer_only else 1) : len(row.ids)] = True
+            position[r], lengths[r] = place, len(row.ids)
+        return Batch(tokens, loss_mask, position, lengths)
+
+    def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Batches of the steps start … stop-1, the next one prepared in the background."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.at, start) if start < stop else None
+            for step in range(start, stop):
+                assert ahead is not None
+                ready = ahead.result()
+                ahead = pool.submit(self.at, step + 1) if step + 1 < stop else None
+                yield ready

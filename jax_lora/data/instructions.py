@@ -1,0 +1,247 @@
+"""Instruction tasks, and a checkout of Natural Instructions on disk (the hub's copy: hub.py).
+
+    <checkout>/tasks/<name>.json                                   one task a file
+    <checkout>/splits/default/{train,test}_tasks.txt               one task name a line
+
+A full checkout holds 2.8 million instances, so a `Task` keeps only what sampling needs (category,
+definition, counts, a content hash) and reads its instances anew whenever they are asked for.
+
+Source of the layout: allenai/natural-instructions, README and tasks/README.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One question of a task with its accepted answers (at least one, possibly empty strings)."""
+
+    id: str
+    input: str
+    outputs: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """What makes an input distinct: its text without the white space around it."""
+        return self.input.strip()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instance together with its task: all that a prompt and a score need."""
+
+    task: str
+    category: str
+    id: str
+    definition: str
+    input: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task without its instances.
+
+    Arguments:
+        name: the file's name without `.json`; the only unique key (task numbers repeat).
+        category: the first entry of `Categories`.
+        definition: the instruction, shared by all instances.
+        count: number of instances.
+        distinct: number of distinct inputs, `distinct <= count`.
+        content: sha256 of what was read.
+        path: the file (or hub data set) it was read from, for messages.
+        read: returns the instances in file order; called anew by every `instances()`.
+    """
+
+    name: str
+    category: str
+    definition: str
+    count: int
+    distinct: int
+    content: str
+    path: str
+    read: Callable[[], tuple[Instance, ...]] = field(repr=False, compare=False)
+
+    def instances(self) -> tuple[Instance, ...]:
+        """All instances in file order, read from the source; nothing is kept."""
+        return self.read()
+
+    def example(self, instance: Instance) -> Example:
+        """The instance as a self-contained example."""
+        return Example(
+            task=self.name,
+            category=self.category,
+            id=instance.id,
+            definition=self.definition,
+            input=instance.input,
+            references=instance.outputs,
+        )
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """The train and the test tasks, each sorted by name."""
+
+    train: tuple[Task, ...]
+    test: tuple[Task, ...]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Task]:
+        return {task.name: task for task in (*self.train, *self.test)}
+
+    def task(self, name: str) -> Task:
+        """The task of that name, train or test. Raises ValueError where there is none."""
+        if name not in self._by_name:
+            raise ValueError(
+                f"no task {name!r} among {len(self.train)} train and {len(self.test)} test tasks"
+            )
+        return self._by_name[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every task's split, name, category and content; names the data in a run."""
+        lines = [
+            f"{split}\t{task.name}\t{task.category}\t{task.content}\n"
+            for split, tasks in (("train", self.train), ("test", self.test))
+            for task in sorted(tasks, key=lambda task: task.name)
+        ]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- a checkout on disk
+
+
+def read_checkout(path: str | Path) -> Checkout:
+    """Reads and checks every task that the default split lists.
+
+    `excluded_tasks.txt` is not needed and not read: membership is decided by the two lists alone.
+
+    Arguments:
+        path: folder with `tasks/` and `splits/default/{train,test}_tasks.txt`.
+    Returns:
+        The tasks; instances stay on disk.
+    Raises:
+        FileNotFoundError, ValueError: one line with the file, what was found and what is expected.
+    """
+    root = Path(path)
+    tasks, splits = root / "tasks", root / "splits" / "default"
+    for folder in (root, tasks, splits):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; expected a checkout with tasks/ and splits/default/"
+            )
+    train, test = _read_split(splits / "train_tasks.txt"), _read_split(splits / "test_tasks.txt")
+    both = sorted(set(train) & set(test))
+    if both:
+        raise ValueError(
+            f"{splits}: {len(both)} task(s) in both train_tasks.txt and test_tasks.txt, "
+            f"expected none, first {both[0]!r}"
+        )
+    for name in (*train, *test):  # all names before any parsing: a missing file shows at once
+        if not (tasks / f"{name}.json").is_file():
+            split = "train" if name in train else "test"
+            raise FileNotFoundError(
+                f"{tasks / name}.json: no such file, but {split}_tasks.txt lists {name!r}"
+            )
+    return Checkout(
+        train=tuple(_read_task(tasks / f"{name}.json") for name in train),
+        test=tuple(_read_task(tasks / f"{name}.json") for name in test),
+    )
+
+
+def _read_split(path: Path) -> list[str]:
+    """Sorted unique task names of a split file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected one task name a line")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    unique = sorted({name for name in names if name})
+    if not unique:
+        raise ValueError(f"{path}: no task names found, expected one a line")
+    return unique
+
+
+def _read_task(path: Path) -> Task:
+    record, content = parse_object(path)
+    instances = _instances(record, path)
+    return Task(
+        name=path.stem,
+        category=first_text(record, "Categories", path),
+        definition=first_text(record, "Definition", path),
+        count=len(instances),
+        distinct=len({instance.key for instance in instances}),
+        content=content,
+        path=str(path),
+        read=partial(_reread, path, content),
+    )
+
+
+def _reread(path: Path, content: str) -> tuple[Instance, ...]:
+    record, now = parse_object(path)
+    if now != content:
+        raise ValueError(
+            f"{path}: changed since the checkout was read (sha256 now {now[:12]}, "
+            f"expected {content[:12]}); read the checkout again"
+        )
+    return _instances(record, path)
+
+
+def parse_object(path: Path) -> tuple[dict[str, Any], str]:
+    """The file's JSON object and the sha256 of its bytes."""
+    raw = path.read_bytes()
+    try:
+        record = json.loads(raw)
+    except ValueError as error:  # cut in the middle, or not UTF-8
+        raise ValueError(f"{path}: not valid JSON ({error}), expected one whole object") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: found a JSON {type(record).__name__}, expected an object")
+    return record, hashlib.sha256(raw).hexdigest()
+
+
+def first_text(record: dict[str, Any], key: str, path: Path) -> str:
+    """A text field that the wild writes as a list of one string or as a plain string."""
+    value = record.get(key)
+    text = value[0] if isinstance(value, list) and value else value
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(
+            f"{path}: {key} is {value!r:.60}, expected a non-empty string or a list of one"
+        )
+    return text
+
+
+def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
+    rows = record.get("Instances")
+    if not isinstance(rows, list) or not rows:
+        found = f"{type(rows).__name__} of length {len(rows)}" if isinstance(rows, list) else rows
+        raise ValueError(f"{path}: Instances is {found!r:.60}, expected a list of at least one")
+    seen: set[str] = set()
+    return tuple(_instance(row, index, path, seen) for index, row in enumerate(rows))
+
+
+def _instance(row: Any, index: int, path: Path, seen: set[str]) -> Instance:
+    def fail(key: str, value: Any, expected: str) -> ValueError:
+        return ValueError(f"{path}: instance {index} has {key} {value!r:.60}, expected {expected}")
+
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: instance {index} is {row!r:.60}, expected an object")
+    text, outputs = row.get("input"), row.get("output")
+    if not isinstance(text, str):
+        raise fail("input", text, "a string")
+    outputs = [outputs] if isinstance(outputs, str) else outputs
+    if not isinstance(outputs, list) or not outputs or not all(type(o) is str for o in outputs):
+        raise fail("output", outputs, "a string or a non-empty list of strings")
+    return Instance(unique_id(row.get("id"), index, path.stem, seen), text, tuple(outputs))
+
+
+def unique_id(given: Any, index: int, task: str, seen: set[str]) -> str:
+    """The given id; `<task>-<index>` where there is none; a repeated one gets `-<index>`."""
+    name = str(given) if given not in (None, "") else f"{task}-{index}"
+    while name in seen:
+        name = f"{name}-{index}"
+    seen.add(name)
+    return name

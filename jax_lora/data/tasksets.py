@@ -1,0 +1,261 @@
+"""The task sets of one round: nested train sets, their controls and the two test sets.
+
+Method, for a round and the sizes 100, 250 and 500. The paper says that tasks are sampled "in
+proportion to the distribution of task categories" and that the sets are inclusive; the rest is
+our choice:
+
+1. Categories are shuffled, and so are the tasks inside each, eligible tasks first. A task is
+   eligible when it has `train_per_task + test_per_task` distinct inputs.
+2. Every set takes the first q tasks of each category. The quotas q come top-down by systematic
+   sampling: Tall gives those of T500, these give those of T250, these give those of T100. A
+   quota never exceeds the one that it came from, so the sets are nested by construction.
+3. T100 holds eligible tasks only, so that each has examples to train on and to be tested on.
+   Where a category's quota finds too few, the place goes to the most under-served category.
+4. A task's instances, one for each distinct input, are shuffled. The first `train_per_task` are
+   trained on, by every set alike; for the tasks of T100 the next `test_per_task` are held out:
+   together they are the intra-task test set, "seen", of the round whatever is trained on.
+5. T*100 and T*500 have the tasks of T100 and T500 and the number of examples of T250, drawn with
+   replacement from all of a task's instances whose inputs are not held out.
+6. "unseen" is `Instances[:test_per_task]` of each test task: the official, balanced ones.
+
+All randomness is sha256 of (round, purpose, names): the same on every machine, in every version
+of Python, and for a task whatever the other tasks are.
+"""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache, cached_property, partial
+from math import floor
+
+from jax_lora.data.instructions import Checkout, Example, Instance, Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """A set of tasks and the examples drawn from them.
+
+    Arguments:
+        name: its key in `draw`'s answer.
+        tasks: the tasks' names.
+        draw: returns the examples; called once, when `examples` is first looked at.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    draw: Callable[[], tuple[Example, ...]] = field(repr=False, compare=False)
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        """The examples, task after task; the files are read when this is first looked at."""
+        return self.draw()
+
+
+def draw(
+    checkout: Checkout,
+    round: int,
+    *,
+    sizes: tuple[int, int, int] = (100, 250, 500),
+    train_per_task: int = 100,
+    test_per_task: int = 100,
+) -> dict[str, TaskSet]:
+    """Draws the sets of one round.
+
+    Arguments:
+        checkout: the train and test tasks.
+        round: the round's number, its only seed; the paper has three.
+        sizes: tasks in the three nested sets, rising; one above the number of train tasks is cut
+            to it, the set's name stays.
+        train_per_task: examples of a task in the nested sets (fewer where it has fewer).
+        test_per_task: examples of a task in the two test sets.
+    Returns:
+        The sets by name: "T100", "T250", "T500" (named after the sizes), "Tall", "T*100",
+        "T*500" (first and last size), "seen" and "unseen".
+    Raises:
+        ValueError: sizes that do not rise, a count below one, or no train tasks.
+    """
+    if not 0 < sizes[0] < sizes[1] < sizes[2]:
+        raise ValueError(f"sizes are {sizes}, expected three rising counts of tasks")
+    if train_per_task < 1 or test_per_task < 1:
+        raise ValueError(
+            f"train_per_task is {train_per_task} and test_per_task {test_per_task}, "
+            "expected at least 1 of each"
+        )
+    if not checkout.train:
+        raise ValueError("the checkout has no train tasks, expected at least one")
+
+    small, middle, large = (f"T{size}" for size in sizes)
+    needed = train_per_task + test_per_task
+    chosen = _draw_tasks(checkout.train, round, sizes, needed)
+    task_of = {task.name: task for task in checkout.train}
+    held_out = set(chosen[0])
+
+    @cache  # a task is read and split once, whatever the number of sets that hold it
+    def parts(name: str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        tests = test_per_task if name in held_out else 0
+        return _split(task_of[name], round, train_per_task, tests)
+
+    def nested(names: tuple[str, ...]) -> tuple[Example, ...]:
+        return tuple(example for name in names for example in parts(name)[0])
+
+    def seen() -> tuple[Example, ...]:
+        return tuple(example for name in chosen[0] for example in parts(name)[1])
+
+    def control(key: str, names: tuple[str, ...]) -> tuple[Example, ...]:
+        # As many examples as the middle set: 250 of each task of T100, 50 of each of T500.
+        count = max(
+            1, floor(Fraction(train_per_task * len(chosen[1]), len(names)) + Fraction(1, 2))
+        )
+        tested = {name: parts(name)[1] for name in names if name in held_out}
+        return tuple(
+            example
+            for name in names
+            for example in _resample(task_of[name], tested.get(name, ()), count, round, key)
+        )
+
+    def unseen() -> tuple[Example, ...]:
+        return tuple(
+            task.example(instance)
+            for task in checkout.test
+            for instance in task.instances()[:test_per_task]
+        )
+
+    sets = [
+        TaskSet(name, names, partial(nested, names))
+        for name, names in zip((small, middle, large, "Tall"), chosen, strict=True)
+    ]
+    sets += [
+        TaskSet(name, names, partial(control, name, names))
+        for name, names in ((f"T*{sizes[0]}", chosen[0]), (f"T*{sizes[2]}", chosen[2]))
+    ]
+    sets.append(TaskSet("seen", chosen[0], seen))
+    sets.append(TaskSet("unseen", tuple(task.name for task in checkout.test), unseen))
+    return {one.name: one for one in sets}
+
+
+# ---------------------------------------------------------------- which tasks (steps 1 to 3)
+
+
+def _draw_tasks(
+    train: Iterable[Task], round: int, sizes: tuple[int, int, int], needed: int
+) -> list[tuple[str, ...]]:
+    """The task names of the three nested sets and of Tall, each category after category."""
+    members: defaultdict[str, list[Task]] = defaultdict(list)
+    for task in sorted(train, key=lambda task: task.name):
+        members[task.category].append(task)
+    categories = sorted(members, key=lambda category: _hash(round, "category", category))
+    for category in categories:
+        members[category].sort(
+            key=lambda task: (task.distinct < needed, _hash(round, "task", task.name))
+        )
+    everything = {category: len(members[category]) for category in categories}
+    total = sum(everything.values())
+    if sizes[-1] > total:
+        logger.info("sizes %s are cut to the %d train tasks of the checkout", sizes, total)
+    clipped = [min(size, total) for size in sizes]
+
+    quotas = [everything]
+    for size in reversed(clipped):
+        u = Fraction(_hash(round, "quota", size), 2**256)
+        quotas.insert(0, _systematic(size, quotas[0], u))
+    eligible = {
+        category: sum(task.distinct >= needed for task in members[category])
+        for category in categories
+    }
+    fair = {category: Fraction(clipped[0] * n, total) for category, n in everything.items()}
+    quotas[0] = _only_eligible(quotas[0], quotas[1], eligible, fair)
+    return [
+        tuple(task.name for category in categories for task in members[category][: quota[category]])
+        for quota in quotas
+    ]
+
+
+def _systematic(size: int, weights: Mapping[str, int], u: Fraction) -> dict[str, int]:
+    """Shares `size` places among categories in proportion to their weights.
+
+    A category's quota is the step of floor(cumulative share + u), u uniform in [0, 1): within one
+    of its exact share, equal to it on average, and `size` in total. With `size` at most the sum
+    of the weights no quota exceeds its weight.
+    """
+    total, so_far, taken = sum(weights.values()), 0, 0
+    quotas = {}
+    for category, weight in weights.items():
+        so_far += weight
+        upto = floor(Fraction(size * so_far, total) + u)
+        quotas[category], taken = upto - taken, upto
+    return quotas
+
+
+def _only_eligible(
+    quotas: Mapping[str, int],
+    limits: Mapping[str, int],
+    eligible: Mapping[str, int],
+    fair: Mapping[str, Fraction],
+) -> dict[str, int]:
+    """Moves places for which a category has no eligible task to where there is one.
+
+    Arguments:
+        quotas: places by category, as systematic sampling gave them.
+        limits: the next larger set's quotas, which nesting forbids to exceed.
+        eligible: eligible tasks by category.
+        fair: exact proportional shares; the category farthest below its own is served first,
+            the earlier one in the shuffled order among equals.
+    """
+    room = {category: min(limits[category], eligible[category]) for category in quotas}
+    result = {category: min(quota, room[category]) for category, quota in quotas.items()}
+    left = sum(quotas.values()) - sum(result.values())
+    shorter = max(0, left - sum(room.values()) + sum(result.values()))
+    if shorter:
+        logger.warning(
+            "only %d tasks have enough distinct inputs for the smallest set of %d: "
+            "%d shorter task(s) enter it with fewer examples",
+            sum(room.values()),
+            sum(quotas.values()),
+            shorter,
+        )
+    for place in range(left):
+        open_to = room if place < left - shorter else limits
+        lagging = [category for category in result if result[category] < open_to[category]]
+        result[max(lagging, key=lambda category: fair[category] - result[category])] += 1
+    return result
+
+
+# ---------------------------------------------------------------- which examples (steps 4 and 5)
+
+
+def _split(
+    task: Task, round: int, train_count: int, test_count: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Train and test examples of a task, no input in both nor twice in either.
+
+    A task that is to be tested but is too short for both counts trains on half of its inputs.
+    """
+    first: dict[str, Instance] = {}
+    for instance in task.instances():
+        first.setdefault(instance.key, instance)
+    shuffled = sorted(first, key=lambda key: _hash(round, "instance", task.name, key))
+    if test_count and len(shuffled) < train_count + test_count:
+        train_count = min(train_count, max(1, len(shuffled) // 2))
+    examples = [task.example(first[key]) for key in shuffled[: train_count + test_count]]
+    return tuple(examples[:train_count]), tuple(examples[train_count:])
+
+
+def _resample(
+    task: Task, tested: Iterable[Example], count: int, round: int, key: str
+) -> tuple[Example, ...]:
+    """`count` examples with replacement from the instances whose inputs are not tested."""
+    forbidden = {example.input.strip() for example in tested}
+    pool = [instance for instance in task.instances() if instance.key not in forbidden]
+    picks = (_hash(round, key, task.name, number) % len(pool) for number in range(count))
+    return tuple(task.example(pool[pick]) for pick in picks)
+
+
+def _hash(*parts: object) -> int:
+    """A uniform integer below 2**256, a function of the parts' text alone."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest())

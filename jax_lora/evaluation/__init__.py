@@ -1,0 +1,1 @@
+"""Scoring: the official metrics, how often a model leaves the options, and whole evaluations."""

@@ -1,0 +1,225 @@
+"""Examples → predictions → scores, in files that survive an interruption.
+
+    <folder>/examples.jsonl     task, category, id, input, prompt, references
+    <folder>/predictions.jsonl  task, id, prediction, truncated, finished, new_tokens
+    <folder>/labels.json        task → normalised label → count, of its closed-label tasks
+
+Predictions are appended batch by batch to `predictions.jsonl.partial`, which is renamed when it is
+complete; `settings.json` beside it says what made them, and a file made otherwise is redone.
+Scores are a function of these files alone: they need neither a model nor an accelerator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jax_lora.data.batches import bucket_for
+from jax_lora.data.instructions import Checkout, Example
+from jax_lora.data.prompts import Encoder, Row
+from jax_lora.evaluation import behaviour, metrics
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model answered.
+
+    `truncated`: the input did not fit and was cut. `finished`: the model ended its answer itself.
+    `new_tokens`: tokens generated, the end token included.
+    """
+
+    task: str
+    id: str
+    prediction: str
+    truncated: bool
+    finished: bool
+    new_tokens: int
+
+
+def predict(
+    generate: Callable[[np.ndarray, np.ndarray], tuple[Any, Any]],
+    encoder: Encoder,
+    rows: Sequence[tuple[Example, Row]],
+    *,
+    buckets: Sequence[int],
+    batch_tokens: int,
+    max_batch: int,
+    end_ids: Sequence[int],
+) -> Iterator[list[Prediction]]:
+    """Answer prompts in batches of few shapes, the longest first.
+
+    Args:
+      generate: (tokens (B, P), lengths (B,)) → (new tokens (B, N), their number (B,)), the rest
+        of its arguments bound.
+      encoder: decodes.
+      rows: examples with their prompt rows.
+      buckets: prompt lengths that are padded to, each compiled once.
+      batch_tokens: prompt tokens of a batch, padding included.
+      max_batch: most rows of a batch.
+      end_ids: what ends an answer.
+
+    Yields:
+      The predictions of each batch.
+    """
+    rows = sorted(rows, key=lambda pair: -len(pair[1].ids))
+    while rows:
+        bucket = bucket_for(len(rows[0][1].ids), buckets)
+        size = max(1, min(max_batch, batch_tokens // bucket))
+        batch, rows = rows[:size], rows[size:]
+        tokens, lengths = np.zeros((size, bucket), np.int32), np.zeros(size, np.int32)
+        for i, (_, row) in enumerate(batch):
+            tokens[i, : len(row.ids)], lengths[i] = row.ids, len(row.ids)
+        new, counts = map(np.asarray, generate(tokens, lengths))
+        yield [
+            Prediction(
+                task=example.task,
+                id=example.id,
+                prediction=encoder.decode(new[i, : counts[i]].tolist()),
+                truncated=row.truncated,
+                finished=int(new[i, counts[i] - 1]) in end_ids,
+                new_tokens=int(counts[i]),
+            )
+            for i, (example, row) in enumerate(batch)
+        ]
+
+
+def write_examples(folder: Path, rows: Sequence[tuple[Example, Row]]) -> None:
+    """Write `examples.jsonl`, whole."""
+    fields = ("task", "category", "id", "input")
+    lines = [
+        {key: getattr(example, key) for key in fields}
+        | {"prompt": row.prompt, "references": list(example.references)}
+        for example, row in rows
+    ]
+    _write_whole(folder / "examples.jsonl", "".join(map(_line, lines)))
+
+
+def write_labels(folder: Path, checkout: Checkout, tasks: Sequence[str]) -> None:
+    """Write `labels.json`: how often each label occurs in all instances of a closed-label task."""
+    labels = {}
+    for name in tasks:
+        counts = behaviour.label_counts(i.outputs for i in checkout.task(name).instances())
+        if behaviour.closed_label(counts):
+            labels[name] = counts
+    _write_whole(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_predictions(
+    folder: Path,
+    rows: Sequence[tuple[Example, Row]],
+    answer: Callable[[Sequence[tuple[Example, Row]]], Iterator[list[Prediction]]],
+    settings: Mapping[str, Any],
+) -> int:
+    """Complete `predictions.jsonl`, going on where an earlier call was interrupted.
+
+    Args:
+      folder: of the test set.
+      rows: the examples to answer.
+      answer: yields the predictions of the rows given to it (see `predict`).
+      settings: whatever decides the answers; other settings start over.
+
+    Returns:
+      How many answers an earlier call had left.
+    """
+    final, partial = folder / "predictions.jsonl", folder / "predictions.jsonl.partial"
+    said = folder / "settings.json"
+    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    if not said.is_file() or said.read_text() != text:
+        for stale in (final, partial, folder / "scores.json"):
+            stale.unlink(missing_ok=True)
+        _write_whole(said, text)
+    wanted = {(example.task, example.id) for example, _ in rows}
+    done = {(p["task"], p["id"]): p for p in read_jsonl(final if final.is_file() else partial)}
+    done = {key: p for key, p in done.items() if key in wanted}
+    if final.is_file() and len(done) == len(wanted):
+        return len(done)
+    missing = [pair for pair in rows if (pair[0].task, pair[0].id) not in done]
+    final.unlink(missing_ok=True)
+    _write_whole(partial, "".join(map(_line, done.values())))  # without a line cut in the middle
+    with partial.open("a", encoding="utf-8") as file:
+        with tqdm(total=len(rows), initial=len(done), unit="prompt", desc=folder.name) as bar:
+            for batch in answer(missing):
+                file.write("".join(_line(asdict(p)) for p in batch))
+                file.flush()
+                bar.update(len(batch))
+    partial.replace(final)
+    return len(done)
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """Score a test set's folder from its files.
+
+    Returns:
+      `metrics`: the official keys (see `metrics.aggregate`); `tasks`: by task its category, number
+      of examples, exact match, Rouge-L and, where it is closed-label, `majority_baseline` and
+      `out_of_options` (all percentages); `closed_label`: the means of exact match, baseline and
+      out-of-options over those tasks, absent where there are none; `truncated` and `unfinished`:
+      percentages of all answers.
+
+    Raises:
+      FileNotFoundError: the examples or the finished predictions are not there.
+    """
+    examples = read_jsonl(folder / "examples.jsonl")
+    predictions = {(p["task"], p["id"]): p for p in read_jsonl(folder / "predictions.jsonl")}
+    if not examples or not predictions:
+        raise FileNotFoundError(
+            f"{folder}: expected examples.jsonl and predictions.jsonl, finished"
+        )
+    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    rows = [
+        example
+        | {"prediction": predictions.get((example["task"], example["id"]), {}).get("prediction")}
+        for example in examples
+    ]
+    official = metrics.aggregate(rows)
+    tasks: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == name]
+        tasks[name] = {
+            "category": own[0]["category"],
+            "examples": len(own),
+            "exact_match": official[f"exact_match_for_{name}"],
+            "rougeL": official[f"rougeL_for_{name}"],
+        }
+        if name in labels:
+            base = behaviour.majority_baseline(labels[name], [row["references"] for row in own])
+            out = behaviour.out_of_options_share(
+                [row["prediction"] for row in own], behaviour.options(labels[name])
+            )
+            tasks[name] |= {"majority_baseline": 100 * base, "out_of_options": 100 * out}
+    result: dict[str, Any] = {"metrics": official, "tasks": tasks}
+    if closed := [task for task in tasks.values() if "majority_baseline" in task]:
+        result["closed_label"] = {
+            key: float(np.mean([task[key] for task in closed]))
+            for key in ("exact_match", "majority_baseline", "out_of_options")
+        } | {"tasks": len(closed)}
+    answers = list(predictions.values())
+    result["truncated"] = 100 * float(np.mean([p["truncated"] for p in answers]))
+    result["unfinished"] = 100 * float(np.mean([not p["finished"] for p in answers]))
+    return result
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file, [] where it is missing; a last line cut in the middle is left."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)

@@ -1,0 +1,1 @@
+"""The network: configuration, rotary embedding, Flax modules and adapters as plain pytrees."""

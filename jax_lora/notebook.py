@@ -1,0 +1,167 @@
+"""The face for notebooks: a model in one call, its parameters in a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from jaxtyping import Array, Float
+
+from jax_lora.decoding.greedy import greedy
+from jax_lora.model import lora
+from jax_lora.model.config import ATTENTION, CONFIGS, LlamaConfig
+from jax_lora.model.llama import Llama
+from jax_lora.planning import counts
+from jax_lora.training import masks
+from jax_lora.weights import base as base_weights
+from jax_lora.weights import peft
+from jax_lora.weights.tokenizers import load_tokenizer
+
+_apply = jax.jit(Llama.apply, static_argnums=0)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base, perhaps with an adapter, and its tokenizer.
+
+    Attributes:
+      config: the base's shape.
+      base: its parameters, a nested dict of arrays, layers stacked on axis 0.
+      adapters: the adapter's tree (see `jax_lora.model.lora`), or None.
+      tokenizer: a transformers tokenizer.
+      dtype: of the arithmetic.
+    """
+
+    config: LlamaConfig
+    base: dict[str, Any]
+    adapters: dict[str, Any] | None
+    tokenizer: Any
+    dtype: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the module is applied to."""
+        lora_part = {} if self.adapters is None else {"lora": self.adapters}
+        return {"params": self.base, **lora_part}
+
+    @property
+    def module(self) -> Llama:
+        """The Flax module."""
+        return Llama(self.config, dtype=self.dtype)
+
+    def logits(self, tokens: Any) -> Float[Array, "B T V"]:
+        """Logits (B, T, V), float32, of token ids (B, T), one row or several of equal length.
+
+        Raises:
+          ValueError: not a (B, T) array of integers below the vocabulary's size.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"tokens: found {ids.dtype} {ids.shape}, expected integers (B, T)")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            raise ValueError(
+                f"tokens: found ids {ids.min()} to {ids.max()}, expected 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
+        return _apply(self.module, self.variables, jnp.asarray(ids, jnp.int32))
+
+    def generate(self, prompts: Sequence[str] | str, max_new_tokens: int = 128) -> list[str]:
+        """Greedy continuations of texts taken as they are (no template is put around them).
+
+        Args:
+          prompts: texts; one string is one prompt.
+          max_new_tokens: where to stop an answer that does not end.
+
+        Returns:
+          The continuations, without special tokens, stripped.
+
+        Raises:
+          ValueError: an empty prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [self.tokenizer(prompt).input_ids for prompt in prompts]
+        if not all(rows):
+            raise ValueError("prompts: found an empty one, expected at least one token each")
+        # A power of two, so that a session compiles a few shapes and not one a prompt.
+        width = 1 << (max(map(len, rows), default=1) - 1).bit_length()
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        lengths = np.asarray([len(row) for row in rows], np.int32)
+        new, count = greedy(
+            self.module,
+            self.variables,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            max_new_tokens=max_new_tokens,
+            end_ids=(self.tokenizer.eos_token_id,),
+        )
+        return [
+            self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True).strip()
+            for row, n in zip(np.asarray(new), np.asarray(count), strict=True)
+        ]
+
+    def parameters(self) -> pd.DataFrame:
+        """A row a stacked leaf: module, shape, frozen, trainable (here: the adapters')."""
+        rules = masks.LORA if self.adapters is not None else masks.FULL
+        return counts.table(self.variables, masks.mask(self.variables, *rules))
+
+
+def load(
+    source: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    dtype: str = "bfloat16",
+) -> LoadedModel:
+    """Load a LLaMA for use in Python.
+
+    Args:
+      source: a Hugging Face folder, a hub id, or a GGUF file of a llama.
+      adapter: a folder in PEFT's format, such as a run's `adapter/`.
+      dtype: of weights and arithmetic: "bfloat16", "float16" or "float32".
+
+    Raises:
+      FileNotFoundError, ValueError: one line that names the file, what was found and expected;
+        also an adapter that does not fit the base, or whose B is all zero.
+    """
+    config, base = base_weights.load(source, dtype)
+    adapters = None
+    if adapter is not None:
+        adapters = peft.load(adapter).adapters
+        lora.check(adapters, config)
+        if lora.does_nothing(adapters):
+            raise ValueError(f"{adapter}: every B is zero, expected an adapter that was trained")
+        adapters = jax.tree.map(jnp.asarray, adapters)
+    return LoadedModel(config, base, adapters, load_tokenizer(source), jnp.dtype(dtype))
+
+
+def parameter_table(
+    model: str | os.PathLike[str] | LlamaConfig,
+    rank: int | None,
+    targets: Sequence[str] = ATTENTION,
+) -> pd.DataFrame:
+    """Frozen and trainable parameters by module, without loading weights.
+
+    The share in the paper's Tables 1 and 2 is trainable / (frozen + trainable).
+
+    Args:
+      model: a name such as "llama-7b", a folder or GGUF file, or a configuration.
+      rank: of the adapters; None is full fine-tuning.
+      targets: the adapted linear layers.
+
+    Returns:
+      A row a leaf (stacked over the layers): module, shape, frozen, trainable.
+
+    Raises:
+      ValueError: a rank below 1, an unknown target.
+      FileNotFoundError: a model that is no known name and no file.
+    """
+    if not isinstance(model, LlamaConfig):
+        name = os.fspath(model)
+        model = CONFIGS[name] if name in CONFIGS else base_weights.read_config(name)
+    return counts.parameter_table(model, rank, targets)

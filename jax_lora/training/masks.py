@@ -1,0 +1,88 @@
+"""The one boolean mask that says what trains.
+
+It decides what is differentiated, what the optimizer holds state for, what a checkpoint stores
+and what the parameter table counts. Rules are regular expressions on leaf names such as
+`lora/layers/self_attn/q_proj/a` or `params/norm/scale`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+LORA = ((r"lora/.*/[ab]",), (r"lora/.*/scale", r"params/.*"))
+FULL = ((r"params/.*",), ())
+
+
+def leaf_name(path: Any) -> str:
+    """`params/norm/scale` for the key path of that leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any:
+    """A boolean for every leaf of `variables`: does it train?
+
+    Args:
+      variables: the tree {"params": base, "lora": adapters}, or shapes of it.
+      trainable: regular expressions that must match a whole leaf name; they win over `frozen`.
+      frozen: the same for the leaves that stay.
+
+    Returns:
+      A tree of `variables`' structure with True and False, fit for `optax.masked`.
+
+    Raises:
+      ValueError: a leaf that no expression covers, an expression that matches no leaf, or
+        nothing that trains.
+    """
+    used = set()
+
+    def trains(path, _):
+        name = leaf_name(path)
+        for rules, verdict in ((trainable, True), (frozen, False)):
+            for rule in rules:
+                if re.fullmatch(rule, name):
+                    used.add(rule)
+                    return verdict
+        raise ValueError(
+            f"mask: no regular expression covers the leaf {name}; "
+            f"trainable {list(trainable)}, frozen {list(frozen)}"
+        )
+
+    result = jax.tree_util.tree_map_with_path(trains, variables)
+    # A frozen rule may well be shadowed by a trainable one; a trainable rule that is never used
+    # is a misspelling that would silently train less.
+    for rule in trainable:
+        if rule not in used:
+            raise ValueError(f"mask: the trainable expression {rule!r} matches no leaf")
+    if not any(jax.tree.leaves(result)):
+        raise ValueError("mask: nothing trains, expected at least one trainable leaf")
+    return result
+
+
+def partition(variables: Any, trains: Any) -> tuple[Any, Any]:
+    """Split a tree into (trainable, frozen), an `optax.MaskedNode` where a leaf is elsewhere.
+
+        {a: 1, b: 2}, {a: True, b: False}  →  {a: 1, b: ·}, {a: ·, b: 2}
+
+    A MaskedNode has no leaves, so gradients, optimizer state and checkpoints of one half share
+    its structure and hold nothing of the other.
+    """
+    gap = optax.MaskedNode()
+    return (
+        jax.tree.map(lambda t, x: x if t else gap, trains, variables),
+        jax.tree.map(lambda t, x: gap if t else x, trains, variables),
+    )
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `partition`."""
+    return jax.tree.map(
+        lambda t, f: f if isinstance(t, optax.MaskedNode) else t,
+        trainable,
+        frozen,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )

@@ -1,0 +1,1 @@
+"""Files on one side, pytrees on the other, and nothing else."""

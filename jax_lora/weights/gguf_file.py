@@ -1,0 +1,160 @@
+"""The container: a GGUF file's metadata and where its tensors lie.
+
+The `gguf` package's own reader spends tens of microseconds on every string, 20 seconds on
+Llama 3's vocabulary; this one reads the same in a fraction of a second and checks every length
+against the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+
+
+class Tensor(NamedTuple):
+    """One tensor in the file. `shape`: slowest axis first, as in numpy; `data`: its bytes."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    def read(self) -> np.ndarray:
+        """De-quantise, float32.
+
+        Raises:
+          ValueError: the package cannot read this kind.
+        """
+        try:
+            return dequantize(self.data, self.kind).reshape(self.shape)
+        except NotImplementedError:
+            raise ValueError(f"{self.name} is {self.kind.name}, which cannot be read") from None
+
+
+class GGUFFile(NamedTuple):
+    """Metadata by key, and tensors by the names of the file."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """Map a GGUF file and check that all of it is there.
+
+    A 32-bit float in the metadata comes back as the shortest decimal that rounds to it: 1e-05,
+    as config.json has it, rather than 9.999999747378752e-06.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a GGUF file, cut short, big-endian, or one part of a split model.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+        if magic != b"GGUF":
+            raise ValueError(f"{path}: not a GGUF file: starts with {magic!r}, expected b'GGUF'")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        found = _parse(path, data)
+    except (ValueError, OverflowError, struct.error) as error:
+        # A struct.error is a number that lies past the end of the file.
+        why = "its header ends early" if isinstance(error, struct.error) else error
+        raise ValueError(f"{path}: damaged or cut short at {len(data)} bytes: {why}") from None
+    if (parts := found.metadata.get("split.count", 1)) > 1:
+        raise ValueError(f"{path}: one of {parts} parts, expected a file merged with gguf-split")
+    return found
+
+
+def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
+    at = 4
+
+    def number(code: str) -> Any:
+        nonlocal at
+        (found,) = struct.unpack_from("<" + code, data, at)
+        at += struct.calcsize("<" + code)
+        return found
+
+    def text() -> str:
+        nonlocal at
+        size = number("Q")
+        if size > len(data) - at:
+            raise ValueError(f"a text of {size} bytes at byte {at}")
+        at += size
+        return data[at - size : at].decode()
+
+    def value(kind: int) -> Any:
+        nonlocal at
+        if kind == _STRING:
+            return text()
+        if kind == _ARRAY:
+            inner, count = number("I"), number("Q")
+            if inner not in _SCALARS:
+                if count > len(data) - at:
+                    raise ValueError(f"a list of {count} entries at byte {at}")
+                return [value(inner) for _ in range(count)]
+            dtype = np.dtype("<" + _SCALARS[inner])
+            if count * dtype.itemsize > len(data) - at:
+                raise ValueError(f"a list of {count} numbers at byte {at}")
+            at += count * dtype.itemsize
+            return np.frombuffer(data, dtype, count, at - count * dtype.itemsize).tolist()
+        if kind not in _SCALARS:
+            raise ValueError(f"unknown type {kind} at byte {at}")
+        found = number(_SCALARS[kind])
+        return float(str(np.float32(found))) if kind == _FLOAT32 else found
+
+    version = number("I")
+    if version not in (2, 3):
+        raise ValueError(f"version: found {version}, expected 2 or 3, little-endian")
+    tensor_count, key_count = number("Q"), number("Q")
+    metadata = {}
+    for _ in range(key_count):
+        key = text()
+        metadata[key] = value(number("I"))
+    headers = []
+    for _ in range(tensor_count):
+        name = text()
+        dims = [number("Q") for _ in range(number("I"))]
+        headers.append((name, dims, GGMLQuantizationType(number("I")), number("Q")))
+
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment: found {alignment!r}, expected a positive integer")
+    start = math.ceil(at / alignment) * alignment
+    whole = np.frombuffer(data, np.uint8)
+    tensors = {}
+    for name, dims, kind, offset in headers:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if not dims or dims[0] % block:
+            raise ValueError(f"tensor {name}: sizes {dims}, expected rows of {block} numbers each")
+        size = math.prod(dims) * block_bytes // block
+        first = start + offset
+        if first + size > len(data):
+            raise ValueError(f"tensor {name} would end at byte {first + size}")
+        rows = dims[:0:-1]
+        bytes_ = whole[first : first + size].reshape(*rows, dims[0] * block_bytes // block)
+        tensors[name] = Tensor(name, kind, tuple(dims[::-1]), bytes_)
+    return GGUFFile(path, metadata, tensors)

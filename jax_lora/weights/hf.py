@@ -1,0 +1,266 @@
+"""Hugging Face folders: `config.json` and safetensors in, the same out. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jax_lora.model.config import LlamaConfig
+from jax_lora.weights.hf_config import config_to_hf, parse_config
+from jax_lora.weights.tree import Place, assemble, check_tensors, disassemble, numpy_dtype
+
+__all__ = [
+    "check_vacant",
+    "config_to_hf",
+    "fresh_folder",
+    "load",
+    "open_tensors",
+    "parse_config",
+    "read_config",
+    "read_json",
+    "resolve",
+    "save",
+]
+
+_DOWNLOAD = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """Where a source lies on this machine.
+
+    Args:
+      source: a folder, a `.gguf` file, or a Hugging Face hub id (`org/name`), which is fetched
+        into (or, offline, found in) the hub's cache.
+
+    Raises:
+      FileNotFoundError: it is none of them, or the download failed.
+      ValueError: it is a file of another kind.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"{source}: found a file, expected a folder or a .gguf file")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+        raise FileNotFoundError(
+            f"{source}: no such folder or file, nor a hub id such as 'org/name'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_DOWNLOAD, ignore_patterns="*/*"))
+    except Exception as error:  # the hub's client has many kinds; the user needs one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{source}: no such folder or file here, and as a hub id it could not be had: {reason}"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a broken one is a ValueError naming the file and the place."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_config(folder: str | os.PathLike[str]) -> LlamaConfig:
+    """The configuration of a Hugging Face folder.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      ValueError: see `parse_config`.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, expected a Hugging Face model folder")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
+    return parse_config(raw, str(path))
+
+
+def load(
+    source: str | os.PathLike[str], dtype: Any = "bfloat16", place: Place | None = None
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Read a Hugging Face folder of a Llama, tensor by tensor.
+
+    Args:
+      source: the folder, with `config.json` and `model.safetensors` or its index and shards.
+      dtype: of the parameters: bfloat16, float16 or float32.
+      place: what to do with each finished leaf, see `tree.assemble`.
+
+    Returns:
+      The configuration and the base tree (see `tree`).
+
+    Raises:
+      FileNotFoundError: no config.json, no weights, or a shard that the index names is not there.
+      ValueError: see `parse_config` and `tree.check_tensors`; or a damaged file. All before any
+        weight is read.
+    """
+    dtype = numpy_dtype(dtype)
+    folder = Path(source)
+    config = read_config(folder)
+    with open_tensors(folder) as (files, shapes):
+        check_tensors(str(folder), config, shapes)
+        return config, assemble(config, dtype, lambda name: files[name].get_tensor(name), place)
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
+    """Open a folder's safetensors: name → open file, and name → shape. Reads headers only."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        paths, wanted = [single], None
+    elif index.is_file():
+        table = read_json(index)
+        wanted = table.get("weight_map") if isinstance(table, dict) else None
+        if not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
+            raise ValueError(f"{index}: no weight_map, expected tensor names and their shards")
+        paths = [folder / name for name in sorted(set(wanted.values()))]
+    else:
+        raise FileNotFoundError(
+            f"{folder}: no weights, expected model.safetensors or model.safetensors.index.json"
+        )
+    files: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: this shard is missing, though {index.name} names it")
+        try:
+            shard = safe_open(path, framework="np")
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise ValueError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
+        for name in shard.keys():  # noqa: SIM118  (not a dict)
+            view = shard.get_slice(name)
+            if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                kind = view.get_dtype()
+                raise ValueError(f"{path}: {name} is {kind}, expected unquantised floats")
+            files[name], shapes[name] = shard, tuple(view.get_shape())
+    lost = [name for name in wanted or () if name not in shapes]
+    if lost and wanted:
+        raise ValueError(
+            f"{folder / wanted[lost[0]]}: no tensor {lost[0]}, though {index.name} says so"
+        )
+    yield files, shapes
+
+
+# ---------------------------------------------------------------- writing
+
+
+def check_vacant(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder that may be created: not there yet, or there and empty.
+
+    Raises:
+      FileExistsError: it is a file, or a folder with something in it.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        kind = "folder that is not empty" if path.is_dir() else "file"
+        raise FileExistsError(f"{path}: found a {kind}, expected a new or empty folder")
+    return path
+
+
+@contextmanager
+def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary sibling to write into; renamed into place at the end, or removed on an error."""
+    path = check_vacant(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: LlamaConfig,
+    base: Mapping[str, Any],
+    tokenizer: Any = None,
+    dtype: Any = "bfloat16",
+    *,
+    generation: Mapping[str, Any] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder that transformers 4 and 5 load; it appears whole or not at all.
+
+    Args:
+      folder: where; must be new or empty.
+      config: the model's shape.
+      base: the parameters (see `tree`), numpy or jax.
+      tokenizer: a transformers tokenizer; gives the special ids and its own files.
+      dtype: bfloat16, float16 or float32.
+      generation: the contents of `generation_config.json`; default: the tokenizer's ids.
+      shard_bytes: size in bytes above which the weights are split; a single larger tensor gets a
+        shard of its own.
+
+    Raises:
+      FileExistsError: the folder has something in it.
+      ValueError: the tree does not fit the configuration, or a value does not fit float16.
+    """
+    dtype = numpy_dtype(dtype)
+    shards: list[dict[str, Any]] = [{}]
+    total = filled = 0
+    for name, shape, fetch in disassemble(config, base, dtype):
+        size = int(np.prod(shape)) * dtype.itemsize
+        if filled and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = fetch
+        filled, total = filled + size, total + size
+    ids = {
+        f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad")
+    }
+    generation = dict(generation) if generation is not None else ids
+    if (eos := generation.get("eos_token_id")) is not None:
+        ids["eos_token_id"] = eos  # may be a list: every id that ends an answer
+
+    with fresh_folder(folder) as partial:
+        raw = config_to_hf(config) | ids | {"dtype": dtype.name, "torch_dtype": dtype.name}
+        _write_json(partial / "config.json", raw)
+        if any(value is not None for value in generation.values()):
+            _write_json(partial / "generation_config.json", generation)
+        if tokenizer is not None:
+            _save_tokenizer(partial, tokenizer)
+        weight_map = {}
+        for i, shard in enumerate(shards, 1):
+            alone = len(shards) == 1
+            file = "model.safetensors" if alone else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            # Nothing names the tensors, so one shard is gone before the next is fetched.
+            save_file({k: f() for k, f in shard.items()}, partial / file, metadata={"format": "pt"})
+            shutil.copymode(partial / "config.json", partial / file)  # it comes readable by us only
+            weight_map |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(partial / "model.safetensors.index.json", index)
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # The name that both transformers 4 and 5 know for "just what tokenizer.json says".
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write_json(path, settings)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

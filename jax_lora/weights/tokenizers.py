@@ -1,0 +1,240 @@
+"""Tokenizers from Hugging Face folders, from `tokenizer.model` and from a GGUF's own metadata."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+from jax_lora.weights.gguf_file import open_gguf
+from jax_lora.weights.hf import read_json, resolve
+from jax_lora.weights.sentencepiece import NORMAL_KINDS, read_sentencepiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Where torch is missing, which nothing here needs, transformers would remark on it on stderr.
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith("PyTorch was not found")
+)
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types, in GGUF as in SentencePiece
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How text is cut into words before the merges, by the name that llama.cpp gives it: expressions
+# applied one after the other to what the earlier ones left.
+_PRE = {
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "gpt-2": (_GPT2,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+_LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model.
+
+    Args:
+      source: a Hugging Face folder (`tokenizer.json`, or SentencePiece's `tokenizer.model`
+        alone), a GGUF file, or a hub id.
+
+    Returns:
+      A transformers tokenizer, with the special tokens and the chat template of the source.
+
+    Raises:
+      FileNotFoundError: the folder has no tokenizer, or there is no such file.
+      ValueError: a damaged one, or one of a kind that is not supported.
+    """
+    path = resolve(source)
+    if path.is_file():
+        return _from_gguf(path)
+    if (path / "tokenizer.json").is_file():
+        return _from_tokenizer_json(path)
+    if (path / "tokenizer.model").is_file():
+        return _from_tokenizer_model(path)
+    raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json or tokenizer.model")
+
+
+def _from_tokenizer_json(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = folder / "tokenizer_config.json"
+    known = settings.is_file() and "tokenizer_class" in read_json(settings)
+    # Without a class to look up, tokenizer.json itself says all there is.
+    loader = AutoTokenizer if known else PreTrainedTokenizerFast
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust side raises bare Exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
+
+
+def _from_tokenizer_model(folder: Path) -> Any:
+    spm = read_sentencepiece(folder / "tokenizer.model")
+    inner = _sentencepiece(spm.pieces, spm.scores, spm.kinds, spm.add_prefix)
+    settings = {}
+    if (path := folder / "tokenizer_config.json").is_file():
+        settings = read_json(path)
+    added = {
+        int(i): AddedToken(t["content"], special=t.get("special", True), normalized=False)
+        for i, t in settings.get("added_tokens_decoder", {}).items()
+    }
+    for i in sorted(i for i in added if i >= len(spm.pieces)):
+        if i != inner.get_vocab_size():
+            expected = inner.get_vocab_size()
+            raise ValueError(f"{path}: added token {i}: found a gap, expected id {expected}")
+        inner.add_tokens([added[i]])
+    return _finish(
+        inner,
+        {"bos": spm.bos, "eos": spm.eos, "unk": spm.unk, "pad": spm.pad},
+        bool(settings.get("add_bos_token", True)),
+        bool(settings.get("add_eos_token", False)),
+        settings.get("chat_template"),
+    )
+
+
+def _from_gguf(path: Path) -> Any:
+    metadata = open_gguf(path).metadata
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}", default)
+
+    model, tokens = get("model"), get("tokens")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")
+    if not tokens or len(set(tokens)) != len(tokens):
+        found = f"{len(tokens)} tokens, some twice" if tokens else "nothing"
+        raise ValueError(f"{path}: tokenizer.ggml.tokens: found {found}, expected distinct tokens")
+    kinds = get("token_type", [1] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise ValueError(
+            f"{path}: tokenizer.ggml.token_type: found {len(kinds)}, expected {len(tokens)}"
+        )
+    ids = {
+        name: get(f"{key}_token_id")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    if model == "llama":
+        scores = get("scores")
+        if scores is None or len(scores) != len(tokens):
+            found = "nothing" if scores is None else len(scores)
+            raise ValueError(
+                f"{path}: tokenizer.ggml.scores: found {found}, expected {len(tokens)}"
+            )
+        # SentencePiece's own numbers, which llama.cpp too takes where the file is silent.
+        ids = {"bos": 1, "eos": 2, "unk": 0} | {k: v for k, v in ids.items() if v is not None}
+        inner = _sentencepiece(tokens, scores, kinds, get("add_space_prefix", True))
+        add_bos = True
+    else:
+        pre = get("pre", "default")
+        pre = "llama-bpe" if pre in _LLAMA3_NAMES else pre
+        if pre not in _PRE:
+            supported = ", ".join(_PRE)
+            raise ValueError(
+                f"{path}: tokenizer.ggml.pre: found {pre!r}, expected one of {supported}"
+            )
+        inner = _byte_level(tokens, get("merges", []), kinds, pre)
+        add_bos = pre == "llama-bpe"
+    for name, i in ids.items():
+        if i is not None and not 0 <= i < len(tokens):
+            raise ValueError(f"{path}: {name} token: found id {i}, expected below {len(tokens)}")
+    return _finish(
+        inner,
+        ids,
+        get("add_bos_token", add_bos),
+        get("add_eos_token", False),
+        metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _byte_level(tokens: list[str], merges: list[str], kinds: list[int], pre: str) -> Tokenizer:
+    """GPT-2's BPE over bytes, the words cut as `pre` says."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [(m[:cut], m[cut + 1 :]) for m in merges for cut in [m.index(" ", 1)]]
+    # Llama 3 takes a word that is in the vocabulary as it is, whatever the merges would give.
+    inner = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    cuts = [pre_tokenizers.Split(Regex(e), behavior="isolated") for e in _PRE[pre]]
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_only])
+    inner.decoder = decoders.ByteLevel()
+    return _with_added(inner, tokens, kinds)
+
+
+def _sentencepiece(
+    pieces: list[str], scores: list[float], kinds: list[int], prefix: bool
+) -> Tokenizer:
+    """SentencePiece's BPE: of all neighbours, join those whose union has the highest score.
+
+    `tokenizers` wants pairs in order of precedence: every way to cut a piece into two pieces,
+    the highest score first.
+    """
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    normal = [i for i, kind in enumerate(kinds) if kind in NORMAL_KINDS]
+    parts = {pieces[i] for i in normal}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for i in sorted(normal, key=lambda i: -scores[i])
+        for piece in [pieces[i]]
+        for cut in range(1, len(piece))
+        if piece[:cut] in parts and piece[cut:] in parts
+    ]
+    unknown = next((pieces[i] for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
+    inner = Tokenizer(
+        BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    first = [normalizers.Prepend("▁")] if prefix else []
+    inner.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    last = [decoders.Strip(" ", 1, 0)] if prefix else []
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    return _with_added(inner, pieces, kinds)
+
+
+def _with_added(inner: Tokenizer, tokens: list[str], kinds: list[int]) -> Tokenizer:
+    # Both kinds are found in the text before anything else; only control tokens vanish on decoding.
+    added = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
+    inner.add_tokens(
+        [
+            AddedToken(token, special=added[kind], normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in added
+        ]
+    )
+    return inner
+
+
+def _finish(
+    inner: Tokenizer,
+    ids: dict[str, int | None],
+    add_bos: bool,
+    add_eos: bool,
+    chat_template: str | None,
+) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    names = {k: str(inner.id_to_token(i)) for k, i in ids.items() if i is not None}
+    bos = [names["bos"]] if add_bos and "bos" in names else []
+    eos = [names["eos"]] if add_eos and "eos" in names else []
+    if bos or eos:
+        around = [(name, inner.token_to_id(name)) for name in {*bos, *eos}]
+        pair = [*bos, "$A", *eos, *(f"{t}:1" for t in (*bos, "$B", *eos))]
+        inner.post_processor = TemplateProcessing(
+            single=[*bos, "$A", *eos], pair=pair, special_tokens=around
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
+        **{f"{name}_token": token for name, token in names.items()},
+    )

@@ -1,0 +1,114 @@
+"""Record what the reference implementations say, for the tests that run without them.
+
+    python tests/record_weights.py tokens TOKENIZER_MODEL SMOLLM2_GGUF   → recorded/tokens.json
+    python tests/record_weights.py adapter                               → recorded/peft_adapter/
+
+`tokens` needs sentencepiece (LLaMA's tokenizer.model) and xllamacpp (llama.cpp, for GGUF files);
+`adapter` needs the parity extra. Run from the repository's root.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import urllib.request
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = ROOT / "tests" / "recorded"
+sys.path.insert(0, str(ROOT))
+
+from tests.weights import builders  # noqa: E402
+
+
+def llama_cpp(path: Path) -> dict[str, list[int]]:
+    """The corpus's ids by llama.cpp's own server: special tokens added and parsed."""
+    xllamacpp = import_module("xllamacpp")
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
+    params.hostnames, params.port = ["127.0.0.1"], 0
+    server = xllamacpp.Server(params)
+    found = {}
+    for text in builders.CORPUS:
+        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/tokenize", body, kind)
+        with urllib.request.urlopen(request) as answer:
+            found[text] = json.load(answer)["tokens"]
+    return found
+
+
+def record_tokens(tokenizer_model: str, smollm2: str) -> None:
+    sentencepiece = import_module("sentencepiece")
+
+    spm = sentencepiece.SentencePieceProcessor(tokenizer_model)
+    # Hugging Face's tokenizers find special tokens in the text, SentencePiece never does.
+    plain = [text for text in builders.CORPUS if "<s>" not in text]
+    found = {
+        "sentencepiece": {text: spm.encode(text) for text in plain},
+        "smollm2": llama_cpp(Path(smollm2)),
+    }
+    vocabularies = {
+        pre: builders.tiny_bpe(pre) for pre in ("smollm", "llama-bpe", "gpt-2", "default")
+    }
+    vocabularies["llama"] = builders.tiny_sentencepiece(True)
+    vocabularies["llama without prefix"] = builders.tiny_sentencepiece(False)
+    for name, keys in vocabularies.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tiny.gguf"
+            builders.write_gguf(path, builders.hf_weights(len(keys["tokens"])), tokenizer=keys)
+            found[name] = llama_cpp(path)
+    text = json.dumps(found, indent=0, ensure_ascii=True)
+    (RECORDED / "tokens.json").write_text(text + "\n")
+
+
+def record_adapter() -> None:
+    """An adapter with unequal ranks and α, as PEFT writes it, and the ΔW that PEFT computes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 3},
+        alpha_pattern={"v_proj": 5},
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    model.save_pretrained(str(RECORDED / "peft_adapter"))
+    (RECORDED / "peft_adapter" / "README.md").unlink(missing_ok=True)
+    deltas = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    np.savez_compressed(RECORDED / "peft_adapter" / "deltas.npz", **deltas)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["tokens"] and len(sys.argv) == 4:
+        record_tokens(sys.argv[2], sys.argv[3])
+    elif sys.argv[1:] == ["adapter"]:
+        record_adapter()
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,141 @@
+"""The rules of the house that a machine can check: import floors, docstrings, pins."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "jax_lora"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each floor may import of its siblings; __init__.py, notebook.py and cli.py stand on top of all of them.
+ARROWS = {
+    "model": set(),
+    "data": set(),
+    "sharding": set(),
+    "weights": {"model", "sharding"},
+    "decoding": {"model", "sharding"},
+    "training": {"model", "sharding"},
+    "evaluation": {"decoding", "data"},
+    "planning": {"model", "sharding", "training", "decoding"},
+}
+ARROWS["study"] = {*ARROWS}
+TOP = {"__init__", "cli", "notebook"}
+
+
+def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """The dotted names that a module of `package` imports anywhere, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def forbidden(source: str, path: str) -> list[str]:
+    """The imports and calls of one file, named by its path in the package, that break a rule."""
+    tree = ast.parse(source)
+    parts = Path(path).with_suffix("").parts
+    floor, found = parts[0], []
+    for name, line in imports(tree, ("jax_lora", *parts[:-1])):
+        root, *inner = name.split(".")
+        if root in ("absl", "ml_collections"):
+            found.append(f"{path}:{line} imports {root}, which is for the scripts")
+        if root == "flax" and path != "model/llama.py":
+            found.append(f"{path}:{line} imports flax, which is for model/llama.py")
+        if root == "jax_lora" and floor not in TOP:
+            target = inner[0] if inner else "__init__"
+            alone = path == "evaluation/metrics.py"
+            if alone or (target != floor and target not in ARROWS[floor]):
+                found.append(f"{path}:{line} imports jax_lora.{target}: no such arrow")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+            found.append(f"{path}:{node.lineno} prints")
+    return found
+
+
+def test_every_file_has_a_floor():
+    floors = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
+    assert floors <= {*ARROWS, *TOP}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_keeps_the_rules(path):
+    source = path.read_text("utf-8")
+    assert forbidden(source, path.relative_to(PACKAGE).as_posix()) == []
+    undocumented = [
+        f"{node.name}, line {node.lineno}"
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "rule"),
+    [
+        ("data/toy.py", "from jax_lora.model.llama import Llama", "jax_lora.model: no such"),
+        ("data/toy.py", "from jax_lora import model", "jax_lora.model: no such arrow"),
+        ("data/toy.py", "def f():\n    from ..model import llama", ":2 imports jax_lora.model"),
+        ("weights/hf.py", "import jax_lora.cli", "jax_lora.cli: no such arrow"),
+        ("training/step.py", "import jax_lora", "jax_lora.__init__: no such arrow"),
+        ("evaluation/metrics.py", "from jax_lora.evaluation import behaviour", "no such arrow"),
+        ("sharding.py", "from .model import lora", "jax_lora.model: no such arrow"),
+        ("model/lora.py", "import flax.linen as nn", "imports flax"),
+        ("cli.py", "from absl import app", "imports absl"),
+        ("__init__.py", "print('hello')", "prints"),
+        ("model/lora.py", "from . import llama", None),
+        ("study/grid.py", "from ..planning.counts import count", None),
+        ("evaluation/behaviour.py", "from jax_lora.evaluation.metrics import normalize", None),
+        ("__init__.py", "from jax_lora.study import grid", None),
+        ("model/llama.py", "from flax import linen", None),
+    ],
+)
+def test_the_rules_see_what_they_should(path, source, rule):
+    found = forbidden(source, path)
+    assert len(found) == (rule is not None)
+    assert rule is None or rule in found[0]
+
+
+def test_scoring_imports_no_jax():
+    program = (
+        "import sys; from jax_lora.evaluation.metrics import aggregate\n"
+        "row = dict(prediction='a', references=['a'], task='t', category='c')\n"
+        "assert aggregate([row])['rougeL'] == 100.0\n"
+        "heavy = {'jax', 'jaxlib', 'flax', 'torch', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_every_dependency_has_one_pin_within_its_bounds(version):
+    pins: dict[str, str] = {}
+    for line in (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": version}):
+            (exact,) = pin.specifier
+            assert exact.operator == "==" and pin.url is None, line
+            assert canonicalize_name(pin.name) not in pins, line
+            pins[canonicalize_name(pin.name)] = exact.version
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *extras["test"], *extras["parity"]]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), line

@@ -1,0 +1,111 @@
+"""config.json, in the dialects of transformers 4 and 5."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jax_lora.model.config import CONFIGS, LlamaConfig, RopeScaling
+from jax_lora.weights import hf
+from tests.weights.builders import CONFIG, LLAMA3, refusal
+
+
+def test_defaults_of_a_sparse_config_are_those_of_transformers():
+    raw = {k: v for k, v in CONFIG.items() if k not in ("num_key_value_heads", "rms_norm_eps")}
+    del raw["rope_theta"], raw["max_position_embeddings"], raw["architectures"]
+    config = hf.parse_config(raw)
+    assert config == LlamaConfig(40, 64, 96, 2, 4, 4, 16, rms_norm_eps=1e-6)
+    assert hf.parse_config(CONFIG | {"head_dim": 32}).head_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5}, 5e5, None),
+        ({"rope_scaling": None, "rope_theta": 500000}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}, 2e4, None),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            1e4,
+            RopeScaling("linear", 2.0),
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 3e4},
+            3e4,
+            RopeScaling("dynamic", 4.0),
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_theta": 5e5},
+            5e5,
+            RopeScaling("llama3", 8.0, 8192, 1.0, 4.0),
+        ),
+        (
+            {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+            5e5,
+            RopeScaling("llama3", 8.0, 8192, 1.0, 4.0),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}},
+            1e4,
+            RopeScaling("yarn", 4.0, 512, beta_fast=16.0),
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "original_max_position_embeddings": 128,
+                    "truncate": False,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 0.5,
+                }
+            },
+            1e4,
+            RopeScaling("yarn", 4.0, 128, mscale=1.0, mscale_all_dim=0.5, truncate=False),
+        ),
+    ],
+)
+def test_rope_under_the_old_and_the_new_keys(keys, theta, scaling):
+    raw = {k: v for k, v in CONFIG.items() if k != "rope_theta"} | keys
+    config = hf.parse_config(raw)
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_the_way_to_json_and_back(name):
+    config = CONFIGS[name]
+    raw = json.loads(json.dumps(hf.config_to_hf(config)))
+    assert hf.parse_config(raw) == config
+    for unknown in ("rope_scaling", "rope_parameters"):  # each alone is enough, but for θ
+        assert hf.parse_config({k: v for k, v in raw.items() if k != unknown}) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type: found 'mistral', expected 'llama'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": None}, "hidden_size: found nothing, expected a positive integer"),
+        ({"hidden_size": "64"}, "hidden_size: found '64'"),
+        ({"hidden_size": 66}, "hidden_size: found 66, expected a multiple"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads, 3"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: found 1, expected true or false"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, expected 1"),
+        ({"rope_scaling": {"type": "longrope"}}, "found 'longrope', expected one of default"),
+        ({"rope_scaling": {"type": "linear"}}, "factor in rope_scaling: found nothing"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "found '2', expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "found 0.5, expected a number from"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one flat table"),
+    ],
+)
+def test_what_no_llama_of_ours_can_be_is_refused(keys, message):
+    found = refusal(hf.parse_config, CONFIG | keys, "here/config.json")
+    assert message in found and found.startswith("here/config.json: ")
+
+
+def test_keys_that_the_rope_type_does_not_read_are_told(caplog):
+    hf.parse_config(CONFIG | {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}})
+    assert "beta_fast ignored by rope type linear" in caplog.text

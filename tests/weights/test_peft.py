@@ -1,0 +1,276 @@
+"""LoRA adapters in PEFT's format, against what PEFT itself wrote and computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jax_lora.weights import peft
+from tests.weights.builders import refusal
+
+RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "peft_adapter"
+KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+
+
+def pairs(layers=2, rank=3, targets=("q_proj", "down_proj"), scale=2.0, d=8, f=12):
+    rng = np.random.default_rng(0)
+    sizes = {"q_proj": ("self_attn", d, d), "down_proj": ("mlp", f, d)}
+    tree: dict = {"layers": {}}
+    for name in targets:
+        group, size_in, size_out = sizes[name]
+        tree["layers"].setdefault(group, {})[name] = {
+            "a": rng.normal(size=(layers, size_in, rank)).astype(np.float32),
+            "b": rng.normal(size=(layers, rank, size_out)).astype(np.float32),
+            "scale": np.full(layers, scale, np.float32),
+        }
+    return tree
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    folder = tmp_path / "recorded"
+    shutil.copytree(RECORDED, folder)
+    return folder
+
+
+def leaves(adapters):
+    for group in adapters["layers"].values():
+        yield from group.items()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_pefts_adapter_gives_pefts_update_to_every_kernel():
+    found = peft.load(RECORDED)
+    assert found.targets == ("q_proj", "v_proj", "down_proj")
+    assert (found.rank, found.alpha, found.dropout, found.use_rslora) == (4, 6.0, 0.05, True)
+    assert found.ranks == {"q_proj": (4, 2), "v_proj": (4, 4), "down_proj": (3, 3)}
+    assert found.alphas == {"q_proj": (6, 6), "v_proj": (5, 5), "down_proj": (6, 6)}
+    deltas = np.load(RECORDED / "deltas.npz")
+    assert len(deltas.files) == 6
+    for name in deltas.files:
+        _, _, layer, group, module = name.split(".")
+        leaf, i = found.adapters["layers"][group][module], int(layer)
+        ours = leaf["scale"][i] * leaf["a"][i] @ leaf["b"][i]
+        np.testing.assert_allclose(ours, deltas[name].T, rtol=2e-6, atol=1e-7)
+    q = found.adapters["layers"]["self_attn"]["q_proj"]
+    assert q["a"].shape == (2, 16, 4) and not q["a"][1, :, 2:].any() and not q["b"][1, 2:].any()
+    assert {leaf[k].dtype for _, leaf in leaves(found.adapters) for k in leaf} == {
+        np.dtype(np.float32)
+    }
+
+
+def test_half_precision_adapters_are_read_exactly(recorded):
+    path = recorded / "adapter_model.safetensors"
+    tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(path).items()}
+    save_file(tensors, path)
+    leaf = peft.load(recorded).adapters["layers"]["mlp"]["down_proj"]
+    key = KEY.format(1, "mlp.down_proj", "A")
+    assert leaf["a"].dtype == np.float32
+    assert np.array_equal(leaf["a"][1].T, tensors[key].astype(np.float32))
+
+
+def test_a_zero_adapter_is_told():
+    tree = pairs()
+    assert not lora.does_nothing(tree)
+    for _, leaf in leaves(tree):
+        leaf["b"][:] = 0
+    assert lora.does_nothing(tree)
+    assert lora.does_nothing({"layers": {}})
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_pefts_adapter_goes_out_as_it_came_in(tmp_path):
+    found = peft.load(RECORDED)
+    more = {k: getattr(found, k) for k in ("rank", "alpha", "dropout", "base_name", "use_rslora")}
+    peft.save(tmp_path, found.adapters, ranks=found.ranks, alphas=found.alphas, **more)
+    theirs, ours = (load_file(f / "adapter_model.safetensors") for f in (RECORDED, tmp_path))
+    assert set(theirs) == set(ours)
+    for key in theirs:
+        assert theirs[key].dtype == ours[key].dtype and theirs[key].tobytes() == ours[key].tobytes()
+    theirs, ours = (
+        json.loads((f / "adapter_config.json").read_text()) for f in (RECORDED, tmp_path)
+    )
+    for key in set(ours) - {"init_lora_weights"}:
+        assert ours[key] == theirs[key], key
+    again = peft.load(tmp_path)
+    assert (again.ranks, again.alphas, again.targets) == (found.ranks, found.alphas, found.targets)
+
+
+def test_a_plain_adapter_round_trips_bit_for_bit_and_replaces_the_last_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("old")
+    tree = pairs()
+    peft.save(tmp_path / "a", tree, rank=3, alpha=6, base_name="llama-7b")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 3,
+        "lora_alpha": 6,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "down_proj"],
+        "base_model_name_or_path": "llama-7b",
+        "bias": "none",
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    assert expected.items() <= config.items()
+    found = peft.load(tmp_path / "a")
+    for group, modules in tree["layers"].items():
+        for name, leaf in modules.items():
+            for key, array in leaf.items():
+                back = found.adapters["layers"][group][name][key]
+                assert back.dtype == np.float32 and back.tobytes() == array.tobytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "more", "message"),
+    [
+        ({}, {}, "adapters: found nothing, expected some of"),
+        ({"layers": {"mlp": {"dwon_proj": {}}}}, {}, "adapters: found ['dwon_proj'], expected"),
+        (pairs(scale=1.0), {}, "adapters of q_proj: scale 1, expected 2"),
+        (pairs(), {"use_rslora": True}, "adapters of q_proj: scale 2, expected 3.4641"),
+        (pairs(), {"rank": 4, "alpha": 8}, "found 2 layers of up to rank 3, expected 2 of ranks"),
+        (pairs(), {"rank": 2, "alpha": 4}, "layer 0 is not zero beyond its rank 2"),
+    ],
+)
+def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, more, message):
+    folder = tmp_path / "a"
+    assert message in refusal(peft.save, folder, tree, **({"rank": 3, "alpha": 6} | more))
+    assert not folder.exists()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected 'LORA'"),
+        ({"use_dora": True}, "use_dora: found True, expected False"),
+        ({"lora_bias": True}, "lora_bias: found True, expected False"),
+        ({"bias": "all"}, "bias: found 'all', expected 'none'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: found ['lm_head']"),
+        ({"init_lora_weights": "pissa_niter_4"}, "found 'pissa_niter_4', which changes the base"),
+        ({"r": 2.5}, "r: found 2.5, expected a positive integer"),
+        ({"lora_alpha": "x"}, "lora_alpha: found 'x', expected a number"),
+        ({"rank_pattern": [1]}, "rank_pattern: found [1]"),
+        ({"r": 5}, "model.layers.0.self_attn.q_proj: found A (4, 16) and B (16, 4), expected (5,"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]},
+            "layers without their A and B: 0.self_attn.o_proj, 1.self_attn.o_proj",
+        ),
+    ],
+)
+def test_configurations_that_mean_something_else_are_refused(recorded, keys, message):
+    path = recorded / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    found = refusal(peft.load, recorded)
+    assert message in found and str(recorded) in found
+
+
+def spoil(folder: Path, drop=(), **more):
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k not in drop} | more, path)
+
+
+ONE = np.ones((4, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "safetensors: no such file"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (
+            lambda f: (f / "adapter_model.safetensors").write_bytes(
+                (f / "adapter_model.safetensors").read_bytes()[:-8]
+            ),
+            "damaged or cut short at",
+        ),
+        (lambda f: spoil(f, load_file(f / "adapter_model.safetensors")), "layers without their A"),
+        (
+            lambda f: spoil(f, [KEY.format(1, "self_attn.v_proj", "B")]),
+            "layers without their A and B: 1.self_attn.v_proj",
+        ),
+        (
+            lambda f: spoil(f, **{KEY.format(0, "self_attn.qkv_proj", "A"): ONE}),
+            "layers.0.self_attn.qkv_proj.lora_A.weight, expected base_model.model.model.layers.N",
+        ),
+        (lambda f: spoil(f, **{KEY.format(0, "mlp.q_proj", "A"): ONE}), "found base_model"),
+        (
+            lambda f: spoil(f, **{"base_model.model.lm_head.lora_A.weight": ONE}),
+            "found base_model.model.lm_head.lora_A.weight",
+        ),
+        (
+            lambda f: spoil(f, **{KEY.format(3, "self_attn.v_proj", "A"): ONE}),
+            "layers without their A and B: 2.self_attn.q_proj, 3.self_attn.q_proj",
+        ),
+    ],
+)
+def test_spoilt_adapters_are_refused(recorded, change, message):
+    change(recorded)
+    assert message in refusal(peft.load, recorded)
+
+
+# ---------------------------------------------------------------- against PEFT
+
+
+@pytest.mark.parity
+# peft 0.21 asks transformers 5.23 for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("rslora", [False, True])
+def test_against_peft_both_ways(tmp_path, rslora):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    tree = pairs(scale=6 / 3**0.5 if rslora else 2.0)
+    q = tree["layers"]["self_attn"]["q_proj"]
+    q["a"][1, :, 1:] = q["b"][1, 1:] = 0  # rank 1 in the second layer
+    q["scale"][1] = 6.0
+    ranks = {"q_proj": (3, 1), "down_proj": (3, 3)}
+    peft.save(tmp_path / "a", tree, rank=3, alpha=6, use_rslora=rslora, ranks=ranks)
+    base = transformers.LlamaForCausalLM(config)
+    model = theirs.PeftModel.from_pretrained(base, tmp_path / "a")
+    count = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            _, _, _, _, layer, group, target = name.split(".")
+            leaf, i = tree["layers"][group][target], int(layer)
+            ours = leaf["scale"][i] * leaf["a"][i] @ leaf["b"][i]
+            with torch.no_grad():
+                wanted = module.get_delta_weight("default").numpy().T
+            np.testing.assert_allclose(ours, wanted, rtol=2e-6, atol=1e-6)
+            count += 1
+    assert count == 4
+    model.save_pretrained(tmp_path / "b")
+    again = peft.load(tmp_path / "b")
+    assert again.ranks == ranks and again.use_rslora is rslora
+    for group, modules in tree["layers"].items():
+        for name, leaf in modules.items():
+            for key, array in leaf.items():
+                assert again.adapters["layers"][group][name][key].tobytes() == array.tobytes()

@@ -1,0 +1,142 @@
+"""Tokenizers against the recorded ids of llama.cpp and SentencePiece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jax_lora.weights import gguf, hf
+from jax_lora.weights.tokenizers import load_tokenizer
+from tests.weights.builders import (
+    CORPUS,
+    hf_weights,
+    refusal,
+    tiny_bpe,
+    tiny_sentencepiece,
+    write_gguf,
+)
+
+TOKENS = json.loads((Path(__file__).resolve().parents[1] / "recorded" / "tokens.json").read_text())
+
+
+def tiny(folder: Path, keys, metadata=None) -> Path:
+    path = folder / "tiny.gguf"
+    write_gguf(path, hf_weights(len(keys["tokens"])), tokenizer=keys, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "gpt-2", "default"])
+def test_byte_level_ids_are_llama_cpps(tmp_path, pre):
+    tokenizer = load_tokenizer(tiny(tmp_path, tiny_bpe(pre)))
+    for text in CORPUS:
+        ids = tokenizer(text).input_ids
+        assert ids == TOKENS[pre][text], text
+        assert tokenizer.decode(ids[1:] if pre == "llama-bpe" else ids) == text
+
+
+def test_the_recorded_pre_tokenizers_differ_from_one_another():
+    kinds = [TOKENS[pre] for pre in ("smollm", "llama-bpe", "gpt-2", "default")]
+    assert all(a != b for i, a in enumerate(kinds) for b in kinds[:i])
+
+
+@pytest.mark.parametrize(("prefix", "name"), [(True, "llama"), (False, "llama without prefix")])
+def test_sentencepiece_ids_are_llama_cpps(tmp_path, prefix, name):
+    tokenizer = load_tokenizer(tiny(tmp_path, tiny_sentencepiece(prefix)))
+    for text in CORPUS:
+        ids = tokenizer(text).input_ids
+        assert ids == TOKENS[name][text], text
+        if "<s>" not in text:
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+def test_smollm2_ids_are_llama_cpps(smollm2):
+    tokenizer = load_tokenizer(smollm2)
+    for text in CORPUS:
+        ids = tokenizer(text).input_ids
+        assert ids == TOKENS["smollm2"][text], text
+        assert tokenizer.decode(ids) == text
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert special == (1, 2, 2) and tokenizer.unk_token_id == 0
+    assert "<|im_start|>" in tokenizer.chat_template
+
+
+def test_the_files_word_on_special_tokens_is_kept(tmp_path):
+    keys: dict = tiny_bpe("smollm") | {"add_bos_token": True, "add_eos_token": True}
+    tokenizer = load_tokenizer(
+        tiny(tmp_path, keys, {"tokenizer.chat_template": "{{ messages[0].content }}!"})
+    )
+    plain = TOKENS["smollm"]["Hello world"]
+    assert tokenizer("Hello world").input_ids == [1, *plain, 0]
+    assert tokenizer("Hello world", add_special_tokens=False).input_ids == plain
+    assert tokenizer.chat_template == "{{ messages[0].content }}!"
+    user = len(keys["tokens"]) - 1
+    found = tokenizer.decode([1, *plain, user, 0], skip_special_tokens=True)
+    assert found == "Hello world<user>"  # control tokens vanish, user-defined ones do not
+    keys = tiny_sentencepiece(True) | {"add_bos_token": False}
+    assert (
+        load_tokenizer(tiny(tmp_path, keys))("hello").input_ids
+        == TOKENS["llama"]["hello the world"][1:2]
+    )
+    del keys["bos_token_id"], keys["eos_token_id"], keys["unknown_token_id"]
+    assert load_tokenizer(tiny(tmp_path, keys)).eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (tiny_bpe("qwen2"), "found 'qwen2', expected one of smollm, llama-bpe, gpt-2, default"),
+        (tiny_bpe("gpt-2") | {"model": "t5"}, "model: found 't5', expected gpt2 or llama"),
+        (tiny_bpe("gpt-2") | {"token_type": [1]}, "token_type: found 1, expected"),
+        (tiny_bpe("gpt-2") | {"eos_token_id": 9999}, "eos token: found id 9999, expected below"),
+        (tiny_sentencepiece(True) | {"scores": None}, "scores: found nothing"),
+        (
+            tiny_bpe("gpt-2") | {"tokens": ["a"] * 4, "token_type": [1] * 4},
+            "tokens: found 4 tokens, some twice",
+        ),
+    ],
+)
+def test_tokenizers_that_cannot_be_built_are_refused(tmp_path, keys, message):
+    path = tiny(tmp_path, keys)
+    found = refusal(load_tokenizer, path)
+    assert message in found and found.startswith(str(path))
+
+
+def test_llamas_tokenizer_model_alone_is_sentencepiece(shared):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "llama")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 32000)
+    for text, ids in TOKENS["sentencepiece"].items():
+        assert tokenizer(text).input_ids == [1, *ids], text
+        assert tokenizer.decode(ids) == text
+
+
+def test_a_tokenizer_survives_being_saved(shared, tmp_path):
+    from transformers import AutoTokenizer
+
+    sources = [tiny(tmp_path, tiny_bpe(pre)) for pre in ("llama-bpe",)]
+    for source in (*sources, shared / "tokenizers" / "llama"):
+        tokenizer = load_tokenizer(source)
+        folder = tmp_path / source.name.split(".")[0]
+        config, base = gguf.load(sources[0])
+        hf.save(folder, config, base, tokenizer)
+        for again in (load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)):
+            for text in CORPUS:
+                assert again(text).input_ids == tokenizer(text).input_ids
+            assert again.eos_token_id == tokenizer.eos_token_id
+        (folder / "tokenizer_config.json").unlink()
+        assert load_tokenizer(folder)("Hello").input_ids == tokenizer("Hello").input_ids
+        raw = json.loads((folder / "generation_config.json").read_text())
+        assert raw["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_damaged_tokenizers_are_named(shared, tmp_path):
+    assert "no tokenizer, expected tokenizer.json" in refusal(load_tokenizer, tmp_path)
+    model = (shared / "tokenizers" / "llama" / "tokenizer.model").read_bytes()
+    path = tmp_path / "tokenizer.model"
+    for content in (b"", model[:1000], model[:-3], b"IQ== 0\nIg== 1\n"):
+        path.write_bytes(content)
+        assert str(path) in refusal(load_tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "its tokenizer cannot be read" in refusal(load_tokenizer, tmp_path)

@@ -1,0 +1,264 @@
+"""Fine-tune a LLaMA on Natural Instructions, with LoRA or fully.
+
+    python train.py --config=configs/lora.py:rank=16 --workdir=runs/r16
+
+The work folder then holds the resolved config, parameter counts, metrics, TensorBoard events,
+checkpoints and, for LoRA, the adapter in PEFT's format. The same command goes on where an
+interrupted run stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from jax_lora import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    # ------------------------------------------------------------------ imports that take seconds
+    import jax
+    import jax.numpy as jnp
+    import tqdm
+
+    from jax_lora.data.batches import Batches
+    from jax_lora.data.prompts import Encoder
+    from jax_lora.data.tasksets import draw
+    from jax_lora.model import lora
+    from jax_lora.model.llama import Llama
+    from jax_lora.planning import counts
+    from jax_lora.training import loop, masks
+    from jax_lora.training.checkpoints import Checkpoints
+    from jax_lora.training.step import State, adamw, make_step, schedule
+    from jax_lora.weights import base as base_weights
+    from jax_lora.weights import peft
+    from jax_lora.weights.tokenizers import load_tokenizer
+
+    with cli.input_errors():
+        # -------------------------------------------------------------- input, before any compute
+        config: ConfigDict = _CONFIG.value
+        if not _WORKDIR.value:
+            raise ValueError("--workdir: found none, expected the run's folder")
+        workdir = Path(_WORKDIR.value)
+        for key in ("model", "data.path"):
+            if not config[key]:
+                raise ValueError(f"--config.{key}: found none, expected a folder or a hub id")
+        if config.method not in ("lora", "full"):
+            raise ValueError(f"--config.method: found {config.method!r}, expected lora or full")
+        o = config.optim
+        if config.method == "lora":
+            lora.check_rank(config.lora.rank)
+            lora.check_targets(config.lora.targets)
+        said("reading tasks")
+        checkout = cli.open_checkout(config.data.path, config.data.categories)
+        resolved = {
+            "config": json.loads(config.to_json_best_effort()),
+            "data_fingerprint": checkout.fingerprint,
+        }
+        cli.check_same_run(workdir / "config.json", resolved)
+        sets = draw(
+            checkout,
+            config.round,
+            sizes=config.data.sizes,
+            train_per_task=config.data.train_per_task,
+            test_per_task=config.data.test_per_task,
+        )
+        if config.data.set not in sets:
+            raise ValueError(
+                f"--config.data.set: found {config.data.set!r}, expected one of {', '.join(sets)}"
+            )
+        taskset = sets[config.data.set]
+
+        said("encoding examples")
+        encoder = Encoder(
+            load_tokenizer(config.model),
+            config.data.template,
+            config.data.source_length,
+            config.data.target_length,
+        )
+        rows = [encoder.training_row(example) for example in taskset.examples]
+        batches = Batches(
+            rows,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            buckets=config.data.buckets,
+            micro_tokens=config.micro_tokens,
+            answer_only=config.data.answer_only,
+            pad_id=0,
+        )
+        total = batches.steps_per_epoch * config.epochs
+        total = min(total, config.max_steps) if config.max_steps else total
+        rate = schedule(o.schedule, o.learning_rate, o.warmup_steps, total)
+
+        # -------------------------------------------------------------- model, adapters, mask
+        said("loading the base model")
+        model_config = base_weights.read_config(config.model)
+        shapes = {"params": counts.base_shapes(model_config)}
+        if config.method == "lora":
+            adapters = lora.init(
+                jax.random.key(config.seed),
+                model_config,
+                config.lora.rank,
+                alpha=config.lora.alpha_per_rank * config.lora.rank,
+                targets=config.lora.targets,
+                a_init=config.lora.a_init,
+            )
+            shapes["lora"] = adapters
+        trains = masks.mask(shapes, config.trainable, config.frozen)
+        params = cli.load_base(config.model, config.dtype, trains["params"])
+        variables = {"params": params, **({"lora": adapters} if "lora" in shapes else {})}
+        parameters = counts.table(variables, trains)
+        trainable, frozen = masks.partition(variables, trains)
+        del variables, params
+
+        model = Llama(
+            model_config, dtype=jnp.dtype(config.dtype), remat=config.remat, unroll=config.unroll
+        )
+        optimizer = adamw(
+            rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        )
+        accumulate, update = make_step(
+            model,
+            optimizer,
+            seed=config.seed,
+            dropout_rate=config.lora.dropout if config.method == "lora" else 0.0,
+        )
+        state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+        # -------------------------------------------------------------- the folder
+        device = jax.devices()[0]
+        resolved["versions"] = cli.versions()
+        resolved["device"] = f"{len(jax.devices())} × {device.device_kind} ({device.platform})"
+        cli.write_json(workdir / "config.json", resolved)
+        frozen_count, trainable_count = (int(parameters[k].sum()) for k in ("frozen", "trainable"))
+        share = 100 * trainable_count / (frozen_count + trainable_count)
+        cli.write_json(
+            workdir / "parameters.json",
+            {
+                "frozen": frozen_count,
+                "trainable": trainable_count,
+                "trainable_percent": share,
+                "modules": parameters.to_dict("records"),
+            },
+        )
+        checkpoints = Checkpoints(workdir / "checkpoints")
+
+    # ------------------------------------------------------------------ what will happen
+    print(
+        cli.table(
+            ("module", "shape", "frozen", "trainable"),
+            [
+                (r.module, "×".join(map(str, r.shape)), int(r.frozen), int(r.trainable))
+                for r in parameters.itertuples()
+            ]
+            + [("all", "", frozen_count, trainable_count)],
+        )
+    )
+    cut = sum(row.truncated for row in rows)
+    print(
+        f"trainable {share:.3f}% of the parameters; {taskset.name}: {len(taskset.tasks)} tasks, "
+        f"{len(rows)} examples, {cut} inputs cut to fit; {total} steps of {config.batch_size}"
+    )
+
+    # ------------------------------------------------------------------ training
+    if (start := checkpoints.latest() or 0) > 0:
+        state, _ = checkpoints.restore(state)
+        print(f"going on from step {start}")
+    metrics = cli.MetricsLog(workdir, start)
+    stop = StopRequest()
+    bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+    began, tokens, padded = time.perf_counter(), 0, 0
+    before = None  # the step before: read only once the next one is on its way
+    last = start
+
+    def log(report):
+        loss, norm = float(report.loss), float(report.gradient_norm)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {report.step}; the last good checkpoint is step "
+                f"{checkpoints.latest()}: lower optim.learning_rate or choose dtype float32"
+            )
+        values = {
+            "loss": loss,
+            "learning_rate": float(rate(report.step - 1)),
+            "gradient_norm": norm,
+            "tokens_per_second": tokens / (time.perf_counter() - began),
+            "padding_percent": 100 * padded / max(1, tokens + padded),
+            "examples": report.step * config.batch_size,
+            "loss_tokens": report.loss_tokens,
+        }
+        if report.step % config.log_every == 0 or report.step == total:
+            metrics.write(report.step, values)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {values['learning_rate']:.1e}, "
+            f"{values['tokens_per_second']:.0f} tokens/s, {values['padding_percent']:.0f}% padding"
+        )
+        bar.update()
+
+    def save(state):
+        checkpoints.save(state, {"seed": config.seed, "batch_size": config.batch_size})
+
+    steps = loop.train(state, frozen, batches.stream(start, total), accumulate, update)
+    for state, report in steps:
+        if before is not None:
+            log(before)
+        before, last = report, report.step
+        tokens, padded = tokens + report.tokens, padded + report.padded
+        if last == total or last % config.checkpoint_every == 0 or stop.asked:
+            log(before)
+            before = None
+            save(state)
+        if stop.asked:
+            break
+    bar.close()
+    metrics.close()
+    checkpoints.close()
+    if last < total:
+        raise SystemExit(f"stopped at step {last} of {total}; the same command goes on from there")
+
+    # ------------------------------------------------------------------ the adapter
+    if config.method == "lora":
+        peft.save(
+            workdir / "adapter",
+            jax.device_get(masks.combine(state.trainable, frozen)["lora"]),
+            rank=config.lora.rank,
+            alpha=config.lora.alpha_per_rank * config.lora.rank,
+            dropout=config.lora.dropout,
+            base_name=config.model,
+        )
+        print(f"adapter: {workdir / 'adapter'}")
+    print(f"{time.perf_counter() - began:.0f} s of training, {tokens:,} tokens; {workdir}")
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks for a checkpoint after the running step; a second one kills."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, _):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def said(text: str) -> None:
+    """A line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=functools.partial(cli.parse_flags, flags.FLAGS))
