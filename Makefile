@@ -28,12 +28,14 @@ help:
 	@echo "PYTHON=python3.13 chooses the interpreter (3.11 or newer), TESTS=tests/model the tests."
 
 quickstart: $(VENV)/run/ready $(BASE)
-	@echo "[2/4] the untuned base"
-	@$(VENV)/run/bin/python eval.py --config=configs/quickstart.py --workdir=$(RUN)/base
-	@echo "[3/4] training"
+	@echo "[2/4] training on toy tasks"
+	@$(VENV)/run/bin/python -c 'from jax_lora.data.toy import write_checkout; write_checkout("runs/toy")'
 	@$(VENV)/run/bin/python train.py --config=configs/quickstart.py --workdir=$(RUN)
-	@echo "[4/4] the base with its adapter"
-	@$(VENV)/run/bin/python eval.py --config=configs/quickstart.py --workdir=$(RUN)
+	@echo "[3/4] the untuned base, scored"
+	@$(VENV)/run/bin/python eval.py --workdir=$(RUN) --adapter=none
+	@echo "[4/4] the base with its adapter, scored"
+	@$(VENV)/run/bin/python eval.py --workdir=$(RUN)
+	@echo "All of it: $(RUN)"
 
 # The tests that read the small base skip where it cannot be fetched.
 test: $(VENV)/test/ready

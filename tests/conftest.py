@@ -25,3 +25,16 @@ def smollm2() -> Path:
     if not path.is_file():
         pytest.skip(f"no SmolLM2 GGUF: set JAX_LORA_SMOLLM2 or put it at {default}")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A GGUF file of a random two-layer LLaMA with a byte-level vocabulary."""
+    from tests.weights import builders
+
+    vocabulary = builders.tiny_bpe("gpt-2")
+    weights = builders.hf_weights(len(vocabulary["tokens"]))
+    small = {k: v if v.ndim == 1 else 0.1 * v for k, v in weights.items()}
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    builders.write_gguf(path, small, tokenizer=vocabulary)
+    return path

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "jax_lora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each floor may import of its siblings; __init__.py, notebook.py and cli.py stand on top of all of them.
+# What each floor may import of its siblings; __init__, notebook and cli stand on top of all.
 ARROWS = {
     "model": set(),
     "data": set(),

@@ -29,7 +29,7 @@ _ALPACA_BARE = (
 
 
 def alpaca(definition: str, text: str) -> str:
-    """The prompt of tloen/alpaca-lora (`templates/alpaca.json`), without an input where it is ""."""
+    """The prompt of tloen/alpaca-lora (`templates/alpaca.json`); it has a form without input."""
     template = _ALPACA_INPUT if text else _ALPACA_BARE
     return template.format(instruction=definition, input=text)
 

@@ -58,7 +58,7 @@ def greedy(
         }
         for i in range(depth)
     ]
-    room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
     caches = [jax.tree.map(lambda x, i=i: jnp.pad(x[i], room), kv) for i in range(depth)]
     block = Block(model.config, keep_kv=True)
     slots = jnp.arange(p + max_new_tokens)

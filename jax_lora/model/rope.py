@@ -87,10 +87,11 @@ def _yarn_amplitude(scaling: RopeScaling) -> float:
 
 
 def rotate(
-    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T heads H"]:
+    x: Float[Array, "B *heads T H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B *heads T H"]:
     """Turn the pairs (x[i], x[i + H/2]) of every head by their angles; float32 inside."""
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    heads = range(1, x.ndim - 2)
+    cos, sin = jnp.expand_dims(cos, heads), jnp.expand_dims(sin, heads)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -181,11 +181,11 @@ def make_step(
         value, grad = jax.value_and_grad(loss)(state.trainable, frozen, state.step, micro, tokens)
         return jax.tree.map(jnp.add, gradients, grad), total + value
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=0)
     def update(state, gradients):
         updates, opt = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return State(state.step + 1, trainable, opt), optax.global_norm(gradients)
+        return State(state.step + 1, trainable, opt), optax.tree.norm(gradients)
 
     return accumulate, update
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jax_lora.model import lora
 from jax_lora.weights import peft
 from tests.weights.builders import refusal
 

@@ -1,0 +1,87 @@
+"""Batches: every row once an epoch, few shapes, an order that is a function of (seed, step)."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_lora.data.batches import Batches, bucket_for
+from jax_lora.data.prompts import Row
+
+
+def rows(lengths, prompt=2):
+    return [Row(np.full(n, i + 1, np.int32), prompt, "", False) for i, n in enumerate(lengths)]
+
+
+def batches(lengths, **options):
+    settings = dict(
+        batch_size=4, seed=0, buckets=(8, 16), micro_tokens=32, answer_only=True, pad_id=0
+    )
+    return Batches(rows(lengths), **(settings | options))
+
+
+@given(
+    st.lists(st.integers(3, 16), min_size=1, max_size=30),
+    st.integers(1, 9),
+    st.integers(1, 64),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_an_epoch_holds_every_row_once(lengths, size, micro_tokens, answer_only):
+    made = batches(lengths, batch_size=size, micro_tokens=micro_tokens, answer_only=answer_only)
+    seen = []
+    for step in range(made.steps_per_epoch):
+        positions = []
+        for batch in made.at(step):
+            assert batch.tokens.shape == (
+                made.rows_of(batch.tokens.shape[1]),
+                batch.tokens.shape[1],
+            )
+            assert batch.tokens.shape[1] in (8, 16)
+            for r, n in enumerate(batch.lengths):
+                row = batch.tokens[r]
+                assert (row[:n] == row[0]).all() and (row[n:] == 0).all()
+                mask = np.zeros(len(row), bool)
+                mask[2 if answer_only else 1 : n] = n > 0
+                np.testing.assert_array_equal(batch.loss_mask[r], mask)
+                if n:
+                    seen.append(int(row[0]) - 1)
+                    positions.append(int(batch.position[r]))
+                    assert n == lengths[row[0] - 1]
+        assert sorted(positions) == list(range(len(positions)))
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_the_order_is_a_function_of_seed_and_step():
+    lengths = list(range(3, 16)) * 3
+    one, same, other = (batches(lengths, seed=seed) for seed in (1, 1, 2))
+    late = one.indices(17)
+    one.indices(3)
+    np.testing.assert_array_equal(late, same.indices(17))
+    assert (late != other.indices(17)).any()
+    epochs = [np.concatenate([one.indices(e * 10 + s) for s in range(10)]) for e in (0, 1)]
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_streaming_equals_asking():
+    made = batches(list(range(3, 16)))
+    for step, batch in enumerate(made.stream(2, 9), start=2):
+        for ours, theirs in zip(batch, made.at(step), strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_rows_share_micro_batches_with_their_like():
+    # Sorted from the longest down: two long rows fill one micro-batch, four short ones another.
+    made = batches([16, 5, 16, 6, 7, 8], batch_size=6)
+    assert [b.tokens.shape for b in made.at(0)] == [(2, 16), (4, 8)]
+    assert sum(b.tokens.size - b.lengths.sum() for b in made.at(0)) == 64 - 58
+
+
+def test_what_fits_nowhere_is_refused():
+    with pytest.raises(ValueError, match="a row has 17 tokens, expected at most .* 16"):
+        batches([17])
+    with pytest.raises(ValueError, match="training rows: found none"):
+        batches([])
+    with pytest.raises(ValueError, match="found 0 and 32"):
+        batches([4], batch_size=0)
+    assert bucket_for(8, (16, 8)) == 8

@@ -1,0 +1,121 @@
+"""From examples to scores through files, with a model that answers by rule."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jax_lora.data.instructions import read_checkout
+from jax_lora.data.prompts import Encoder
+from jax_lora.data.tasksets import draw
+from jax_lora.data.toy import write_checkout
+from jax_lora.evaluation import evaluate
+from jax_lora.weights.tokenizers import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_model, tmp_path_factory):
+    checkout = read_checkout(write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12))
+    sets = draw(checkout, 0, train_per_task=4, test_per_task=3)
+    encoder = Encoder(load_tokenizer(tiny_model), source_length=2048)
+    rows = [(example, encoder.prompt_row(example)) for example in sets["unseen"].examples]
+    return checkout, sets["unseen"].tasks, encoder, rows
+
+
+def oracle(encoder, rows, calls=None, right=lambda example: True):
+    """Generates the reference where `right`, else the word "wrong", and its end token."""
+    answers = {tuple(row.ids.tolist()): e.references[0] if right(e) else "wrong" for e, row in rows}
+    end = encoder.tokenizer.eos_token_id
+
+    def generate(tokens, lengths):
+        if calls is not None:
+            calls.append(tokens.shape)
+        out, count = np.zeros((len(tokens), 200), np.int32), np.zeros(len(tokens), np.int32)
+        for i, n in enumerate(lengths):
+            if n:
+                text = answers[tuple(tokens[i, :n].tolist())]
+                ids = [*encoder.tokenizer(text, add_special_tokens=False).input_ids, end]
+                out[i, : len(ids)], count[i] = ids, len(ids)
+        return out, count
+
+    def answer(rows):
+        return evaluate.predict(
+            generate,
+            encoder,
+            rows,
+            buckets=(256, 512, 1024),
+            batch_tokens=2048,
+            max_batch=4,
+            end_ids=(end,),
+        )
+
+    return answer
+
+
+def test_right_answers_score_full_marks(setting, tmp_path):
+    checkout, tasks, encoder, rows = setting
+    calls = []
+    evaluate.write_examples(tmp_path, rows)
+    evaluate.write_labels(tmp_path, checkout, tasks)
+    evaluate.write_predictions(tmp_path, rows, oracle(encoder, rows, calls), {"model": "oracle"})
+    scores = evaluate.score(tmp_path)
+    assert scores["metrics"]["exact_match"] == 100.0
+    assert scores["truncated"] == scores["unfinished"] == 0.0
+    assert scores["closed_label"]["out_of_options"] == 0.0
+    assert 0 < scores["closed_label"]["majority_baseline"] < 100
+    assert len(scores["tasks"]) == len(tasks)
+    assert len(set(calls)) <= 3  # one shape a bucket
+    line = json.loads((tmp_path / "examples.jsonl").read_text().splitlines()[0])
+    assert list(line) == ["task", "category", "id", "input", "prompt", "references"]
+
+
+def test_wrong_answers_are_out_of_options(setting, tmp_path):
+    checkout, tasks, encoder, rows = setting
+    closed = tasks[0]
+    evaluate.write_examples(tmp_path, rows)
+    evaluate.write_labels(tmp_path, checkout, tasks)
+    answer = oracle(encoder, rows, right=lambda e: e.task != closed)
+    evaluate.write_predictions(tmp_path, rows, answer, {})
+    scores = evaluate.score(tmp_path)
+    assert scores["tasks"][closed]["exact_match"] == 0.0
+    if "out_of_options" in scores["tasks"][closed]:
+        assert scores["tasks"][closed]["out_of_options"] == 100.0
+    expected = 100 * (1 - 1 / len(tasks))
+    assert scores["metrics"]["exact_match"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_interrupted_file_is_completed(setting, tmp_path):
+    _, _, encoder, rows = setting
+    answer, settings = oracle(encoder, rows), {"model": "oracle"}
+    evaluate.write_predictions(tmp_path / "whole", rows, answer, settings)
+    whole = (tmp_path / "whole" / "predictions.jsonl").read_text()
+
+    # As a kill leaves it: two batches and a half-written line.
+    folder = tmp_path / "cut"
+    evaluate.write_predictions(folder, rows[:5], answer, settings)
+    lines = (folder / "predictions.jsonl").read_text()
+    (folder / "predictions.jsonl").unlink()
+    (folder / "predictions.jsonl.partial").write_text(lines + '{"task": "tas')
+    assert evaluate.write_predictions(folder, rows, answer, settings) == 5
+    found = (folder / "predictions.jsonl").read_text()
+    assert sorted(found.splitlines()) == sorted(whole.splitlines())
+    assert not (folder / "predictions.jsonl.partial").exists()
+
+    def never(rows):
+        raise AssertionError("complete predictions were asked for again")
+
+    assert evaluate.write_predictions(folder, rows, never, settings) == len(rows)
+
+
+def test_other_settings_start_over(setting, tmp_path):
+    _, _, encoder, rows = setting
+    evaluate.write_predictions(tmp_path, rows, oracle(encoder, rows), {"model": "one"})
+    wrong = oracle(encoder, rows, right=lambda e: False)
+    assert evaluate.write_predictions(tmp_path, rows, wrong, {"model": "two"}) == 0
+    answers = evaluate.read_jsonl(tmp_path / "predictions.jsonl")
+    assert {a["prediction"] for a in answers} == {"wrong"}
+
+
+def test_a_folder_without_predictions_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected examples.jsonl and predictions.jsonl"):
+        evaluate.score(tmp_path)

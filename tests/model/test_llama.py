@@ -1,0 +1,82 @@
+"""The network against transformers, case by case (values recorded by tests/record.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.model.llama import Dropout, Llama
+from jax_lora.weights import hf
+from tests import reference
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(reference.RECORDED) as file:
+        return dict(file)
+
+
+def load(tmp_path, case):
+    config, base = hf.load(reference.write(tmp_path / case, case), "float32")
+    return config, {"params": base}
+
+
+@pytest.mark.parametrize("case", reference.CASES)
+def test_logits_equal_transformers(tmp_path, recorded, case):
+    config, variables = load(tmp_path, case)
+    logits = Llama(config, dtype=jnp.float32).apply(variables, reference.tokens())
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, recorded[f"{case}/logits"], rtol=0, atol=1e-4)
+
+
+def test_scan_remat_and_unroll_do_not_change_the_result(tmp_path):
+    config, variables = load(tmp_path, "gqa")
+
+    def value_and_grad(**options):
+        model = Llama(config, dtype=jnp.float32, **options)
+        run = lambda v: jnp.sum(model.apply(v, reference.tokens()) ** 2)  # noqa: E731
+        return jax.jit(jax.value_and_grad(run))(variables)
+
+    plain = value_and_grad()
+    for options in ({"remat": "full"}, {"unroll": 2}):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
+            value_and_grad(**options),
+            plain,
+        )
+
+
+def test_what_follows_a_token_cannot_influence_it(tmp_path):
+    config, variables = load(tmp_path, "gqa")
+    model, ids = Llama(config, dtype=jnp.float32), reference.tokens()
+    changed = ids.copy()
+    changed[:, 10:] = 0
+    before, after = (model.apply(variables, x)[:, :10] for x in (ids, changed))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_bfloat16_is_near_float32(tmp_path, recorded):
+    config, variables = load(tmp_path, "gqa")
+    logits = Llama(config, dtype=jnp.bfloat16).apply(variables, reference.tokens())
+    error = np.abs(logits - recorded["gqa/logits"]).mean()
+    assert 0 < error < 0.02
+
+
+def test_dropout_is_a_function_of_the_example_alone(tmp_path):
+    # The masks of one example are the same whatever it is batched with and however it is padded.
+    config, variables = load(tmp_path, "gqa")
+    variables["lora"] = reference.adapters()
+    model, ids = Llama(config, dtype=jnp.float32), jnp.asarray(reference.tokens())
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(2))
+    rate = jnp.float32(0.5)
+    together = model.apply(variables, ids, Dropout(keys, rate))
+    alone = model.apply(variables, ids[1:, :16], Dropout(keys[1:], rate))
+    np.testing.assert_allclose(together[1:, :16], alone, rtol=0, atol=1e-4)
+    other = model.apply(variables, ids, Dropout(keys[::-1], rate))
+    assert np.abs(other - together).max() > 0.1
+
+
+def test_an_unknown_remat_is_refused(tmp_path):
+    config, variables = load(tmp_path, "mha")
+    with pytest.raises(ValueError, match="remat: found 'some'"):
+        Llama(config, remat="some").apply(variables, reference.tokens())

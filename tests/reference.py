@@ -1,0 +1,140 @@
+"""Small LLaMAs of every kind, the same for the reference implementations and for ours.
+
+`record.py` runs transformers and PEFT on them and keeps what they say in `recorded/llama.npz`;
+the tests run ours and compare.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+RECORDED = Path(__file__).parent / "recorded" / "llama.npz"
+
+BASE: dict[str, Any] = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_act="silu",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    """The old keys, which transformers 5 still reads."""
+    return {"rope_scaling": {"rope_type": kind, "factor": 4.0, **more}}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "mqa": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "wide_heads": {"head_dim": 12, "num_key_value_heads": 2},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear": rope("linear"),
+    "dynamic": {**rope("dynamic"), "max_position_embeddings": 16},
+    "llama3": rope(
+        "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+    "yarn": rope("yarn", original_max_position_embeddings=16),
+}
+ADAPTED = "gqa"  # the case that adapters and decoding are recorded for
+RANK, ALPHA = 3, 6.0
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+END = 7  # ends an answer in the decoding case
+PROMPTS = ((3, 14, 15, 9, 26, 5, 35), (58,), (9, 7, 9, 3, 23, 8, 46, 26, 43, 38, 32))
+NEW_TOKENS = 12
+
+
+def config(case: str) -> dict[str, Any]:
+    """`config.json` of a case."""
+    return BASE | CASES[case]
+
+
+def state(case: str) -> dict[str, np.ndarray]:
+    """Random float32 weights under Hugging Face's names."""
+    c = config(case)
+    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    h = c.get("head_dim", d // c["num_attention_heads"])
+    q, kv = c["num_attention_heads"] * h, c["num_key_value_heads"] * h
+    rng = np.random.default_rng(sorted(CASES).index(case))
+    linear = {
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    out = {"model.embed_tokens.weight": rng.normal(size=(v, d))}
+    for i in range(c["num_hidden_layers"]):
+        for name, shape in linear.items():
+            out[f"model.layers.{i}.{name}.weight"] = rng.normal(size=shape) * shape[1] ** -0.5
+            if c.get("attention_bias" if "attn" in name else "mlp_bias"):
+                out[f"model.layers.{i}.{name}.bias"] = rng.normal(size=shape[:1])
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            out[f"model.layers.{i}.{name}.weight"] = 1 + 0.1 * rng.normal(size=d)
+    out["model.norm.weight"] = 1 + 0.1 * rng.normal(size=d)
+    if not c["tie_word_embeddings"]:
+        out["lm_head.weight"] = rng.normal(size=(v, d)) * d**-0.5
+    return {name: array.astype(np.float32) for name, array in out.items()}
+
+
+def write(folder: Path, case: str) -> Path:
+    """A Hugging Face folder of a case."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(case)))
+    save_file(state(case), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tokens() -> np.ndarray:
+    """(2, 24) ids, longer than the pretraining length of the scaled cases."""
+    return np.random.default_rng(99).integers(0, BASE["vocab_size"], (2, 24)).astype(np.int32)
+
+
+def loss_mask() -> np.ndarray:
+    """(2, 24): the tokens to predict, other numbers of them in the two rows."""
+    mask = np.zeros((2, 24), bool)
+    mask[0, 5:20], mask[1, 17:24] = True, True
+    return mask
+
+
+def adapters(rank: int = RANK) -> dict[str, Any]:
+    """Random adapters on every linear layer of the `gqa` case, in our layout."""
+    rng = np.random.default_rng(7)
+    d, f, kv = 32, 48, 16
+    sides = dict(
+        q_proj=(d, d),
+        k_proj=(d, kv),
+        v_proj=(d, kv),
+        o_proj=(d, d),
+        gate_proj=(d, f),
+        up_proj=(d, f),
+        down_proj=(f, d),
+    )
+    groups: dict[str, Any] = {}
+    for name, (wide, out) in sides.items():
+        group = groups.setdefault("self_attn" if name in TARGETS[:4] else "mlp", {})
+        group[name] = {
+            "a": rng.normal(size=(2, wide, rank)).astype(np.float32) * 0.2,
+            "b": rng.normal(size=(2, rank, out)).astype(np.float32) * 0.2,
+            "scale": np.full(2, ALPHA / RANK, np.float32),
+        }
+    return {"layers": groups}

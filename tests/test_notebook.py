@@ -1,0 +1,89 @@
+"""The notebook face: `jax_lora.load`, `LoadedModel`, `parameter_table`."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_lora
+from jax_lora.model import lora
+from jax_lora.weights import peft
+from tests import reference
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model):
+    """A Hugging Face folder, made by the library from the tiny GGUF."""
+    from jax_lora.weights import gguf, hf
+    from jax_lora.weights.tokenizers import load_tokenizer
+
+    target = tmp_path_factory.mktemp("hf") / "model"
+    config, base = gguf.load(tiny_model, "float32")
+    hf.save(target, config, base, load_tokenizer(tiny_model), "float32")
+    return target
+
+
+def test_folder_and_gguf_give_the_same_logits(folder, tiny_model):
+    ids = np.asarray([[5, 6, 7, 8]])
+    one, two = (jax_lora.load(source, dtype="float32") for source in (folder, tiny_model))
+    assert one.config == two.config
+    logits = one.logits(ids)
+    assert logits.shape == (1, 4, one.config.vocab_size) and logits.dtype == jnp.float32
+    np.testing.assert_array_equal(logits, two.logits(ids))
+
+
+def test_generate_continues_each_prompt_alone(tiny_model):
+    model = jax_lora.load(tiny_model, dtype="float32")
+    prompts = ["Hello world", "a", "the 123 the 456 the"]
+    together = model.generate(prompts, max_new_tokens=5)
+    assert together == [model.generate(p, max_new_tokens=5)[0] for p in prompts]
+    text = model.tokenizer(prompts[0]).input_ids
+    for _ in range(5):
+        text.append(int(model.logits([text])[0, -1].argmax()))
+    assert together[0] == model.tokenizer.decode(text[-5:], skip_special_tokens=True).strip()
+
+
+def test_an_adapter_is_applied_and_counted(tiny_model, tmp_path):
+    plain = jax_lora.load(tiny_model, dtype="float32")
+    adapters = lora.init(jax.random.key(0), plain.config, 4, alpha=8.0)
+    peft.save(tmp_path / "zero", adapters, rank=4, alpha=8.0)
+    with pytest.raises(ValueError, match="zero: every B is zero"):
+        jax_lora.load(tiny_model, adapter=tmp_path / "zero")
+    for leaf in adapters["layers"]["self_attn"].values():
+        leaf["b"] = jnp.ones_like(leaf["b"])
+    peft.save(tmp_path / "one", adapters, rank=4, alpha=8.0)
+    adapted = jax_lora.load(tiny_model, adapter=tmp_path / "one", dtype="float32")
+    ids = [[5, 6, 7]]
+    assert np.abs(adapted.logits(ids) - plain.logits(ids)).max() > 1e-2
+    table = adapted.parameters()
+    assert list(table.columns) == ["module", "shape", "frozen", "trainable"]
+    assert table.trainable.sum() == 4 * 2 * ((64 + 64) * 2 + (64 + 32) * 2)
+    assert table.frozen.sum() == plain.parameters().trainable.sum()
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model, tmp_path):
+    peft.save(tmp_path / "other", reference.adapters(), rank=reference.RANK, alpha=reference.ALPHA)
+    with pytest.raises(ValueError, match="adapter leaf .*: found .*, expected"):
+        jax_lora.load(tiny_model, adapter=tmp_path / "other")
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [[1.5]], [[100000]], [[-1]]])
+def test_bad_tokens_are_refused(tiny_model, ids):
+    with pytest.raises(ValueError, match="tokens: found"):
+        jax_lora.load(tiny_model).logits(ids)
+
+
+def test_tables_by_name_folder_and_file(folder, tiny_model):
+    assert jax_lora.parameter_table("llama-7b", rank=16).trainable.sum() == 16_777_216
+    by_folder, by_file = (jax_lora.parameter_table(x, rank=2) for x in (folder, tiny_model))
+    assert by_folder.equals(by_file)
+    with pytest.raises(FileNotFoundError, match="llama-8b"):
+        jax_lora.parameter_table("llama-8b", rank=16)
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import jax_lora, sys; dir(jax_lora); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

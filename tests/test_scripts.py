@@ -1,0 +1,290 @@
+"""train.py and eval.py as a user runs them, on a tiny model and our toy tasks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_lora.data.toy import write_checkout
+from tests.conftest import REPOSITORY
+
+SMALL = [
+    "--config.dtype=float32",
+    "--config.max_steps=6",
+    "--config.batch_size=8",
+    "--config.micro_tokens=1024",
+    "--config.checkpoint_every=2",
+    "--config.optim.warmup_steps=1",
+    "--config.optim.learning_rate=1e-3",
+    "--config.data.test_per_task=2",
+    "--config.data.train_per_task=4",
+    "--config.data.buckets=(384,768)",
+    "--config.data.source_length=640",
+    "--config.eval.buckets=(768,)",
+    "--config.eval.max_new_tokens=4",
+]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / script), *arguments]
+
+
+def training(model: Path, toy: Path, workdir: Path, *more: str) -> list[str]:
+    return command(
+        "train.py",
+        f"--config={REPOSITORY}/configs/lora.py:rank=2",
+        f"--config.model={model}",
+        f"--config.data.path={toy}",
+        f"--workdir={workdir}",
+        *SMALL,
+        *more,
+    )
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, toy, tmp_path_factory) -> Path:
+    """A run that trained and was scored."""
+    workdir = tmp_path_factory.mktemp("runs") / "r2"
+    trained = run(training(tiny_model, toy, workdir))
+    assert trained.returncode == 0, trained.stderr
+    assert "trainable" in trained.stdout and "lora.layers.self_attn.q_proj.a" in trained.stdout
+    scored = run(command("eval.py", f"--workdir={workdir}", "--sets=unseen"))
+    assert scored.returncode == 0, scored.stderr
+    assert "mean over tasks" in scored.stdout and "closed-label tasks" in scored.stdout
+    return workdir
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_folder_holds_what_the_house_promises(finished):
+    for name in (
+        "config.json",
+        "parameters.json",
+        "metrics.jsonl",
+        "checkpoints/6",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "eval/unseen/examples.jsonl",
+        "eval/unseen/predictions.jsonl",
+        "eval/unseen/scores.json",
+    ):
+        assert (finished / name).exists(), name
+    assert list((finished / "tensorboard").iterdir())
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["lora"]["rank"] == 2
+    assert {"versions", "device", "data_fingerprint"} <= config.keys()
+    counted = json.loads((finished / "parameters.json").read_text())
+    assert counted["trainable"] == 2 * 2 * ((64 + 64) * 2 + (64 + 32) * 2)
+    metrics = lines(finished)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(m["loss"]) and m["tokens_per_second"] > 0 for m in metrics)
+    assert metrics[0]["learning_rate"] == 0.0 and metrics[1]["learning_rate"] == 1e-3
+    row = json.loads((finished / "eval/unseen/predictions.jsonl").read_text().splitlines()[0])
+    assert {"id", "prediction", "truncated", "finished", "new_tokens"} <= row.keys()
+
+
+def test_the_adapter_folder_is_the_last_checkpoint(finished):
+    scored = run(
+        command(
+            "eval.py", f"--workdir={finished}", "--sets=unseen", f"--adapter={finished}/adapter"
+        )
+    )
+    assert scored.returncode == 0, scored.stderr
+    texts = [
+        sorted((finished / name / "unseen" / "predictions.jsonl").read_text().splitlines())
+        for name in ("eval", "eval-adapter")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_the_untuned_base_stands_beside(finished):
+    for arguments in (["--adapter=none"], []):
+        scored = run(command("eval.py", f"--workdir={finished}", "--sets=unseen", *arguments))
+        assert scored.returncode == 0, scored.stderr
+    assert "untuned EM" in scored.stdout
+    assert (finished / "eval-none/unseen/scores.json").is_file()
+
+
+def test_a_terminated_run_goes_on_to_the_same_end(tiny_model, toy, finished, tmp_path):
+    workdir = tmp_path / "r2"
+    process = subprocess.Popen(
+        training(tiny_model, toy, workdir),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    if process.returncode:  # it may have been at its end already
+        assert "the same command goes on from there" in stderr
+    again = run(training(tiny_model, toy, workdir))
+    assert again.returncode == 0, again.stderr
+    ours, theirs = lines(workdir), lines(finished)
+    assert [(m["step"], m["loss"]) for m in ours] == [(m["step"], m["loss"]) for m in theirs]
+    name = "adapter/adapter_model.safetensors"
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_full_fine_tuning_trains_and_scores(tiny_model, toy, tmp_path):
+    workdir = tmp_path / "full"
+    arguments = training(tiny_model, toy, workdir)
+    arguments[2] = f"--config={REPOSITORY}/configs/full.py"
+    trained = run(arguments)
+    assert trained.returncode == 0, trained.stderr
+    assert "trainable 100.000%" in trained.stdout and not (workdir / "adapter").exists()
+    scored = run(command("eval.py", f"--workdir={workdir}", "--sets=seen"))
+    assert scored.returncode == 0, scored.stderr
+
+
+# ---------------------------------------------------------------- bad input: a line, 2, nothing
+
+
+def refused(arguments: list[str], workdir: Path, *words: str) -> None:
+    before = sorted(workdir.rglob("*")) if workdir.exists() else None
+    result = run(arguments)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in said[0], said[0]
+    assert (sorted(workdir.rglob("*")) if workdir.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.lora.rnak=4", ("config.lora.rnak",)),
+        ("--config.lora.rank=0", ("lora rank: found 0", "at least 1")),
+        ("--config.lora.rank=-4", ("lora rank: found -4",)),
+        ("--config.lora.targets=('q_proj','query')", ("found query", "expected some of q_proj")),
+        ("--config.data.set=T99", ("found 'T99'", "T100")),
+        ("--config.optim.schedule=step", ("found 'step'", "linear")),
+        ("--config.lora.dropout=1.0", ("lora dropout: found 1.0",)),
+        ("--config.model=no/such-model", ("no/such-model",)),
+        ("--config.data.path=no-such-folder", ("no-such-folder",)),
+        ("--config.trainable=('lora/.*/c',)", ("lora/.*/c",)),
+        ("--config.data.source_length=20", ("source_length",)),
+    ],
+)
+def test_bad_flags(tiny_model, toy, tmp_path, flag, words):
+    refused(training(tiny_model, toy, tmp_path / "r", flag), tmp_path / "r", *words)
+
+
+def test_bad_config_files(tiny_model, toy, tmp_path):
+    for config, words in (
+        (f"{REPOSITORY}/configs/lora.py:rnak=4", ("rnak=4", "rank")),
+        (f"{REPOSITORY}/configs/lora.py:rank=four", ("rank is 'four'", "int")),
+        (f"{REPOSITORY}/configs/nothing.py", ("nothing.py",)),
+    ):
+        arguments = training(tiny_model, toy, tmp_path / "r")
+        arguments[2] = f"--config={config}"
+        refused(arguments, tmp_path / "r", *words)
+
+
+def spoil_split(toy):
+    (toy / "splits/default/train_tasks.txt").write_text("")
+    return ("train_tasks.txt", "no task names")
+
+
+def drop_split(toy):
+    (toy / "splits/default/test_tasks.txt").unlink()
+    return ("test_tasks.txt", "no such file")
+
+
+def drop_task(toy):
+    path = sorted((toy / "tasks").iterdir())[0]
+    path.unlink()
+    return (path.stem, "no such file")
+
+
+def cut_task(toy):
+    path = sorted((toy / "tasks").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:1000])
+    return (path.name, "not valid JSON")
+
+
+def empty_output(toy):
+    path = sorted((toy / "tasks").iterdir())[0]
+    record = json.loads(path.read_text())
+    record["Instances"][3]["output"] = []
+    path.write_text(json.dumps(record))
+    return (path.name, "instance 3", "output")
+
+
+@pytest.mark.parametrize("spoil", [spoil_split, drop_split, drop_task, cut_task, empty_output])
+def test_bad_checkouts(tiny_model, toy, tmp_path, spoil):
+    shutil.copytree(toy, tmp_path / "toy")
+    words = spoil(tmp_path / "toy")
+    refused(training(tiny_model, tmp_path / "toy", tmp_path / "r"), tmp_path / "r", *words)
+
+
+def test_bad_models(toy, tmp_path, tiny_model):
+    from jax_lora.weights import gguf, hf
+    from jax_lora.weights.tokenizers import load_tokenizer
+    from tests.weights import builders
+
+    config, base = gguf.load(tiny_model, "float32")
+    folder = tmp_path / "shards"
+    hf.save(folder, config, base, load_tokenizer(tiny_model), "float32", shard_bytes=200_000)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    empty = tmp_path / "empty"
+    shutil.copytree(folder, empty)
+    for path in empty.glob("*.safetensors*"):
+        path.unlink()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_model.read_bytes()[:-5000])
+    other = tmp_path / "other.gguf"
+    builders.write_gguf(other, builders.hf_weights(), architecture="qwen2")
+    for model, words in (
+        (folder, (shard.name,)),
+        (empty, ("empty", "safetensors")),
+        (cut, ("cut.gguf",)),
+        (other, ("other.gguf", "qwen2")),
+    ):
+        refused(training(model, toy, tmp_path / "r"), tmp_path / "r", *words)
+
+
+def test_a_folder_of_another_run(tiny_model, toy, finished):
+    refused(
+        training(tiny_model, toy, finished, "--config.lora.rank=3"), finished, "config.lora.rank"
+    )
+
+
+def test_a_folder_that_cannot_be_written(tiny_model, toy, tmp_path):
+    # Root may write anywhere, so the place is one that no one can write to.
+    place = Path("/proc/no-such-run")
+    refused(training(tiny_model, toy, place), place, "/proc/no-such-run")
+
+
+def test_scoring_what_is_not_there(tmp_path, finished):
+    refused(command("eval.py", f"--workdir={tmp_path}/r"), tmp_path / "r", "config.json")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(finished / "config.json", bare)
+    refused(command("eval.py", f"--workdir={bare}"), bare, "no checkpoint")
+    refused(command("eval.py", f"--workdir={finished}", "--sets=all"), finished, "'all'")

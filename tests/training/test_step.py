@@ -1,0 +1,186 @@
+"""A step: what it changes, what it leaves, and that cutting the batch does not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_lora.data.batches import Batch
+from jax_lora.model import lora
+from jax_lora.model.config import LINEAR, LlamaConfig
+from jax_lora.model.llama import Llama
+from jax_lora.training import loop, masks
+from jax_lora.training.step import (
+    Micro,
+    State,
+    adamw,
+    loss_sum,
+    make_step,
+    schedule,
+)
+from tests import reference
+
+TINY = LlamaConfig(61, 32, 48, 2, 4, 2, 8)
+MODEL = Llama(TINY, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(reference.RECORDED) as file:
+        return dict(file)
+
+
+def variables():
+    params = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    adapters = lora.init(jax.random.key(1), TINY, 4, alpha=8.0, targets=LINEAR)
+    return {"params": params, "lora": adapters}
+
+
+def global_batch(cut: int, examples: int = 8):
+    """The same `examples` rows, as micro-batches of `cut` rows."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, 61, (examples, 16)).astype(np.int32)
+    lengths = rng.integers(6, 17, examples).astype(np.int32)
+    mask = (np.arange(16) >= 3) & (np.arange(16) < lengths[:, None])
+    whole = Batch(tokens, mask, np.arange(examples, dtype=np.int32), lengths)
+    parts = (whole.tokens, whole.loss_mask, whole.position, whole.lengths)
+    return [Batch(*(x[i : i + cut] for x in parts)) for i in range(0, examples, cut)]
+
+
+def run(rules, batches, steps=2, dropout=0.1, rate=1e-2, optimizer=None):
+    everything = variables()
+    trainable, frozen = masks.partition(everything, masks.mask(everything, *rules))
+    optimizer = optimizer or adamw(optax.constant_schedule(rate))
+    functions = make_step(MODEL, optimizer, seed=3, dropout_rate=dropout, loss_chunk=8)
+    start = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    steps_taken = list(loop.train(start, frozen, [batches] * steps, *functions))
+    return everything, steps_taken[-1][0], frozen, [report for _, report in steps_taken]
+
+
+def test_a_step_changes_what_trains_and_nothing_else():
+    before, state, frozen, _ = run(masks.LORA, global_batch(8))
+    after = masks.combine(state.trainable, frozen)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        name = masks.leaf_name(path)
+        old = before
+        for key in path:
+            old = old[key.key]
+        same = bool(jnp.all(leaf == old))
+        assert same == (not name.endswith(("/a", "/b"))), name
+
+
+def test_optimizer_state_exists_for_trainable_leaves_only():
+    _, state, _, _ = run(masks.LORA, global_batch(8), steps=1)
+    moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+    sizes = [x.size for x in jax.tree.leaves(state.trainable)]
+    assert sorted(x.size for x in moments) == sorted(sizes * 2)
+    assert len(sizes) == 2 * len(LINEAR)
+
+
+def test_full_fine_tuning_is_the_same_code():
+    full = ((r"params/.*",), (r"lora/.*",))
+    before, state, _, reports = run(full, global_batch(8), steps=3)
+    assert reports[-1].loss < reports[0].loss
+    changed = jax.tree.map(
+        lambda x, y: bool(jnp.any(x != y)), before["params"], state.trainable["params"]
+    )
+    assert all(jax.tree.leaves(changed))
+
+
+@pytest.mark.parametrize("cut", [4, 1])
+def test_cutting_the_global_batch_changes_only_rounding(cut):
+    # 1 × 8, 2 × 4 and 8 × 1, dropout on: the same loss and the same update (plain SGD: Adam turns
+    # rounding of near-zero gradients into whole steps).
+    sgd = optax.sgd(0.1)
+    whole, parts = (
+        run(masks.LORA, global_batch(n), steps=2, dropout=0.5, optimizer=sgd) for n in (8, cut)
+    )
+    for one, other in zip(whole[3], parts[3], strict=True):
+        np.testing.assert_allclose(one.loss, other.loss, rtol=1e-6)
+    for x, y in zip(
+        jax.tree.leaves(whole[1].trainable), jax.tree.leaves(parts[1].trainable), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
+
+
+def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
+    # B is drawn and nothing moves, so losses differ by their masks alone.
+    everything = variables()
+    for group in everything["lora"]["layers"].values():
+        for leaf in group.values():
+            leaf["b"] = jax.random.normal(jax.random.key(4), leaf["b"].shape)
+    trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
+
+    def losses(rate):
+        still = optax.sgd(0.0)
+        functions = make_step(MODEL, still, seed=3, dropout_rate=rate)
+        state = State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), still.init(None))
+        taken = loop.train(state, frozen, [global_batch(8)] * 3, *functions)
+        return [float(report.loss) for _, report in taken]
+
+    assert len(set(losses(0.0))) == 1
+    assert len(set(losses(0.2))) == 3
+
+
+def test_chunks_equal_the_plain_loss():
+    batch = global_batch(8)[0]
+    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.position)))
+    params = {"params": variables()["params"]}
+
+    def plain(v):
+        logits = MODEL.apply(v, micro.tokens)[:, :-1]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, micro.tokens[:, 1:])
+        return jnp.sum(each * micro.loss_mask[:, 1:])
+
+    for chunk in (5, 16, 1000):
+        ours = lambda v, chunk=chunk: loss_sum(MODEL, v, micro, None, chunk)  # noqa: E731
+        (value, grads), (expected, reference_grads) = (
+            jax.value_and_grad(f)(params) for f in (ours, plain)
+        )
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), grads, reference_grads
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_schedules_equal_transformers(recorded, kind):
+    ours = schedule(kind, 1.0, 5, 30)
+    rates = [float(ours(step)) for step in range(30)]
+    np.testing.assert_allclose(rates, recorded[f"schedule/{kind}"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("step", 1.0, 5, 30), "schedule: found 'step'"),
+        (("linear", 1.0, 30, 30), "warmup_steps: found 30, expected 0 to 29"),
+    ],
+)
+def test_bad_schedules_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schedule(*arguments)
+
+
+def test_a_bad_dropout_rate_is_refused():
+    with pytest.raises(ValueError, match="lora dropout: found 1.0"):
+        make_step(MODEL, optax.sgd(1.0), seed=0, dropout_rate=1.0)
+
+
+def test_the_clip_sees_the_trainable_gradient_alone():
+    # The reported norm is that of the gradients of A and B; at step 0 only B's are not zero.
+    _, _, _, reports = run(masks.LORA, global_batch(8), steps=1, dropout=0.0)
+    everything = variables()
+    batch = global_batch(8)[0]
+    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.position)))
+
+    def loss(adapters):
+        return loss_sum(MODEL, everything | {"lora": adapters}, micro, None, 16)
+
+    gradients = jax.grad(loss)(everything["lora"])
+    for group in gradients["layers"].values():
+        for leaf in group.values():
+            leaf["scale"] = jnp.zeros(())
+    expected = optax.tree.norm(gradients) / reports[0].loss_tokens
+    np.testing.assert_allclose(reports[0].gradient_norm, expected, rtol=1e-5)
