@@ -3,7 +3,7 @@
     python convert.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2 --dtype=float32
 
 The new folder holds config.json, safetensors, generation_config.json and the tokenizer; it
-appears whole or not at all. It needs as much memory as the model has bytes in that dtype.
+appears whole or not at all. It needs memory for the model in that dtype and one shard of it.
 """
 
 from __future__ import annotations

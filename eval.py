@@ -10,40 +10,52 @@ command goes on after an interruption, and only scores where all answers are the
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from jax_lora import cli
+from jax_lora.data.batches import bucket_for
+from jax_lora.data.prompts import Encoder
+from jax_lora.data.tasksets import draw
+from jax_lora.decoding.greedy import greedy
 from jax_lora.evaluation import evaluate
+from jax_lora.model import lora
+from jax_lora.model.llama import Llama
+from jax_lora.planning import counts
+from jax_lora.training import masks
+from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.weights import base as base_weights
+from jax_lora.weights import peft
+from jax_lora.weights.hf import read_json
+from jax_lora.weights.tokenizers import load_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")
 _SETS = flags.DEFINE_list("sets", ["seen", "unseen"], "test sets: seen, unseen")
 _ADAPTER = flags.DEFINE_string(
     "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "instead of the config's")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "instead of the config's", lower_bound=1
+)
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    # ------------------------------------------------------------------ imports that take seconds
-    import jax.numpy as jnp
-
-    from jax_lora.data.prompts import Encoder
-    from jax_lora.data.tasksets import draw
-    from jax_lora.decoding.greedy import greedy
-    from jax_lora.model.llama import Llama
-    from jax_lora.weights.tokenizers import load_tokenizer
-
     with cli.input_errors():
         # -------------------------------------------------------------- the run
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected a folder that train.py made")
         workdir = Path(_WORKDIR.value)
-        run = cli.read_json(workdir / "config.json")
-        config = ConfigDict(run["config"])
+        run = read_json(workdir / "config.json")
+        if not isinstance(run, dict) or "data_fingerprint" not in run:
+            raise ValueError(f"{workdir}/config.json: found no run's config, expected train.py's")
+        config: Any = ConfigDict(run["config"])
         for name in _SETS.value:
             if name not in ("seen", "unseen"):
                 raise ValueError(f"--sets: found {name!r}, expected seen, unseen or both")
@@ -69,11 +81,18 @@ def main(_):
             name: [(example, encoder.prompt_row(example)) for example in sets[name].examples]
             for name in _SETS.value
         }
+        longest = max(len(row.ids) for pairs in rows.values() for _, row in pairs)
+        bucket_for(longest, config.eval.buckets)
 
         # -------------------------------------------------------------- the model
         model_config, variables, origin = load_variables(workdir, config)
         model = Llama(model_config, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
+        settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": run["config"]}
+        for name in _SETS.value:
+            folder = workdir / folder_name() / name
+            evaluate.write_examples(folder, rows[name])
+            evaluate.write_labels(folder, checkout, sets[name].tasks)
 
     # ------------------------------------------------------------------ answers and scores
     generate = functools.partial(
@@ -88,18 +107,24 @@ def main(_):
         max_batch=config.eval.max_batch,
         end_ids=end_ids,
     )
-    settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": run["config"]}
-    for name in _SETS.value:
-        folder = workdir / folder_name() / name
-        evaluate.write_examples(folder, rows[name])
-        evaluate.write_labels(folder, checkout, sets[name].tasks)
-        evaluate.write_predictions(folder, rows[name], answer, settings)
-        scores = evaluate.score(folder)
-        cli.write_json(folder / "scores.json", scores)
-        untuned = workdir / "eval-none" / name / "scores.json"
-        before = cli.read_json(untuned) if untuned.is_file() and _ADAPTER.value != "none" else None
-        print(f"\n{name}: {origin}\n{score_table(scores, before)}")
-        print(f"{folder / 'scores.json'}", flush=True)
+    with cli.running(lambda: "the same command goes on from the answers that are written"):
+        for name in _SETS.value:
+            folder = workdir / folder_name() / name
+            evaluate.write_predictions(folder, rows[name], answer, settings)
+            scores = evaluate.score(folder)
+            cli.write_json(folder / "scores.json", scores)
+            before = untuned_scores(workdir / "eval-none" / name, settings)
+            print(f"\n{name}: {origin}\n{score_table(scores, before)}")
+            print(f"{folder / 'scores.json'}", flush=True)
+
+
+def untuned_scores(folder: Path, settings: dict) -> dict | None:
+    """The untuned base's scores to put beside, where they were made with the same settings."""
+    if _ADAPTER.value == "none" or not (folder / "scores.json").is_file():
+        return None
+    theirs = read_json(folder / "settings.json")
+    same = theirs | {"origin": None} == settings | {"origin": None}
+    return read_json(folder / "scores.json") if same else None
 
 
 def folder_name() -> str:
@@ -109,17 +134,8 @@ def folder_name() -> str:
     return f"eval-{Path(_ADAPTER.value).resolve().name if _ADAPTER.value != 'none' else 'none'}"
 
 
-def load_variables(workdir: Path, config: ConfigDict):
+def load_variables(workdir: Path, config: Any):
     """(model config, variables to score, what they are: goes into settings.json)."""
-    import jax
-
-    from jax_lora.model import lora
-    from jax_lora.planning import counts
-    from jax_lora.training import masks
-    from jax_lora.training.checkpoints import Checkpoints
-    from jax_lora.weights import base as base_weights
-    from jax_lora.weights import peft
-
     model_config = base_weights.read_config(config.model)
     if _ADAPTER.value == "none":
         _, params = base_weights.load(config.model, config.dtype)
@@ -130,8 +146,10 @@ def load_variables(workdir: Path, config: ConfigDict):
         if lora.does_nothing(adapters):
             raise ValueError(f"{_ADAPTER.value}: every B is zero, expected a trained adapter")
         _, params = base_weights.load(config.model, config.dtype)
-        variables = {"params": params, "lora": jax.tree.map(jax.numpy.asarray, adapters)}
-        return model_config, variables, f"{config.model} with {_ADAPTER.value}"
+        variables = {"params": params, "lora": jax.tree.map(jnp.asarray, adapters)}
+        content = (Path(_ADAPTER.value) / "adapter_model.safetensors").read_bytes()
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        return model_config, variables, f"{config.model} with {_ADAPTER.value} ({digest})"
 
     # The folder must exist before Orbax looks into it: it would make it.
     checkpoints = workdir / "checkpoints"
@@ -155,6 +173,8 @@ def load_variables(workdir: Path, config: ConfigDict):
     variables = shapes | {"params": cli.load_base(config.model, config.dtype, trains["params"])}
     trainable, frozen = masks.partition(variables, trains)
     variables = masks.combine(manager.restore_trainable(trainable), frozen)
+    # Master copies of the base are for training; answers are made in the dtype of the arithmetic.
+    variables["params"] = jax.tree.map(lambda x: x.astype(config.dtype), variables["params"])
     if config.method == "lora" and lora.does_nothing(variables["lora"]):
         raise ValueError(f"{checkpoints}: every B is zero, expected a trained adapter")
     return model_config, variables, f"{config.model} after step {manager.latest()}"
@@ -171,7 +191,16 @@ def score_table(scores: dict, before: dict | None) -> str:
         if before:
             row += [before["tasks"][name][key] for key in ("exact_match", "rougeL")]
         rows.append(row)
-    official, count = scores["metrics"], sum(t["examples"] for t in scores["tasks"].values())
+    official = scores["metrics"]
+    for category in sorted({task["category"] for task in scores["tasks"].values()}):
+        key = "_".join(category.lower().split())
+        own = [t["examples"] for t in scores["tasks"].values() if t["category"] == category]
+        row = [f"category {category}"[:44], sum(own)]
+        row += [official[f"exact_match_for_{key}"], official[f"rougeL_for_{key}"], None, None]
+        if before:
+            row += [before["metrics"][f"{m}_for_{key}"] for m in ("exact_match", "rougeL")]
+        rows.append(row)
+    count = sum(t["examples"] for t in scores["tasks"].values())
     for label, suffix in (("mean over examples", ""), ("mean over tasks", "_over_tasks")):
         row = [label, count, official[f"exact_match{suffix}"], official[f"rougeL{suffix}"]]
         row += [None, None]

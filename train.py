@@ -12,15 +12,32 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import tqdm
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from jax_lora import cli
+from jax_lora.data.batches import Batches, bucket_for
+from jax_lora.data.prompts import Encoder
+from jax_lora.data.tasksets import draw
+from jax_lora.model import lora
+from jax_lora.model.llama import Llama
+from jax_lora.planning import counts
+from jax_lora.training import loop, masks
+from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.step import State, adamw, make_step, schedule
+from jax_lora.weights import base as base_weights
+from jax_lora.weights import peft
+from jax_lora.weights.tokenizers import load_tokenizer
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
@@ -28,36 +45,31 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-    # ------------------------------------------------------------------ imports that take seconds
-    import jax
-    import jax.numpy as jnp
-    import tqdm
-
-    from jax_lora.data.batches import Batches
-    from jax_lora.data.prompts import Encoder
-    from jax_lora.data.tasksets import draw
-    from jax_lora.model import lora
-    from jax_lora.model.llama import Llama
-    from jax_lora.planning import counts
-    from jax_lora.training import loop, masks
-    from jax_lora.training.checkpoints import Checkpoints
-    from jax_lora.training.step import State, adamw, make_step, schedule
-    from jax_lora.weights import base as base_weights
-    from jax_lora.weights import peft
-    from jax_lora.weights.tokenizers import load_tokenizer
-
     with cli.input_errors():
         # -------------------------------------------------------------- input, before any compute
-        config: ConfigDict = _CONFIG.value
+        config: Any = _CONFIG.value  # ConfigDict's attributes have no types
+        if config is None:
+            raise ValueError("--config: found none, expected a file such as configs/lora.py")
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected the run's folder")
         workdir = Path(_WORKDIR.value)
         for key in ("model", "data.path"):
             if not config[key]:
                 raise ValueError(f"--config.{key}: found none, expected a folder or a hub id")
-        if config.method not in ("lora", "full"):
-            raise ValueError(f"--config.method: found {config.method!r}, expected lora or full")
+        for key, values in (("method", ("lora", "full")), ("data.answer", ("first", "random"))):
+            if config[key] not in values:
+                raise ValueError(f"--config.{key}: found {config[key]!r}, expected one of {values}")
+        for key in ("epochs", "log_every", "checkpoint_every", "unroll", "eval.max_new_tokens"):
+            if config[key] < 1:
+                raise ValueError(f"--config.{key}: found {config[key]}, expected at least 1")
+        if config.seed < 0 or len(config.data.sizes) != 3:
+            raise ValueError(
+                f"--config.seed and data.sizes: found {config.seed} and {config.data.sizes}, "
+                "expected 0 or more and three sizes"
+            )
+        bucket_for(config.data.source_length, config.eval.buckets)
         o = config.optim
+        model_config = base_weights.read_config(config.model)
         if config.method == "lora":
             lora.check_rank(config.lora.rank)
             lora.check_targets(config.lora.targets)
@@ -88,7 +100,13 @@ def main(_):
             config.data.source_length,
             config.data.target_length,
         )
-        rows = [encoder.training_row(example) for example in taskset.examples]
+        rows = []
+        for example in taskset.examples:
+            answer = example.references[0]
+            if config.data.answer == "random":
+                chance = random.Random(f"{config.seed} {example.task} {example.id}")
+                answer = chance.choice(example.references)
+            rows.append(encoder.training_row(example, answer))
         batches = Batches(
             rows,
             batch_size=config.batch_size,
@@ -104,10 +122,9 @@ def main(_):
 
         # -------------------------------------------------------------- model, adapters, mask
         said("loading the base model")
-        model_config = base_weights.read_config(config.model)
         shapes = {"params": counts.base_shapes(model_config)}
         if config.method == "lora":
-            adapters = lora.init(
+            shapes["lora"] = lora.init(
                 jax.random.key(config.seed),
                 model_config,
                 config.lora.rank,
@@ -115,17 +132,15 @@ def main(_):
                 targets=config.lora.targets,
                 a_init=config.lora.a_init,
             )
-            shapes["lora"] = adapters
         trains = masks.mask(shapes, config.trainable, config.frozen)
         params = cli.load_base(config.model, config.dtype, trains["params"])
-        variables = {"params": params, **({"lora": adapters} if "lora" in shapes else {})}
+        variables = shapes | {"params": params}
         parameters = counts.table(variables, trains)
         trainable, frozen = masks.partition(variables, trains)
-        del variables, params
-
         model = Llama(
             model_config, dtype=jnp.dtype(config.dtype), remat=config.remat, unroll=config.unroll
         )
+        jax.eval_shape(model.apply, variables, jnp.zeros((1, 2), jnp.int32))  # checks the module
         optimizer = adamw(
             rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
         )
@@ -136,32 +151,41 @@ def main(_):
             dropout_rate=config.lora.dropout if config.method == "lora" else 0.0,
         )
         state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+        base_trains = any(jax.tree.leaves(trains["params"]))
+        del shapes, params, variables, trainable  # a resumed run holds one copy of what trains
 
         # -------------------------------------------------------------- the folder
         device = jax.devices()[0]
         resolved["versions"] = cli.versions()
         resolved["device"] = f"{len(jax.devices())} × {device.device_kind} ({device.platform})"
-        cli.write_json(workdir / "config.json", resolved)
-        frozen_count, trainable_count = (int(parameters[k].sum()) for k in ("frozen", "trainable"))
-        share = 100 * trainable_count / (frozen_count + trainable_count)
-        cli.write_json(
-            workdir / "parameters.json",
-            {
-                "frozen": frozen_count,
-                "trainable": trainable_count,
-                "trainable_percent": share,
-                "modules": parameters.to_dict("records"),
-            },
+        frozen_count, trainable_count = (
+            int(parameters[k].to_numpy().sum()) for k in ("frozen", "trainable")
         )
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        share = 100 * trainable_count / (frozen_count + trainable_count)
+        with cli.all_or_nothing(workdir):
+            cli.write_json(workdir / "config.json", resolved)
+            cli.write_json(
+                workdir / "parameters.json",
+                {
+                    "frozen": frozen_count,
+                    "trainable": trainable_count,
+                    "trainable_percent": share,
+                    "modules": parameters.to_dict("records"),
+                },
+            )
+            checkpoints = Checkpoints(workdir / "checkpoints")
+            start = checkpoints.latest() or 0
+            if start:
+                state = checkpoints.restore(state)
+            metrics = cli.MetricsLog(workdir, start)
 
     # ------------------------------------------------------------------ what will happen
     print(
         cli.table(
             ("module", "shape", "frozen", "trainable"),
             [
-                (r.module, "×".join(map(str, r.shape)), int(r.frozen), int(r.trainable))
-                for r in parameters.itertuples()
+                (r["module"], "×".join(map(str, r["shape"])), r["frozen"], r["trainable"])
+                for r in parameters.to_dict("records")
             ]
             + [("all", "", frozen_count, trainable_count)],
         )
@@ -173,10 +197,8 @@ def main(_):
     )
 
     # ------------------------------------------------------------------ training
-    if (start := checkpoints.latest() or 0) > 0:
-        state, _ = checkpoints.restore(state)
+    if start:
         print(f"going on from step {start}")
-    metrics = cli.MetricsLog(workdir, start)
     stop = StopRequest()
     bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
     began, tokens, padded = time.perf_counter(), 0, 0
@@ -185,18 +207,18 @@ def main(_):
 
     def log(report):
         loss, norm = float(report.loss), float(report.gradient_norm)
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"the loss is {loss} at step {report.step}; the last good checkpoint is step "
-                f"{checkpoints.latest()}: lower optim.learning_rate or choose dtype float32"
+                f"loss {loss} and gradient norm {norm} at step {report.step}: try a lower "
+                "optim.learning_rate in another --workdir"
             )
         values = {
             "loss": loss,
-            "learning_rate": float(rate(report.step - 1)),
+            "learning_rate": float(jnp.asarray(rate(report.step - 1))),
             "gradient_norm": norm,
             "tokens_per_second": tokens / (time.perf_counter() - began),
             "padding_percent": 100 * padded / max(1, tokens + padded),
-            "examples": report.step * config.batch_size,
+            "examples": batches.examples_until(report.step),
             "loss_tokens": report.loss_tokens,
         }
         if report.step % config.log_every == 0 or report.step == total:
@@ -207,38 +229,45 @@ def main(_):
         )
         bar.update()
 
-    def save(state):
-        checkpoints.save(state, {"seed": config.seed, "batch_size": config.batch_size})
+    def what_stays():
+        step = checkpoints.latest()
+        if step is None:
+            return "there is no checkpoint yet, the same command starts over"
+        return f"the last checkpoint is step {step}, the same command goes on there"
 
-    steps = loop.train(state, frozen, batches.stream(start, total), accumulate, update)
-    for state, report in steps:
-        if before is not None:
-            log(before)
-        before, last = report, report.step
-        tokens, padded = tokens + report.tokens, padded + report.padded
-        if last == total or last % config.checkpoint_every == 0 or stop.asked:
-            log(before)
-            before = None
-            save(state)
-        if stop.asked:
-            break
-    bar.close()
-    metrics.close()
-    checkpoints.close()
-    if last < total:
-        raise SystemExit(f"stopped at step {last} of {total}; the same command goes on from there")
+    with cli.running(what_stays):
+        steps = loop.train(state, frozen, batches.stream(start, total), accumulate, update)
+        for state, report in steps:
+            if before is not None:
+                log(before)
+            before, last = report, report.step
+            tokens, padded = tokens + report.tokens, padded + report.padded
+            stopping = stop.asked
+            if last == total or last % config.checkpoint_every == 0 or stopping:
+                log(before)
+                before = None
+                checkpoints.save(state)
+            if stopping:
+                break
+        bar.close()
+        metrics.close()
+        checkpoints.close()
+        if last < total:
+            raise SystemExit(f"stopped at step {last} of {total}; the same command goes on there")
 
-    # ------------------------------------------------------------------ the adapter
-    if config.method == "lora":
-        peft.save(
-            workdir / "adapter",
-            jax.device_get(masks.combine(state.trainable, frozen)["lora"]),
-            rank=config.lora.rank,
-            alpha=config.lora.alpha_per_rank * config.lora.rank,
-            dropout=config.lora.dropout,
-            base_name=config.model,
-        )
-        print(f"adapter: {workdir / 'adapter'}")
+        # -------------------------------------------------------------- the adapter
+        if config.method == "lora":
+            peft.save(
+                workdir / "adapter",
+                jax.device_get(masks.combine(state.trainable, frozen)["lora"]),
+                rank=config.lora.rank,
+                alpha=config.lora.alpha_per_rank * config.lora.rank,
+                dropout=config.lora.dropout,
+                base_name=config.model,
+            )
+            print(f"adapter: {workdir / 'adapter'}")
+            if base_trains:
+                print("it holds A and B alone; what else trained is in the checkpoint")
     print(f"{time.perf_counter() - began:.0f} s of training, {tokens:,} tokens; {workdir}")
 
 

@@ -4,11 +4,13 @@ The values are the paper's (section 2.3), and where it is silent those of the co
 on (tloen/alpaca-lora). Override any key on the command line: --config.optim.learning_rate=1e-4
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
+def get_config() -> Any:  # a ConfigDict, whose attributes have no types
+    config: Any = ConfigDict()
 
     # ---- the run
     config.seed = 0  # of A's draw, the data order and dropout
@@ -46,6 +48,7 @@ def get_config() -> ConfigDict:
     config.data.train_per_task = 100  # examples
     config.data.test_per_task = 100  # examples, seen and unseen
     config.data.template = "alpaca"  # or "tk"
+    config.data.answer = "first"  # which of several gold outputs to train on; or "random"
     config.data.answer_only = False  # loss on the answer alone; False: on the prompt too
     config.data.source_length = 1024  # tokens of a prompt; a longer input loses its end
     config.data.target_length = 128  # tokens set aside for the answer
@@ -71,7 +74,7 @@ def get_config() -> ConfigDict:
     return config
 
 
-def override(config: ConfigDict, arg: str | None, **keys: str) -> ConfigDict:
+def override(config: Any, arg: str | None, **keys: str) -> Any:
     """Apply the part behind the colon of --config=FILE:name=value,name=value.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, read_checkout
 from jax_lora.weights import base as base_weights
+from jax_lora.weights.hf import read_json
 
 
 @contextmanager
@@ -34,6 +37,33 @@ def input_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+@contextmanager
+def running(what_stays: Callable[[], str]) -> Iterator[None]:
+    """Turn a fault of the enclosed run into one line and exit code 1.
+
+    Args:
+      what_stays: says what is safe and how to go on.
+    """
+    try:
+        yield
+    except (OSError, FloatingPointError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"\nerror: {text}; {what_stays()}\n")
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """Remove a folder that the enclosed block made and could not fill (a full disk)."""
+    there = folder.exists()
+    try:
+        yield
+    except OSError:
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str]) -> list[str]:
     """`parser(argv)`, where a wrong flag or config key is a line and exit code 2.
 
@@ -46,22 +76,16 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
             raise ValueError(str(error).strip("'\"")) from None
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; FileNotFoundError or a ValueError that names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole: a reader finds the old one or the new one."""
+    """Write a JSON file whole: a reader finds the old one or the new one, a full disk neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    try:
+        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -110,18 +134,24 @@ def load_base(source: str, dtype: str, trains: Any) -> Any:
       dtype: of the arithmetic.
       trains: the mask's part for the base, a boolean a leaf.
     """
+
+    def place(path, array):
+        trained = trains
+        for key in path:
+            trained = trained[key]
+        return jnp.asarray(array if trained else array.astype(dtype))
+
     wide = any(jax.tree.leaves(trains))
-    _, params = base_weights.load(source, "float32" if wide else dtype)
-    return jax.tree.map(lambda x, t: x if t else x.astype(dtype), params, trains)
+    return base_weights.load(source, "float32" if wide else dtype, place)[1]
 
 
 def check_same_run(path: Path, resolved: dict[str, Any]) -> None:
     """Raise ValueError where a run's config.json says another config or other data."""
     if not path.is_file():
         return
-    found = read_json(path)
+    found = dict(_flat(read_json(path)))
     for key, value in _flat(resolved):
-        there = dict(_flat(found)).get(key)
+        there = found.get(key)
         if there != value:
             raise ValueError(
                 f"{path} belongs to another run: {key} is {there!r} there and {value!r} here; "
@@ -155,12 +185,13 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
-        kept = []
-        if step and path.is_file():
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        fresh = path.with_name(path.name + ".new")
+        with fresh.open("w", encoding="utf-8") as kept:
+            if step and path.is_file():
+                for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                    if json.loads(line)["step"] <= step:
+                        kept.write(line + "\n")
+        os.replace(fresh, path)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 

@@ -86,6 +86,8 @@ class LoadedModel:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [self.tokenizer(prompt).input_ids for prompt in prompts]
+        end = self.tokenizer.eos_token_id
+        rows = [row[:-1] if row and row[-1] == end else row for row in rows]
         if not all(rows):
             raise ValueError("prompts: found an empty one, expected at least one token each")
         # A power of two, so that a session compiles a few shapes and not one a prompt.
@@ -100,7 +102,7 @@ class LoadedModel:
             jnp.asarray(tokens),
             jnp.asarray(lengths),
             max_new_tokens=max_new_tokens,
-            end_ids=(self.tokenizer.eos_token_id,),
+            end_ids=(end,),
         )
         return [
             self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True).strip()
@@ -108,7 +110,10 @@ class LoadedModel:
         ]
 
     def parameters(self) -> pd.DataFrame:
-        """A row a stacked leaf: module, shape, frozen, trainable (here: the adapters')."""
+        """A row a stacked leaf: module, shape, frozen, trainable.
+
+        With an adapter its A and B count as trainable, without one every weight does.
+        """
         rules = masks.LORA if self.adapters is not None else masks.FULL
         return counts.table(self.variables, masks.mask(self.variables, *rules))
 

@@ -1,24 +1,31 @@
-"""Record what transformers and PEFT say, for the tests that run without them.
+"""Record what the reference implementations say, for the tests that run without them.
 
-    python tests/record.py            writes tests/recorded/llama.npz
-    python tests/record.py --check    recomputes every value and compares
+    python tests/record.py            writes tests/recorded/
+    python tests/record.py --check    makes every value again and compares
 
-Needs the parity extra. What a reference says is float32 on the CPU; its own rounding differs
-between machines, so the check allows 1e-5.
+Needs the parity extra; the tokens need LLaMA's tokenizer beside the repository and the base model
+of `make base` too. Float values are float32 on the CPU, whose rounding differs between machines:
+the check allows 1e-5. (`metric_goldens.json` was computed once with Tk-Instruct's own code.)
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import reference  # noqa: E402
+from tests import record_weights, reference  # noqa: E402
+
+RECORDED = ROOT / "tests" / "recorded"
+LLAMA = ROOT.parent / "shared" / "tokenizers" / "llama" / "tokenizer.model"
+SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def record() -> dict[str, np.ndarray]:
@@ -90,22 +97,50 @@ def record() -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> None:
-    found = record()
-    if "--check" not in sys.argv:
-        np.savez_compressed(reference.RECORDED, **found)  # pyright: ignore[reportArgumentType]
-        print(f"{len(found)} values → {reference.RECORDED}")
-        return
-    with np.load(reference.RECORDED) as recorded:
-        names = set(recorded.files)
-        if names != set(found):
-            raise SystemExit(f"recorded names differ: {sorted(names ^ set(found))}")
-        worst = 0.0
-        for name, value in found.items():
-            np.testing.assert_allclose(value, recorded[name], rtol=0, atol=1e-5, err_msg=name)
-            worst = max(worst, float(np.max(np.abs(value - recorded[name]), initial=0.0)))
-    print(f"{len(found)} recorded values made again, the worst {worst:.1e} apart")
+def write(folder: Path) -> None:
+    """Make every recorded file in a folder."""
+    np.savez_compressed(folder / "llama.npz", **record())  # pyright: ignore[reportArgumentType]
+    record_weights.write_adapter(folder / "peft_adapter")
+    if LLAMA.is_file() and SMOLLM2.is_file():
+        text = json.dumps(record_weights.tokens(LLAMA, SMOLLM2), indent=0, ensure_ascii=True)
+        (folder / "tokens.json").write_text(text + "\n")
+    else:
+        print("tokens.json: left out, LLaMA's tokenizer or the base model is not here")
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz or .safetensors file."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return dict(file)
+    return load_file(path)
+
+
+def check(fresh: Path) -> None:
+    """Compare freshly made files with the recorded ones; exits where they differ."""
+    compared, worst = 0, 0.0
+    for path in sorted(fresh.rglob("*")):
+        recorded = RECORDED / path.relative_to(fresh)
+        if path.suffix in (".npz", ".safetensors"):
+            ours, theirs = arrays(path), arrays(recorded)
+            if ours.keys() != theirs.keys():
+                raise SystemExit(f"{recorded.name}: names differ: {ours.keys() ^ theirs.keys()}")
+            for name, value in ours.items():
+                np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5, err_msg=name)
+                worst = max(worst, float(np.max(np.abs(value - theirs[name]), initial=0.0)))
+            compared += len(ours)
+        elif path.name == "tokens.json":
+            ours, theirs = json.loads(path.read_text()), json.loads(recorded.read_text())
+            if ours != theirs:
+                raise SystemExit("tokens.json: the reference tokenizers now say something else")
+            compared += sum(map(len, ours.values()))
+    print(f"{compared} recorded values made again, the worst number {worst:.1e} apart")
 
 
 if __name__ == "__main__":
-    main()
+    if "--check" in sys.argv:
+        with tempfile.TemporaryDirectory() as temporary:
+            write(Path(temporary))
+            check(Path(temporary))
+    else:
+        write(RECORDED)

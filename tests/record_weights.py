@@ -1,16 +1,8 @@
-"""Record what the reference implementations say, for the tests that run without them.
-
-    python tests/record_weights.py tokens TOKENIZER_MODEL SMOLLM2_GGUF   → recorded/tokens.json
-    python tests/record_weights.py adapter                               → recorded/peft_adapter/
-
-`tokens` needs sentencepiece (LLaMA's tokenizer.model) and xllamacpp (llama.cpp, for GGUF files);
-`adapter` needs the parity extra. Run from the repository's root.
-"""
+"""What sentencepiece, llama.cpp and PEFT say of tokens and adapter files; called by `record.py`."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import urllib.request
 from importlib import import_module
@@ -18,11 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDED = ROOT / "tests" / "recorded"
-sys.path.insert(0, str(ROOT))
-
-from tests.weights import builders  # noqa: E402
+from tests.weights import builders
 
 
 def llama_cpp(path: Path) -> dict[str, list[int]]:
@@ -44,15 +32,16 @@ def llama_cpp(path: Path) -> dict[str, list[int]]:
     return found
 
 
-def record_tokens(tokenizer_model: str, smollm2: str) -> None:
+def tokens(tokenizer_model: Path, smollm2: Path) -> dict[str, dict[str, list[int]]]:
+    """Ids of the corpus: LLaMA's `tokenizer.model` by sentencepiece, GGUF files by llama.cpp."""
     sentencepiece = import_module("sentencepiece")
 
-    spm = sentencepiece.SentencePieceProcessor(tokenizer_model)
+    spm = sentencepiece.SentencePieceProcessor(str(tokenizer_model))
     # Hugging Face's tokenizers find special tokens in the text, SentencePiece never does.
     plain = [text for text in builders.CORPUS if "<s>" not in text]
     found = {
         "sentencepiece": {text: spm.encode(text) for text in plain},
-        "smollm2": llama_cpp(Path(smollm2)),
+        "smollm2": llama_cpp(smollm2),
     }
     vocabularies = {
         pre: builders.tiny_bpe(pre) for pre in ("smollm", "llama-bpe", "gpt-2", "default")
@@ -64,14 +53,13 @@ def record_tokens(tokenizer_model: str, smollm2: str) -> None:
             path = Path(folder) / "tiny.gguf"
             builders.write_gguf(path, builders.hf_weights(len(keys["tokens"])), tokenizer=keys)
             found[name] = llama_cpp(path)
-    text = json.dumps(found, indent=0, ensure_ascii=True)
-    (RECORDED / "tokens.json").write_text(text + "\n")
+    return found
 
 
-def record_adapter() -> None:
+def write_adapter(folder: Path) -> None:
     """An adapter with unequal ranks and α, as PEFT writes it, and the ΔW that PEFT computes."""
-    import torch
-    from peft import LoraConfig, get_peft_model
+    import torch  # pyright: ignore[reportMissingImports]
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -95,20 +83,11 @@ def record_adapter() -> None:
         init_lora_weights=False,
     )
     model = get_peft_model(LlamaForCausalLM(config), lora)
-    model.save_pretrained(str(RECORDED / "peft_adapter"))
-    (RECORDED / "peft_adapter" / "README.md").unlink(missing_ok=True)
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
     deltas = {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight")
     }
-    np.savez_compressed(RECORDED / "peft_adapter" / "deltas.npz", **deltas)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["tokens"] and len(sys.argv) == 4:
-        record_tokens(sys.argv[2], sys.argv[3])
-    elif sys.argv[1:] == ["adapter"]:
-        record_adapter()
-    else:
-        sys.exit(__doc__)
+    np.savez_compressed(folder / "deltas.npz", **deltas)

@@ -29,10 +29,12 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     Raises:
       ValueError: a length above the largest bucket.
     """
-    for bucket in sorted(buckets):
-        if length <= bucket:
-            return bucket
-    raise ValueError(f"a row has {length} tokens, expected at most the largest bucket, {bucket}")
+    fitting = [bucket for bucket in buckets if length <= bucket]
+    if not fitting:
+        raise ValueError(
+            f"a row has {length} tokens, expected at most the largest bucket of {tuple(buckets)}"
+        )
+    return min(fitting)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Batches:
     def steps_per_epoch(self) -> int:
         """Global batches that cover the rows once."""
         return -(-len(self.rows) // self.batch_size)
+
+    def examples_until(self, step: int) -> int:
+        """Examples in the first `step` global batches."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * len(self.rows) + min(len(self.rows), rest * self.batch_size)
 
     def indices(self, step: int) -> np.ndarray:
         """Which rows make up the global batch of a step (counted from 0)."""

@@ -156,7 +156,7 @@ def _draw_tasks(
     everything = {category: len(members[category]) for category in categories}
     total = sum(everything.values())
     if sizes[-1] > total:
-        logger.info("sizes %s are cut to the %d train tasks of the checkout", sizes, total)
+        logger.warning("sizes %s are cut to the %d train tasks of the checkout", sizes, total)
     clipped = [min(size, total) for size in sizes]
 
     quotas = [everything]

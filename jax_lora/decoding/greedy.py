@@ -59,8 +59,8 @@ def greedy(
         for i in range(depth)
     ]
     room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
-    caches = [jax.tree.map(lambda x, i=i: jnp.pad(x[i], room), kv) for i in range(depth)]
-    block = Block(model.config, keep_kv=True)
+    caches: Any = [jax.tree.map(lambda x, i=i: jnp.pad(x[i], room), kv) for i in range(depth)]
+    block: Any = Block(model.config, keep_kv=True)
     slots = jnp.arange(p + max_new_tokens)
     in_prompt = slots[None, :] < lengths[:, None]
     ends = jnp.asarray(end_ids, first.dtype)
@@ -79,7 +79,8 @@ def greedy(
         x = model.apply(variables, token[:, None], method="embed")
         grown = []
         for i in range(depth):
-            x, kv = block.apply(layers[i], x, i, rope, Cache(*caches[i], p + t, visible), None)
+            k, v = caches[i]
+            x, kv = block.apply(layers[i], x, i, rope, Cache(k, v, p + t, visible), None)
             grown.append(kv)
         return t + 1, _most_likely(model, variables, x), grown, out, finished
 

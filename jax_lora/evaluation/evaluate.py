@@ -173,10 +173,9 @@ def score(folder: Path) -> dict[str, Any]:
             f"{folder}: expected examples.jsonl and predictions.jsonl, finished"
         )
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-    rows = [
-        example
-        | {"prediction": predictions.get((example["task"], example["id"]), {}).get("prediction")}
-        for example in examples
+    answers = {key: p["prediction"] for key, p in predictions.items()}
+    rows: list[dict[str, Any]] = [
+        e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples
     ]
     official = metrics.aggregate(rows)
     tasks: dict[str, dict[str, Any]] = {}
@@ -200,9 +199,9 @@ def score(folder: Path) -> dict[str, Any]:
             key: float(np.mean([task[key] for task in closed]))
             for key in ("exact_match", "majority_baseline", "out_of_options")
         } | {"tasks": len(closed)}
-    answers = list(predictions.values())
-    result["truncated"] = 100 * float(np.mean([p["truncated"] for p in answers]))
-    result["unfinished"] = 100 * float(np.mean([not p["finished"] for p in answers]))
+    said = list(predictions.values())
+    result["truncated"] = 100 * float(np.mean([p["truncated"] for p in said]))
+    result["unfinished"] = 100 * float(np.mean([not p["finished"] for p in said]))
     return result
 
 

@@ -13,7 +13,7 @@ G = N/K query heads a kv head, H head size, F mlp, V vocabulary, L layers, R ran
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,7 +47,6 @@ class Cache(NamedTuple):
     visible: Bool[Array, "B S"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
 
@@ -55,6 +54,12 @@ def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
     gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
     its three terms.
     """
+    product: Any = _contract(spec, dtype, x, w)
+    return product
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
     return _einsum(spec, x, w.astype(x.dtype), dtype)
 
 
@@ -69,7 +74,7 @@ def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
 
 
 def _contract_forward(spec, dtype, x, w):
-    return contract(spec, dtype, x, w), (x, w)
+    return _contract(spec, dtype, x, w), (x, w)
 
 
 def _contract_backward(spec, dtype, saved, g):
@@ -82,7 +87,7 @@ def _contract_backward(spec, dtype, saved, g):
     return dx, dw
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Dense(nn.Module):
@@ -143,7 +148,7 @@ class Attention(nn.Module):
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         dense = partial(Dense, use_bias=c.attention_bias)
 
-        def project(name: str, features: int, y: Array) -> Array:
+        def project(name: str, features: int, y: Array) -> Any:
             return dense(name, features, name=name)(y, layer, dropout)
 
         # Heads go before tokens, (B, K, G, T, H) and (B, K, S, H): batched matrix products on a
@@ -221,6 +226,10 @@ class Llama(nn.Module):
     unroll: int = 1
     keep_kv: bool = False
 
+    if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
+
+        def apply(self, *args: Any, **options: Any) -> Any: ...
+
     def setup(self):
         c = self.config
         if self.remat not in REMAT:
@@ -231,7 +240,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=c.num_hidden_layers,
             unroll=self.unroll,
         )(c, self.keep_kv)

@@ -107,12 +107,6 @@ def init(
     return {"layers": groups}
 
 
-def targets_of(adapters: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the adapted linear layers, in the order of a block."""
-    groups = adapters["layers"]
-    return tuple(name for name in LINEAR if name in groups.get(GROUP[name], {}))
-
-
 def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
     """Make sure that every leaf will be used: Linen ignores an unknown name in silence.
 

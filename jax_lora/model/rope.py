@@ -34,8 +34,8 @@ def rope_tables(
     if scaling is None:
         table = jnp.asarray(frequencies)
     elif scaling.rope_type == "dynamic":
-        # A row's own length decides (transformers takes the longest row of the batch, which
-        # would let the neighbours in a batch change an answer).
+        # A row's own length decides, its padding included (transformers takes the longest row of
+        # the batch).
         length = jnp.maximum(jnp.max(positions, axis=1) + 1, config.max_position_embeddings)
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
         base = config.rope_theta * stretch ** (h / (h - 2))

@@ -1,10 +1,10 @@
-"""Orbax checkpoints of what changes: the trainable half, the optimizer, the position in the data.
+"""Orbax checkpoints of what changes: the trainable half and the optimizer.
 
     <folder>/<step>/trainable   leaf name → array, frozen leaves absent
     <folder>/<step>/optimizer   leaf name → array
-    <folder>/<step>/progress    JSON: the step and whatever the caller adds
 
-Orbax writes beside and renames, so a step that is listed is whole.
+The step is also the position in the data: a batch is a function of (seed, step). Orbax writes
+beside and renames, so a step that has its folder is whole. The latest one is kept.
 """
 
 from __future__ import annotations
@@ -34,46 +34,45 @@ class Checkpoints:
 
     Args:
       folder: made if need be.
-      keep: how many of the latest stay; None keeps all.
     """
 
-    def __init__(self, folder: str | Path, keep: int | None = 1):
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1)
         )
 
     def latest(self) -> int | None:
         """The last whole step, None before the first."""
-        return self._manager.latest_step()
+        # Not Orbax's list, which names a step from the moment that its writing begins.
+        steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
+        return max(steps, default=None)
 
-    def save(self, state: State, progress: Mapping[str, Any]) -> None:
+    def save(self, state: State) -> None:
         """Save in the background; the arrays are copied before this returns."""
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(_named(state.trainable)),
                 optimizer=ocp.args.StandardSave(_named(state.optimizer)),
-                progress=ocp.args.JsonSave(dict(progress)),
             ),
         )
 
-    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """The latest state, placed like `like`, and its progress."""
+    def restore(self, like: State) -> State:
+        """The latest state, placed like `like`."""
         step = self.latest()
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardRestore(_named(like.trainable)),
                 optimizer=ocp.args.StandardRestore(_named(like.optimizer)),
-                progress=ocp.args.JsonRestore(),
             ),
         )
-        state = State(
+        return State(
             jax.numpy.asarray(step, like.step.dtype),
             _filled(like.trainable, restored["trainable"]),
             _filled(like.optimizer, restored["optimizer"]),
         )
-        return state, restored["progress"]
 
     def restore_trainable(self, like: Any) -> Any:
         """The latest trainable half alone, placed like `like`."""

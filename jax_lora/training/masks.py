@@ -35,8 +35,8 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
       A tree of `variables`' structure with True and False, fit for `optax.masked`.
 
     Raises:
-      ValueError: a leaf that no expression covers, an expression that matches no leaf, or
-        nothing that trains.
+      ValueError: a leaf that no expression covers, a trainable expression that decides no leaf,
+        or nothing that trains.
     """
     used = set()
 
@@ -53,11 +53,15 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
         )
 
     result = jax.tree_util.tree_map_with_path(trains, variables)
+    for path, trained in jax.tree_util.tree_leaves_with_path(result):
+        name = leaf_name(path)
+        if trained and name.startswith("lora/") and name.endswith("/scale"):
+            raise ValueError(f"mask: {name} is α/r, which is data: expected it to stay frozen")
     # A frozen rule may well be shadowed by a trainable one; a trainable rule that is never used
     # is a misspelling that would silently train less.
     for rule in trainable:
         if rule not in used:
-            raise ValueError(f"mask: the trainable expression {rule!r} matches no leaf")
+            raise ValueError(f"mask: the trainable expression {rule!r} decides no leaf")
     if not any(jax.tree.leaves(result)):
         raise ValueError("mask: nothing trains, expected at least one trainable leaf")
     return result

@@ -243,8 +243,12 @@ def save(
         for i, shard in enumerate(shards, 1):
             alone = len(shards) == 1
             file = "model.safetensors" if alone else f"model-{i:05}-of-{len(shards):05}.safetensors"
-            # Nothing names the tensors, so one shard is gone before the next is fetched.
-            save_file({k: f() for k, f in shard.items()}, partial / file, metadata={"format": "pt"})
+            tensors = {name: fetch() for name, fetch in shard.items()}
+            try:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # its only way to say that a disk is full
+                raise OSError(f"{folder}: {error}") from None
+            del tensors  # one shard is gone before the next is fetched
             shutil.copymode(partial / "config.json", partial / file)  # it comes readable by us only
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:

@@ -283,7 +283,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     partial, partial_config = (f.with_name(f".{f.name}.partial") for f in (path, config_path))
-    save_file(tensors, partial, metadata={"format": "pt"})
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:  # its only way to say that a disk is full
+        raise OSError(f"{path}: {error}") from None
     partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(partial_config, partial)  # safetensors makes it readable by us only
     os.replace(partial, path)

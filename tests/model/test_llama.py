@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.model.llama import Dropout, Llama
+from jax_lora.model.llama import Dropout, Llama, contract
 from jax_lora.weights import hf
 from tests import reference
 
@@ -80,3 +80,31 @@ def test_an_unknown_remat_is_refused(tmp_path):
     config, variables = load(tmp_path, "mha")
     with pytest.raises(ValueError, match="remat: found 'some'"):
         Llama(config, remat="some").apply(variables, reference.tokens())
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "w"),
+    [
+        ("btd,df->btf", (2, 64, 48), (48, 96)),  # a linear layer
+        ("btd,dr->btr", (2, 64, 48), (48, 3)),  # A
+        ("btr,rf->btf", (2, 64, 3), (3, 96)),  # B
+        ("btd,dv->btv", (2, 64, 48), (48, 320)),  # the head
+        ("btd,vd->btv", (2, 64, 48), (320, 48)),  # the head, tied
+        ("bkgth,bksh->bkgts", (2, 2, 3, 64, 16), (2, 2, 64, 16)),  # attention scores
+        ("bkgts,bksh->bkgth", (2, 2, 3, 64, 64), (2, 2, 64, 16)),  # attention mix
+    ],
+)
+def test_products_and_their_gradients_in_bfloat16(spec, x, w):
+    # Against float32 on the same rounded numbers; also that the compiler takes every shape.
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:2], (x, w), strict=True))
+    master = w.astype(jnp.float32)  # as in full fine-tuning: its gradient must stay float32
+    out, pull = jax.vjp(lambda x, w: contract(spec, jnp.bfloat16, x, w), x, master)
+    g = jax.random.normal(keys[2], out.shape, jnp.bfloat16)
+    found = (out, *jax.jit(lambda g: jax.tree.map(jnp.asarray, pull(g)))(g))
+    wide, pull = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x.astype(jnp.float32), master)
+    expected = (wide, *pull(g.astype(jnp.float32)))
+    assert [f.dtype for f in found] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for ours, theirs, tolerance in zip(found, expected, (0.01, 0.01, 1e-5), strict=True):
+        error = jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs)
+        assert error < tolerance

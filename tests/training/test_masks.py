@@ -47,9 +47,10 @@ def test_partition_and_combine():
     ("trainable", "frozen", "message"),
     [
         ((r"lora/.*/[ab]",), (r"params/.*",), "no regular expression covers the leaf lora/.*scale"),
-        ((r"lora/.*/[ab]", r"lora/.*/m"), (r".*",), r"expression 'lora/\.\*/m' matches no leaf"),
+        ((r"lora/.*/[ab]", r"lora/.*/m"), (r".*",), r"expression 'lora/\.\*/m' decides no leaf"),
         ((), (r".*",), "nothing trains"),
-        ((r"norm",), (r".*",), "'norm' matches no leaf"),  # a rule is a whole name
+        ((r"lora/.*",), (r".*",), "scale is α/r, which is data"),
+        ((r"norm",), (r".*",), "'norm' decides no leaf"),  # a rule is a whole name
     ],
 )
 def test_rules_that_miss_are_refused(trainable, frozen, message):
