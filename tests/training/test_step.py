@@ -50,12 +50,13 @@ def global_batch(cut: int, examples: int = 8):
 
 def run(rules, batches, steps=2, dropout=0.1, rate=1e-2, optimizer=None):
     everything = variables()
+    before = jax.tree.map(np.array, everything)  # a step gives up the buffers of what trains
     trainable, frozen = masks.partition(everything, masks.mask(everything, *rules))
     optimizer = optimizer or adamw(optax.constant_schedule(rate))
     functions = make_step(MODEL, optimizer, seed=3, dropout_rate=dropout, loss_chunk=8)
     start = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     steps_taken = list(loop.train(start, frozen, [batches] * steps, *functions))
-    return everything, steps_taken[-1][0], frozen, [report for _, report in steps_taken]
+    return before, steps_taken[-1][0], frozen, [report for _, report in steps_taken]
 
 
 def test_a_step_changes_what_trains_and_nothing_else():
