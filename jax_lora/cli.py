@@ -73,7 +73,11 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
         try:
             return parser(argv)
         except Exception as error:
-            raise ValueError(str(error).strip("'\"")) from None
+            # A wrong key comes as the repr of a KeyError's text.
+            text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", "; ")
+            if "Traceback" in text:  # ml_collections quotes a config file's own error with it
+                text = text.strip().splitlines()[-1].partition(": ")[2]
+            raise ValueError(f"flags: {text}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

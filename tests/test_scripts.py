@@ -96,7 +96,7 @@ def test_the_folder_holds_what_the_house_promises(finished):
     metrics = lines(finished)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(m["loss"]) and m["tokens_per_second"] > 0 for m in metrics)
-    assert metrics[0]["learning_rate"] == 0.0 and metrics[1]["learning_rate"] == 1e-3
+    assert metrics[0]["learning_rate"] == 0.0 and metrics[1]["learning_rate"] == pytest.approx(1e-3)
     row = json.loads((finished / "eval/unseen/predictions.jsonl").read_text().splitlines()[0])
     assert {"id", "prediction", "truncated", "finished", "new_tokens"} <= row.keys()
 
@@ -140,7 +140,7 @@ def test_a_terminated_run_goes_on_to_the_same_end(tiny_model, toy, finished, tmp
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
     if process.returncode:  # it may have been at its end already
-        assert "the same command goes on from there" in stderr
+        assert "the same command goes on there" in stderr
     again = run(training(tiny_model, toy, workdir))
     assert again.returncode == 0, again.stderr
     ours, theirs = lines(workdir), lines(finished)
@@ -177,7 +177,7 @@ def refused(arguments: list[str], workdir: Path, *words: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.lora.rnak=4", ("config.lora.rnak",)),
+        ("--config.lora.rnak=4", ("rnak", "rank")),
         ("--config.lora.rank=0", ("lora rank: found 0", "at least 1")),
         ("--config.lora.rank=-4", ("lora rank: found -4",)),
         ("--config.lora.targets=('q_proj','query')", ("found query", "expected some of q_proj")),
