@@ -87,9 +87,9 @@ def write_json(path: Path, value: Any) -> None:
     try:
         fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(fresh, path)
-    except OSError:
+    except OSError as error:
         fresh.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

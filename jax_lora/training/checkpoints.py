@@ -9,7 +9,8 @@ beside and renames, so a step that has its folder is whole. The latest one is ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _filled(tree: Any, named: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # tensorstore's word for a full or lost disk
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 class Checkpoints:
@@ -49,14 +58,17 @@ class Checkpoints:
         return max(steps, default=None)
 
     def save(self, state: State) -> None:
-        """Save in the background; the arrays are copied before this returns."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(_named(state.trainable)),
-                optimizer=ocp.args.StandardSave(_named(state.optimizer)),
-            ),
+        """Save in the background; the arrays are copied before this returns.
+
+        Raises:
+          OSError: this or the save before it could not be written.
+        """
+        args = ocp.args.Composite(
+            trainable=ocp.args.StandardSave(_named(state.trainable)),
+            optimizer=ocp.args.StandardSave(_named(state.optimizer)),
         )
+        with _writing():
+            self._manager.save(int(state.step), args=args)
 
     def restore(self, like: State) -> State:
         """The latest state, placed like `like`."""
@@ -80,5 +92,6 @@ class Checkpoints:
         return _filled(like, self._manager.restore(self.latest(), args=args)["trainable"])
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._manager.close()
+        """Wait for what is being written; OSError where that failed."""
+        with _writing():
+            self._manager.close()
