@@ -163,7 +163,7 @@ def test_full_fine_tuning_trains_and_scores(tiny_model, toy, tmp_path):
 # ---------------------------------------------------------------- bad input: a line, 2, nothing
 
 
-def refused(arguments: list[str], workdir: Path, *words: str) -> None:
+def assert_refused(arguments: list[str], workdir: Path, *words: str) -> None:
     before = sorted(workdir.rglob("*")) if workdir.exists() else None
     result = run(arguments)
     assert result.returncode == 2, (result.returncode, result.stderr)
@@ -191,7 +191,7 @@ def refused(arguments: list[str], workdir: Path, *words: str) -> None:
     ],
 )
 def test_bad_flags(tiny_model, toy, tmp_path, flag, words):
-    refused(training(tiny_model, toy, tmp_path / "r", flag), tmp_path / "r", *words)
+    assert_refused(training(tiny_model, toy, tmp_path / "r", flag), tmp_path / "r", *words)
 
 
 def test_bad_config_files(tiny_model, toy, tmp_path):
@@ -202,7 +202,7 @@ def test_bad_config_files(tiny_model, toy, tmp_path):
     ):
         arguments = training(tiny_model, toy, tmp_path / "r")
         arguments[2] = f"--config={config}"
-        refused(arguments, tmp_path / "r", *words)
+        assert_refused(arguments, tmp_path / "r", *words)
 
 
 def spoil_split(toy):
@@ -239,7 +239,7 @@ def empty_output(toy):
 def test_bad_checkouts(tiny_model, toy, tmp_path, spoil):
     shutil.copytree(toy, tmp_path / "toy")
     words = spoil(tmp_path / "toy")
-    refused(training(tiny_model, tmp_path / "toy", tmp_path / "r"), tmp_path / "r", *words)
+    assert_refused(training(tiny_model, tmp_path / "toy", tmp_path / "r"), tmp_path / "r", *words)
 
 
 def test_bad_models(toy, tmp_path, tiny_model):
@@ -266,11 +266,11 @@ def test_bad_models(toy, tmp_path, tiny_model):
         (cut, ("cut.gguf",)),
         (other, ("other.gguf", "qwen2")),
     ):
-        refused(training(model, toy, tmp_path / "r"), tmp_path / "r", *words)
+        assert_refused(training(model, toy, tmp_path / "r"), tmp_path / "r", *words)
 
 
 def test_a_folder_of_another_run(tiny_model, toy, finished):
-    refused(
+    assert_refused(
         training(tiny_model, toy, finished, "--config.lora.rank=3"), finished, "config.lora.rank"
     )
 
@@ -278,13 +278,13 @@ def test_a_folder_of_another_run(tiny_model, toy, finished):
 def test_a_folder_that_cannot_be_written(tiny_model, toy, tmp_path):
     # Root may write anywhere, so the place is one that no one can write to.
     place = Path("/proc/no-such-run")
-    refused(training(tiny_model, toy, place), place, "/proc/no-such-run")
+    assert_refused(training(tiny_model, toy, place), place, "/proc/no-such-run")
 
 
 def test_scoring_what_is_not_there(tmp_path, finished):
-    refused(command("eval.py", f"--workdir={tmp_path}/r"), tmp_path / "r", "config.json")
+    assert_refused(command("eval.py", f"--workdir={tmp_path}/r"), tmp_path / "r", "config.json")
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(finished / "config.json", bare)
-    refused(command("eval.py", f"--workdir={bare}"), bare, "no checkpoint")
-    refused(command("eval.py", f"--workdir={finished}", "--sets=all"), finished, "'all'")
+    assert_refused(command("eval.py", f"--workdir={bare}"), bare, "no checkpoint")
+    assert_refused(command("eval.py", f"--workdir={finished}", "--sets=all"), finished, "'all'")
