@@ -27,7 +27,7 @@ def input_errors() -> Iterator[None]:
     """Turn a ValueError or OSError of the enclosed block into one line and exit code 2.
 
     For the part of a program that reads and checks its input: what fails there is the user's to
-    mend. Whatever is raised outside keeps its traceback.
+    mend. For faults of the run itself see `running`.
     """
     try:
         yield
@@ -77,7 +77,13 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
             text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", "; ")
             if "Traceback" in text:  # ml_collections quotes a config file's own error with it
                 text = text.strip().splitlines()[-1].partition(": ")[2]
-            raise ValueError(f"flags: {text}") from None
+            # It names the last part of a wrong key alone; the flag itself says where.
+            at = [a for a in argv if a.startswith("--config.") and f"'{_last_key(a)}'" in text]
+            raise ValueError(" ".join(["flags:", *at, text])) from None
+
+
+def _last_key(flag: str) -> str:
+    return flag.partition("=")[0].rpartition(".")[2]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -177,7 +177,7 @@ def assert_refused(arguments: list[str], workdir: Path, *words: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.lora.rnak=4", ("rnak", "rank")),
+        ("--config.lora.rnak=4", ("config.lora.rnak",)),
         ("--config.lora.rank=0", ("lora rank: found 0", "at least 1")),
         ("--config.lora.rank=-4", ("lora rank: found -4",)),
         ("--config.lora.targets=('q_proj','query')", ("found query", "expected some of q_proj")),

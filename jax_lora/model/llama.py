@@ -65,7 +65,7 @@ def _contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
 
 def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     # XLA's CPU compiler reaches the bfloat16 matrix units only through a float32 result
-    # (1430 against 204 GFLOP/s on two cores with AMX). GPUs and TPUs accumulate in float32
+    # (benchmarks/cpu_products.py: five times faster). GPUs and TPUs accumulate in float32
     # whatever the result's dtype, and a float32 result would cost them a pass over memory.
     inner = jnp.float32 if jax.default_backend() == "cpu" else dtype
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -152,7 +152,7 @@ class Attention(nn.Module):
             return dense(name, features, name=name)(y, layer, dropout)
 
         # Heads go before tokens, (B, K, G, T, H) and (B, K, S, H): batched matrix products on a
-        # CPU are four times faster so, and GPUs transpose to it anyway.
+        # CPU are twice as fast so (benchmarks/cpu_products.py), and GPUs transpose to it anyway.
         q = project("q_proj", n * h, x).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
         keys = project("k_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
         values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)

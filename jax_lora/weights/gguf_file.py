@@ -1,8 +1,7 @@
 """The container: a GGUF file's metadata and where its tensors lie.
 
-The `gguf` package's own reader spends tens of microseconds on every string, 20 seconds on
-Llama 3's vocabulary; this one reads the same in a fraction of a second and checks every length
-against the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The `gguf` package's own reader makes a numpy array of every string of the vocabulary, which takes
+seconds; this one unpacks them directly and checks every length against the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
