@@ -177,7 +177,8 @@ def score(folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [
         e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples
     ]
-    official = metrics.aggregate(rows)
+    with tqdm(total=len(rows), unit="answer", desc=f"{folder.name}: scores", delay=1) as bar:
+        official = metrics.aggregate(rows, metrics.score_all(rows, progress=bar.update))
     tasks: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == name]

@@ -1,25 +1,17 @@
-"""The metrics against what the official code gave, the protocol's table, and their invariances."""
+"""The metrics against what the official code gave and the protocol's table, and the report."""
 
 import json
-import string
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jax_lora.evaluation.metrics import aggregate, exact_match, normalize, rouge_l
+from jax_lora.evaluation.metrics import aggregate, exact_match, normalize, rouge_l, score_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDENS = json.loads((REPOSITORY / "tests/recorded/metric_goldens.json").read_text("utf-8"))
 CASES = GOLDENS["cases"]
-
-texts = st.text(max_size=40) | st.text("ab .,-!'\t\n", max_size=30)
-references = st.lists(texts, min_size=1, max_size=4)
-words = st.lists(st.text(string.ascii_letters, min_size=1, max_size=8), min_size=1, max_size=6)
-steady = settings(deadline=None, derandomize=True)
 
 
 def row(prediction: str | None, references: list[str], task: str, category: str) -> dict[str, Any]:
@@ -67,54 +59,6 @@ def test_table_of_the_protocol(prediction, accepted, em, rouge):
     assert round(rouge_l(prediction, accepted), 4) == rouge
 
 
-@steady
-@given(texts)
-def test_normalize_is_idempotent_and_leaves_single_spaces(text):
-    once = normalize(text)
-    assert normalize(once) == once
-    assert not set(string.punctuation) & set(once)
-    assert once == " ".join(once.split())
-
-
-@steady
-@given(words, st.data())
-def test_case_punctuation_and_white_space_do_not_count(parts, data):
-    gap = st.text(" \t\n\r", min_size=1, max_size=3)
-    mark = st.text(string.punctuation, max_size=2)
-    noisy = data.draw(gap)
-    for part in parts:
-        noisy += data.draw(mark) + data.draw(st.sampled_from([part.upper(), part.lower()]))
-        noisy += data.draw(mark) + data.draw(gap)
-    assert normalize(noisy) == " ".join(parts).lower()
-    assert exact_match(noisy, [" ".join(parts)]) == 1.0
-    assert rouge_l(noisy, [" ".join(parts)]) == pytest.approx(1.0, rel=0, abs=1e-12)
-
-
-@steady
-@given(texts, references, st.randoms(use_true_random=False))
-def test_order_and_repetition_of_references_do_not_count(prediction, accepted, random):
-    shuffled = accepted + [random.choice(accepted)]
-    random.shuffle(shuffled)
-    for metric in (exact_match, rouge_l):
-        best = max(metric(prediction, [reference]) for reference in accepted)
-        assert metric(prediction, accepted) == metric(prediction, shuffled) == best
-        assert 0.0 <= best <= 1.0
-
-
-@steady
-@given(texts, references)
-def test_one_more_reference_never_hurts(prediction, accepted):
-    assert exact_match(prediction, [*accepted, prediction]) == 1.0
-    assert rouge_l(prediction, [*accepted, "b"]) >= rouge_l(prediction, accepted)
-
-
-@steady
-@given(references)
-def test_empty_prediction_matches_only_an_empty_reference(accepted):
-    assert exact_match("", accepted) == float("" in map(normalize, accepted))
-    assert rouge_l("", accepted) == 0.0
-
-
 @pytest.mark.parametrize("metric", [exact_match, rouge_l])
 @pytest.mark.parametrize(
     ("prediction", "accepted", "found"),
@@ -157,6 +101,15 @@ def test_aggregate_averages_over_instances_and_over_tasks():
     }
     assert aggregate(SimpleNamespace(**one) for one in rows) == scores
     assert aggregate(reversed(rows)) == scores
+    assert aggregate(rows, score_all(rows)) == scores
+    assert aggregate(rows, [(1.0, 0.5)] * 4)["rougeL_for_task2"] == 50.0
+
+
+def test_ties_are_rounded_as_the_official_code_rounds_them():
+    # It multiplies by 100 before it divides: 100 * (23 / 640) is a little less than 3.59375.
+    rows = [row("yes" if i < 23 else "no", ["yes"], "t", "c") for i in range(640)]
+    assert aggregate(rows)["exact_match"] == round(100.0 * 23 / 640, 4) == 3.5938
+    assert aggregate(rows)["exact_match"] != round(100 * (23 / 640), 4)
 
 
 def test_missing_prediction_counts_as_empty():
@@ -178,6 +131,7 @@ def test_missing_prediction_counts_as_empty():
         ([{"references": ["a"], "task": "t", "category": "c"}], "row 0: no 'prediction'"),
         ([row("a", ["a"], "t", ["c"])], "row 0: category"),  # type: ignore[arg-type]
         ([row(float("nan"), ["a"], "t", "c")], "row 0: prediction: found nan"),  # type: ignore[arg-type]
+        ([row("a", ["a"], "t", "c"), {"prediction": "a", "references": ["a"]}], "row 1: no 'task'"),
         ([row("a", ["a"], "word_sorting", "Word Sorting")], "'word_sorting' names both"),
     ],
 )
@@ -185,3 +139,9 @@ def test_aggregate_refuses(rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         aggregate(rows)
     assert "\n" not in str(caught.value)
+
+
+def test_scores_of_other_rows_are_refused():
+    rows = [row("a", ["a"], "t", "c")] * 2
+    with pytest.raises(ValueError, match="found 3 of 2 rows"):
+        aggregate(rows, [(1.0, 1.0)] * 3)
