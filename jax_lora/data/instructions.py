@@ -4,22 +4,28 @@
     <checkout>/splits/default/{train,test}_tasks.txt               one task name a line
 
 A full checkout holds 2.8 million instances, so a `Task` keeps only what sampling needs (category,
-definition, counts, a content hash) and reads its instances anew whenever they are asked for.
+definition, counts, a content hash) and reads its instances anew whenever they are asked for. What
+it keeps is remembered between programs, and so are the examples that tasksets.py draws.
 
 Source of the layout: allenai/natural-instructions, README and tasks/README.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jax_lora.data.cache import cache_folder, remembered
+
+FORMAT = 1  # raise it when what is remembered changes: a task's facts, or the way of drawing
+_LARGE = 32_000_000  # bytes; a smaller checkout is read in a second, and leaves no trace
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """One question of a task with its accepted answers (at least one, possibly empty strings)."""
 
     id: str
@@ -86,10 +92,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Checkout:
-    """The train and the test tasks, each sorted by name."""
+    """The train and the test tasks, each sorted by name.
+
+    Arguments:
+        train: tasks to sample from.
+        test: tasks that are never trained on.
+        cache: folder for what was drawn from these tasks, or None.
+    """
 
     train: tuple[Task, ...]
     test: tuple[Task, ...]
+    cache: Path | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def _by_name(self) -> dict[str, Task]:
@@ -117,13 +130,19 @@ class Checkout:
 # ---------------------------------------------------------------- a checkout on disk
 
 
-def read_checkout(path: str | Path) -> Checkout:
+def read_checkout(
+    path: str | Path, *, cache: str | Path | None = None, verify: bool = False
+) -> Checkout:
     """Reads and checks every task that the default split lists.
 
     `excluded_tasks.txt` is not needed and not read: membership is decided by the two lists alone.
+    A file whose size and modification time are those of the last reading is not opened again.
 
     Arguments:
-        path: folder with `tasks/` and `splits/default/{train,test}_tasks.txt`.
+        path: folder with `tasks/` and `splits/default/{train,test}_tasks.txt`; never written to.
+        cache: folder that remembers what was read and drawn. None is `cache.cache_folder()` for a
+            checkout of 32 MB or more, and no cache for a smaller one.
+        verify: read and hash every file again, whatever its size and time say.
     Returns:
         The tasks; instances stay on disk.
     Raises:
@@ -143,16 +162,38 @@ def read_checkout(path: str | Path) -> Checkout:
             f"{splits}: {len(both)} task(s) in both train_tasks.txt and test_tasks.txt, "
             f"expected none, first {both[0]!r}"
         )
+    stamps, size = {}, 0
     for name in (*train, *test):  # all names before any parsing: a missing file shows at once
-        if not (tasks / f"{name}.json").is_file():
+        file = tasks / f"{name}.json"
+        if not file.is_file():
             split = "train" if name in train else "test"
-            raise FileNotFoundError(
-                f"{tasks / name}.json: no such file, but {split}_tasks.txt lists {name!r}"
-            )
-    return Checkout(
-        train=tuple(_read_task(tasks / f"{name}.json") for name in train),
-        test=tuple(_read_task(tasks / f"{name}.json") for name in test),
+            raise FileNotFoundError(f"{file}: no such file, but {split}_tasks.txt lists {name!r}")
+        found = file.stat()
+        stamps[name] = f"{found.st_size} {found.st_mtime_ns}"
+        size += found.st_size
+    if cache is None and size >= _LARGE:
+        cache = cache_folder()
+    folder = None if cache is None else _folder_in(cache, root.resolve())
+    facts = remembered(
+        folder and folder / "tasks.json",
+        stamps,
+        lambda name: _read_facts(tasks / f"{name}.json"),
+        verify=verify,
     )
+
+    def task(name: str) -> Task:
+        file, known = tasks / f"{name}.json", facts[name]
+        return Task(
+            name=file.stem, path=str(file), read=partial(_reread, file, known["content"]), **known
+        )
+
+    return Checkout(tuple(map(task, train)), tuple(map(task, test)), folder)
+
+
+def _folder_in(cache: str | Path, root: Path) -> Path:
+    """A checkout's own folder in the cache; the digest tells checkouts of one name apart."""
+    digest = hashlib.sha256(os.fsencode(root)).hexdigest()
+    return Path(cache) / f"checkouts-{FORMAT}" / f"{root.name}-{digest[:12]}"
 
 
 def _read_split(path: Path) -> list[str]:
@@ -166,19 +207,17 @@ def _read_split(path: Path) -> list[str]:
     return unique
 
 
-def _read_task(path: Path) -> Task:
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What a `Task` says about its file."""
     record, content = parse_object(path)
     instances = _instances(record, path)
-    return Task(
-        name=path.stem,
-        category=first_text(record, "Categories", path),
-        definition=first_text(record, "Definition", path),
-        count=len(instances),
-        distinct=len({instance.key for instance in instances}),
-        content=content,
-        path=str(path),
-        read=partial(_reread, path, content),
-    )
+    return {
+        "category": first_text(record, "Categories", path),
+        "definition": first_text(record, "Definition", path),
+        "count": len(instances),
+        "distinct": len({instance.key for instance in instances}),
+        "content": content,
+    }
 
 
 def _reread(path: Path, content: str) -> tuple[Instance, ...]:
@@ -186,7 +225,8 @@ def _reread(path: Path, content: str) -> tuple[Instance, ...]:
     if now != content:
         raise ValueError(
             f"{path}: changed since the checkout was read (sha256 now {now[:12]}, "
-            f"expected {content[:12]}); read the checkout again"
+            f"expected {content[:12]}); read the checkout again, with verify where its time "
+            "stayed the same"
         )
     return _instances(record, path)
 
@@ -220,22 +260,23 @@ def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
         found = f"{type(rows).__name__} of length {len(rows)}" if isinstance(rows, list) else rows
         raise ValueError(f"{path}: Instances is {found!r:.60}, expected a list of at least one")
     seen: set[str] = set()
-    return tuple(_instance(row, index, path, seen) for index, row in enumerate(rows))
+    task = path.stem
+    return tuple(_instance(row, index, path, task, seen) for index, row in enumerate(rows))
 
 
-def _instance(row: Any, index: int, path: Path, seen: set[str]) -> Instance:
-    def fail(key: str, value: Any, expected: str) -> ValueError:
-        return ValueError(f"{path}: instance {index} has {key} {value!r:.60}, expected {expected}")
-
+def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> Instance:
     if not isinstance(row, dict):
         raise ValueError(f"{path}: instance {index} is {row!r:.60}, expected an object")
     text, outputs = row.get("input"), row.get("output")
     if not isinstance(text, str):
-        raise fail("input", text, "a string")
+        raise ValueError(f"{path}: instance {index} has input {text!r:.60}, expected a string")
     outputs = [outputs] if isinstance(outputs, str) else outputs
-    if not isinstance(outputs, list) or not outputs or not all(type(o) is str for o in outputs):
-        raise fail("output", outputs, "a string or a non-empty list of strings")
-    return Instance(unique_id(row.get("id"), index, path.stem, seen), text, tuple(outputs))
+    if not isinstance(outputs, list) or set(map(type, outputs)) != {str}:
+        raise ValueError(
+            f"{path}: instance {index} has output {outputs!r:.60}, "
+            "expected a string or a non-empty list of strings"
+        )
+    return Instance(unique_id(row.get("id"), index, task, seen), text, tuple(outputs))
 
 
 def unique_id(given: Any, index: int, task: str, seen: set[str]) -> str:

@@ -19,18 +19,20 @@ our choice:
 6. "unseen" is `Instances[:test_per_task]` of each test task: the official, balanced ones.
 
 All randomness is sha256 of (round, purpose, names): the same on every machine, in every version
-of Python, and for a task whatever the other tasks are.
+of Python, and for a task whatever the other tasks are. The examples of a large checkout are
+remembered in its cache, each task's for as long as its file stays the same.
 """
 
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from math import floor
 
+from jax_lora.data.cache import remembered
 from jax_lora.data.instructions import Checkout, Example, Instance, Task
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class TaskSet:
 
     @cached_property
     def examples(self) -> tuple[Example, ...]:
-        """The examples, task after task; the files are read when this is first looked at."""
+        """The examples, task after task; they are read when this is first looked at."""
         return self.draw()
 
 
@@ -90,51 +92,59 @@ def draw(
         raise ValueError("the checkout has no train tasks, expected at least one")
 
     small, middle, large = (f"T{size}" for size in sizes)
-    needed = train_per_task + test_per_task
-    chosen = _draw_tasks(checkout.train, round, sizes, needed)
-    task_of = {task.name: task for task in checkout.train}
-    held_out = set(chosen[0])
+    chosen = _draw_tasks(checkout.train, round, sizes, train_per_task + test_per_task)
+    held_out = {name: test_per_task for name in chosen[0]}
 
     @cache  # a task is read and split once, whatever the number of sets that hold it
-    def parts(name: str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        tests = test_per_task if name in held_out else 0
-        return _split(task_of[name], round, train_per_task, tests)
+    def parts(name: str) -> tuple[list[Instance], list[Instance]]:
+        return _split(checkout.task(name), round, train_per_task, held_out.get(name, 0))
 
-    def nested(names: tuple[str, ...]) -> tuple[Example, ...]:
-        return tuple(example for name in names for example in parts(name)[0])
+    def taskset(
+        key: str, names: tuple[str, ...], count: int, pick: Callable[[str], Sequence[Instance]]
+    ) -> TaskSet:
+        def examples() -> tuple[Example, ...]:
+            tasks = [checkout.task(name) for name in names]
+            # Apart from the round and the set this is all that decides what `pick` gives.
+            guards = {
+                task.name: f"{task.content} {train_per_task} {held_out.get(task.name, 0)} {count}"
+                for task in tasks
+            }
+            file = f"{key.replace('*', 'x')}-round{round}.json"
+            rows = remembered(checkout.cache and checkout.cache / file, guards, pick)
+            return tuple(
+                task.example(Instance(id, text, tuple(outputs)))
+                for task in tasks
+                for id, text, outputs in rows[task.name]
+            )
 
-    def seen() -> tuple[Example, ...]:
-        return tuple(example for name in chosen[0] for example in parts(name)[1])
+        return TaskSet(key, names, examples)
 
-    def control(key: str, names: tuple[str, ...]) -> tuple[Example, ...]:
+    def control(key: str, names: tuple[str, ...]) -> TaskSet:
         # As many examples as the middle set: 250 of each task of T100, 50 of each of T500.
-        count = max(
-            1, floor(Fraction(train_per_task * len(chosen[1]), len(names)) + Fraction(1, 2))
-        )
-        tested = {name: parts(name)[1] for name in names if name in held_out}
-        return tuple(
-            example
-            for name in names
-            for example in _resample(task_of[name], tested.get(name, ()), count, round, key)
-        )
+        share = Fraction(train_per_task * len(chosen[1]), len(names))
+        count = max(1, floor(share + Fraction(1, 2)))
 
-    def unseen() -> tuple[Example, ...]:
-        return tuple(
-            task.example(instance)
-            for task in checkout.test
-            for instance in task.instances()[:test_per_task]
-        )
+        def pick(name: str) -> list[Instance]:
+            tested = parts(name)[1] if name in held_out else ()
+            return _resample(checkout.task(name), tested, count, round, key)
+
+        return taskset(key, names, count, pick)
 
     sets = [
-        TaskSet(name, names, partial(nested, names))
+        taskset(name, names, train_per_task, lambda name: parts(name)[0])
         for name, names in zip((small, middle, large, "Tall"), chosen, strict=True)
     ]
     sets += [
-        TaskSet(name, names, partial(control, name, names))
-        for name, names in ((f"T*{sizes[0]}", chosen[0]), (f"T*{sizes[2]}", chosen[2]))
+        control(f"T*{sizes[0]}", chosen[0]),
+        control(f"T*{sizes[2]}", chosen[2]),
+        taskset("seen", chosen[0], test_per_task, lambda name: parts(name)[1]),
+        taskset(
+            "unseen",
+            tuple(task.name for task in checkout.test),
+            test_per_task,
+            lambda name: checkout.task(name).instances()[:test_per_task],
+        ),
     ]
-    sets.append(TaskSet("seen", chosen[0], seen))
-    sets.append(TaskSet("unseen", tuple(task.name for task in checkout.test), unseen))
     return {one.name: one for one in sets}
 
 
@@ -230,29 +240,28 @@ def _only_eligible(
 
 def _split(
     task: Task, round: int, train_count: int, test_count: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Train and test examples of a task, no input in both nor twice in either.
+) -> tuple[list[Instance], list[Instance]]:
+    """Train and test instances of a task, no input in both nor twice in either.
 
     A task that is to be tested but is too short for both counts trains on half of its inputs.
     """
     first: dict[str, Instance] = {}
     for instance in task.instances():
         first.setdefault(instance.key, instance)
-    shuffled = sorted(first, key=lambda key: _hash(round, "instance", task.name, key))
+    keys = sorted(first, key=lambda key: _hash(round, "instance", task.name, key))
+    shuffled = [first[key] for key in keys]
     if test_count and len(shuffled) < train_count + test_count:
         train_count = min(train_count, max(1, len(shuffled) // 2))
-    examples = [task.example(first[key]) for key in shuffled[: train_count + test_count]]
-    return tuple(examples[:train_count]), tuple(examples[train_count:])
+    return shuffled[:train_count], shuffled[train_count : train_count + test_count]
 
 
 def _resample(
-    task: Task, tested: Iterable[Example], count: int, round: int, key: str
-) -> tuple[Example, ...]:
-    """`count` examples with replacement from the instances whose inputs are not tested."""
-    forbidden = {example.input.strip() for example in tested}
+    task: Task, tested: Iterable[Instance], count: int, round: int, key: str
+) -> list[Instance]:
+    """`count` instances with replacement from those whose inputs are not tested."""
+    forbidden = {instance.key for instance in tested}
     pool = [instance for instance in task.instances() if instance.key not in forbidden]
-    picks = (_hash(round, key, task.name, number) % len(pool) for number in range(count))
-    return tuple(task.example(pool[pick]) for pick in picks)
+    return [pool[_hash(round, key, task.name, number) % len(pool)] for number in range(count)]
 
 
 def _hash(*parts: object) -> int:
