@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from jax_lora import cli
+from jax_lora import check as invariance
+from jax_lora import cli, inputs
 from jax_lora.data.batches import bucket_for
-from jax_lora.data.prompts import Encoder
-from jax_lora.data.tasksets import draw
 from jax_lora.decoding.greedy import greedy
 from jax_lora.evaluation import evaluate
 from jax_lora.model import lora
@@ -33,64 +33,63 @@ from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 from jax_lora.weights.hf import read_json
-from jax_lora.weights.tokenizers import load_tokenizer
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")
-_SETS = flags.DEFINE_list("sets", ["seen", "unseen"], "test sets: seen, unseen")
-_ADAPTER = flags.DEFINE_string(
-    "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "instead of the config's", lower_bound=1
-)
+if __name__ == "__main__":  # study.py, which imports this file, has flags of its own
+    _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")
+    _SETS = flags.DEFINE_list("sets", ["seen", "unseen"], "test sets: seen, unseen")
+    _ADAPTER = flags.DEFINE_string(
+        "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
+    )
+    _MAX_NEW_TOKENS = flags.DEFINE_integer(
+        "max_new_tokens", None, "instead of the config's", lower_bound=1
+    )
+    _CHECK = flags.DEFINE_boolean(
+        "check", False, "in place of scoring: do answers and updates depend on how work is cut?"
+    )
+    _CHECK_PROMPTS = flags.DEFINE_integer(
+        "check_prompts", 64, "prompts of --check; a quarter of them train", lower_bound=4
+    )
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)
     with cli.input_errors():
-        # -------------------------------------------------------------- the run
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected a folder that train.py made")
         workdir = Path(_WORKDIR.value)
-        run = read_json(workdir / "config.json")
-        if not isinstance(run, dict) or "data_fingerprint" not in run:
-            raise ValueError(f"{workdir}/config.json: found no run's config, expected train.py's")
-        config: Any = ConfigDict(run["config"])
-        for name in _SETS.value:
+    if _CHECK.value:
+        check(workdir, _ADAPTER.value, _CHECK_PROMPTS.value, _MAX_NEW_TOKENS.value)
+    else:
+        run(workdir, _SETS.value, _ADAPTER.value, _MAX_NEW_TOKENS.value)
+
+
+def run(workdir: Path, names: Sequence[str], adapter: str, max_new_tokens: int | None) -> None:
+    """Score a run's folder on the test sets `names`; see the flags."""
+    logging.set_verbosity(logging.WARNING)
+    with cli.input_errors():
+        # -------------------------------------------------------------- the run
+        said, config = read_run(workdir)
+        for name in names:
             if name not in ("seen", "unseen"):
                 raise ValueError(f"--sets: found {name!r}, expected seen, unseen or both")
-        max_new_tokens = _MAX_NEW_TOKENS.value or config.eval.max_new_tokens
+        max_new_tokens = max_new_tokens or config.eval.max_new_tokens
 
         # -------------------------------------------------------------- examples
-        checkout = cli.open_checkout(config.data.path, config.data.categories)
+        checkout = inputs.open_checkout(config.data.path, config.data.categories)
         cli.check_same_run(workdir / "config.json", {"data_fingerprint": checkout.fingerprint})
-        sets = draw(
-            checkout,
-            config.round,
-            sizes=tuple(config.data.sizes),
-            train_per_task=config.data.train_per_task,
-            test_per_task=config.data.test_per_task,
-        )
-        encoder = Encoder(
-            load_tokenizer(config.model),
-            config.data.template,
-            config.data.source_length,
-            config.data.target_length,
-        )
-        rows = {
-            name: [(example, encoder.prompt_row(example)) for example in sets[name].examples]
-            for name in _SETS.value
-        }
+        sets = inputs.task_sets(*cli.data_options(config))
+        encoder = inputs.encoder(*cli.encoder_options(config))
+        rows = {name: inputs.prompt_rows(encoder, sets[name]) for name in names}
         longest = max(len(row.ids) for pairs in rows.values() for _, row in pairs)
         bucket_for(longest, config.eval.buckets)
 
         # -------------------------------------------------------------- the model
-        model_config, variables, origin = load_variables(workdir, config)
+        model_config, variables, origin = load_variables(workdir, config, adapter)
         model = Llama(model_config, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
-        settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": run["config"]}
-        for name in _SETS.value:
-            folder = workdir / folder_name() / name
+        settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": said["config"]}
+        results = workdir / folder_name(adapter)
+        for name in names:
+            folder = results / name
             evaluate.write_examples(folder, rows[name])
             evaluate.write_labels(folder, checkout, sets[name].tasks)
 
@@ -108,48 +107,101 @@ def main(_):
         end_ids=end_ids,
     )
     with cli.running(lambda: "the same command goes on from the answers that are written"):
-        for name in _SETS.value:
-            folder = workdir / folder_name() / name
+        for name in names:
+            folder = results / name
             evaluate.write_predictions(folder, rows[name], answer, settings)
             scores = evaluate.score(folder)
             cli.write_json(folder / "scores.json", scores)
-            before = untuned_scores(workdir / "eval-none" / name, settings)
+            before = None
+            if adapter != "none":
+                before = untuned_scores(workdir / "eval-none" / name, settings)
             print(f"\n{name}: {origin}\n{score_table(scores, before)}")
             print(f"{folder / 'scores.json'}", flush=True)
 
 
+def read_run(workdir: Path) -> tuple[dict, Any]:
+    """(config.json, its config) of a folder that train.py made."""
+    said = read_json(workdir / "config.json")
+    if not isinstance(said, dict) or "data_fingerprint" not in said:
+        raise ValueError(f"{workdir}/config.json: found no run's config, expected train.py's")
+    return said, ConfigDict(said["config"])
+
+
+def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None) -> None:
+    """Print what changes when answers and updates are batched otherwise; exit code 1 if any
+    answer in float32 does, or an update by more than rounding."""
+    with cli.input_errors():
+        _, config = read_run(workdir)
+        sets = inputs.task_sets(*cli.data_options(config))
+        encoder = inputs.encoder(*cli.encoder_options(config))
+        # Every so many examples, so that all tasks take part.
+        seen = sets["seen"].examples
+        asked = [encoder.prompt_row(e) for e in seen[:: -(-len(seen) // prompts)]]
+        train = sets["T" + str(config.data.sizes[0])].examples
+        trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
+        dtypes = dict.fromkeys((config.dtype, "float32"))
+        max_new_tokens = max_new_tokens or config.eval.max_new_tokens
+
+    bad = False
+    for dtype in dtypes:
+        config.dtype = dtype
+        with cli.input_errors():
+            model_config, variables, origin = load_variables(workdir, config, adapter)
+        model = Llama(model_config, dtype=jnp.dtype(dtype), unroll=config.unroll)
+        generate = functools.partial(
+            greedy,
+            model,
+            variables,
+            max_new_tokens=max_new_tokens,
+            end_ids=(encoder.tokenizer.eos_token_id,),
+        )
+        print(f"\n{origin}, {dtype}: answers to {len(asked)} prompts that change", flush=True)
+        for name, changed in invariance.answers(generate, asked, tuple(config.eval.buckets)):
+            print(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%", flush=True)
+            bad |= dtype == "float32" and changed > 0
+    if config.method == "lora" and adapter == "last":
+        trains = masks.mask(variables, tuple(config.trainable), tuple(config.frozen))
+        print(f"\nfloat32: a step on {len(trained)} examples at once, and cut otherwise")
+        model = model.clone(remat="full")
+        for name, loss, gradient in invariance.updates(
+            model, variables, trains, trained, dropout_rate=config.lora.dropout
+        ):
+            print(f"  {name:<32}loss {loss:.1e}  gradient {gradient:.1e}, relative", flush=True)
+            bad |= loss > 1e-5 or gradient > 1e-5
+    if bad:
+        raise SystemExit("error: results depend on how work is cut")
+
+
 def untuned_scores(folder: Path, settings: dict) -> dict | None:
     """The untuned base's scores to put beside, where they were made with the same settings."""
-    if _ADAPTER.value == "none" or not (folder / "scores.json").is_file():
+    if not (folder / "scores.json").is_file():
         return None
     theirs = read_json(folder / "settings.json")
     same = theirs | {"origin": None} == settings | {"origin": None}
     return read_json(folder / "scores.json") if same else None
 
 
-def folder_name() -> str:
+def folder_name(adapter: str) -> str:
     """`eval` for the run's own result; another adapter never overwrites it."""
-    if _ADAPTER.value == "last":
+    if adapter == "last":
         return "eval"
-    return f"eval-{Path(_ADAPTER.value).resolve().name if _ADAPTER.value != 'none' else 'none'}"
+    return f"eval-{Path(adapter).resolve().name if adapter != 'none' else 'none'}"
 
 
-def load_variables(workdir: Path, config: Any):
+def load_variables(workdir: Path, config: Any, adapter: str):
     """(model config, variables to score, what they are: goes into settings.json)."""
     model_config = base_weights.read_config(config.model)
-    if _ADAPTER.value == "none":
-        _, params = base_weights.load(config.model, config.dtype)
+    frozen = jax.tree.map(lambda _: False, counts.base_shapes(model_config))
+    if adapter == "none":
+        params = inputs.load_base(config.model, config.dtype, frozen)
         return model_config, {"params": params}, f"{config.model}, untuned"
-    if _ADAPTER.value != "last":
-        adapters = peft.load(_ADAPTER.value).adapters
-        lora.check(adapters, model_config)
-        if lora.does_nothing(adapters):
-            raise ValueError(f"{_ADAPTER.value}: every B is zero, expected a trained adapter")
-        _, params = base_weights.load(config.model, config.dtype)
+    if adapter != "last":
+        adapters = peft.load_trained(adapter, model_config).adapters
+        params = inputs.load_base(config.model, config.dtype, frozen)
         variables = {"params": params, "lora": jax.tree.map(jnp.asarray, adapters)}
-        content = (Path(_ADAPTER.value) / "adapter_model.safetensors").read_bytes()
+        content = (peft.resolve(adapter) / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(content).hexdigest()[:12]
-        return model_config, variables, f"{config.model} with {_ADAPTER.value} ({digest})"
+        return model_config, variables, f"{config.model} with {adapter} ({digest})"
 
     # The folder must exist before Orbax looks into it: it would make it.
     checkpoints = workdir / "checkpoints"
@@ -160,17 +212,18 @@ def load_variables(workdir: Path, config: Any):
         )
     shapes = {"params": counts.base_shapes(model_config)}
     if config.method == "lora":
-        rank, targets = config.lora.rank, tuple(config.lora.targets)
-        shapes["lora"] = lora.init(
-            jax.random.key(config.seed),
-            model_config,
-            rank,
-            alpha=config.lora.alpha_per_rank * rank,
-            targets=targets,
-            a_init=config.lora.a_init,
-        )
+        shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
     trains = masks.mask(shapes, tuple(config.trainable), tuple(config.frozen))
-    variables = shapes | {"params": cli.load_base(config.model, config.dtype, trains["params"])}
+    variables = {"params": inputs.load_base(config.model, config.dtype, trains["params"])}
+    if config.method == "lora":
+        variables["lora"], variables["params"] = inputs.on_base(
+            shapes["lora"],
+            variables["params"],
+            model_config,
+            init=config.lora.init,
+            variant=config.lora.variant,
+            folder=workdir / "pissa",
+        )
     trainable, frozen = masks.partition(variables, trains)
     variables = masks.combine(manager.restore_trainable(trainable), frozen)
     # Master copies of the base are for training; answers are made in the dtype of the arithmetic.

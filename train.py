@@ -12,10 +12,10 @@ from __future__ import annotations
 import functools
 import json
 import math
-import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +25,54 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_lora import cli
+from jax_lora import cli, inputs
 from jax_lora.data.batches import Batches, bucket_for
-from jax_lora.data.prompts import Encoder
-from jax_lora.data.tasksets import draw
-from jax_lora.model import lora
+from jax_lora.data.prompts import Row
+from jax_lora.model import attention, lora, variants
 from jax_lora.model.llama import Llama
+from jax_lora.model.products import sliceable
 from jax_lora.planning import counts
 from jax_lora.training import loop, masks
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import State, adamw, make_step, schedule
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.tokenizers import load_tokenizer
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
+CHOICES = {
+    "method": ("lora", "full"),
+    "data.answer": ("first", "random"),
+    "lora.contract": ("auto", "never"),
+}
+
+if __name__ == "__main__":  # study.py, which imports this file, has flags of its own
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", help_string="configs/*.py", lock_config=True
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     with cli.input_errors():
-        # -------------------------------------------------------------- input, before any compute
-        config: Any = _CONFIG.value  # ConfigDict's attributes have no types
-        if config is None:
+        if _CONFIG.value is None:
             raise ValueError("--config: found none, expected a file such as configs/lora.py")
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected the run's folder")
-        workdir = Path(_WORKDIR.value)
+    run(_CONFIG.value, Path(_WORKDIR.value))
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Train a run to its end, or go on with it; `config` is a ConfigDict like configs/base.py's."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    with cli.input_errors():
+        # -------------------------------------------------------------- input, before any compute
         for key in ("model", "data.path"):
             if not config[key]:
                 raise ValueError(f"--config.{key}: found none, expected a folder or a hub id")
-        for key, values in (("method", ("lora", "full")), ("data.answer", ("first", "random"))):
+        for key, values in CHOICES.items():
             if config[key] not in values:
                 raise ValueError(f"--config.{key}: found {config[key]!r}, expected one of {values}")
-        for key in ("epochs", "log_every", "checkpoint_every", "unroll", "eval.max_new_tokens"):
+        at_least_1 = ("epochs", "log_every", "checkpoint_every", "unroll", "loss_chunk")
+        for key in (*at_least_1, "eval.max_new_tokens"):
             if config[key] < 1:
                 raise ValueError(f"--config.{key}: found {config[key]}, expected at least 1")
         if config.seed < 0 or len(config.data.sizes) != 3:
@@ -70,23 +83,23 @@ def main(_):
         bucket_for(config.data.source_length, config.eval.buckets)
         o = config.optim
         model_config = base_weights.read_config(config.model)
+        platform = jax.default_backend()
+        attend = config.attention
+        if attend == "auto":
+            attend = attention.best(platform, config.dtype, model_config.head_dim)
+        attention.check(attend, platform, config.dtype, model_config.head_dim)
+        shapes = {"params": counts.base_shapes(model_config)}
         if config.method == "lora":
-            lora.check_rank(config.lora.rank)
-            lora.check_targets(config.lora.targets)
+            shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
+        trains = masks.mask(shapes, config.trainable, config.frozen)
         said("reading tasks")
-        checkout = cli.open_checkout(config.data.path, config.data.categories)
+        checkout = inputs.open_checkout(config.data.path, config.data.categories)
         resolved = {
             "config": json.loads(config.to_json_best_effort()),
             "data_fingerprint": checkout.fingerprint,
         }
         cli.check_same_run(workdir / "config.json", resolved)
-        sets = draw(
-            checkout,
-            config.round,
-            sizes=config.data.sizes,
-            train_per_task=config.data.train_per_task,
-            test_per_task=config.data.test_per_task,
-        )
+        sets = inputs.task_sets(*cli.data_options(config))
         if config.data.set not in sets:
             raise ValueError(
                 f"--config.data.set: found {config.data.set!r}, expected one of {', '.join(sets)}"
@@ -94,67 +107,45 @@ def main(_):
         taskset = sets[config.data.set]
 
         said("encoding examples")
-        encoder = Encoder(
-            load_tokenizer(config.model),
-            config.data.template,
-            config.data.source_length,
-            config.data.target_length,
-        )
-        rows = []
-        for example in taskset.examples:
-            answer = example.references[0]
-            if config.data.answer == "random":
-                chance = random.Random(f"{config.seed} {example.task} {example.id}")
-                answer = chance.choice(example.references)
-            rows.append(encoder.training_row(example, answer))
-        batches = Batches(
-            rows,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            buckets=config.data.buckets,
-            micro_tokens=config.micro_tokens,
-            answer_only=config.data.answer_only,
-            pad_id=0,
-        )
-        total = batches.steps_per_epoch * config.epochs
-        total = min(total, config.max_steps) if config.max_steps else total
+        encoder = inputs.encoder(*cli.encoder_options(config))
+        rows = inputs.training_rows(encoder, taskset, config.data.answer, config.seed)
+        batches, total = batches_of(config, rows)
         rate = schedule(o.schedule, o.learning_rate, o.warmup_steps, total)
 
         # -------------------------------------------------------------- model, adapters, mask
         said("loading the base model")
-        shapes = {"params": counts.base_shapes(model_config)}
-        if config.method == "lora":
-            shapes["lora"] = lora.init(
-                jax.random.key(config.seed),
-                model_config,
-                config.lora.rank,
-                alpha=config.lora.alpha_per_rank * config.lora.rank,
-                targets=config.lora.targets,
-                a_init=config.lora.a_init,
-            )
-        trains = masks.mask(shapes, config.trainable, config.frozen)
-        params = cli.load_base(config.model, config.dtype, trains["params"])
-        variables = shapes | {"params": params}
-        parameters = counts.table(variables, trains)
-        trainable, frozen = masks.partition(variables, trains)
+        params = inputs.load_base(config.model, config.dtype, trains["params"])
         model = Llama(
-            model_config, dtype=jnp.dtype(config.dtype), remat=config.remat, unroll=config.unroll
+            model_config,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+            unroll=config.unroll,
+            attention=attend,
         )
-        jax.eval_shape(model.apply, variables, jnp.zeros((1, 2), jnp.int32))  # checks the module
+        jax.eval_shape(model.apply, shapes, jnp.zeros((1, 2), jnp.int32))  # checks the module
+        contracted = ()
+        if config.method == "lora" and config.lora.contract == "auto":
+            contracted = lora.contracted(model_config, config.lora.rank, config.lora.targets)
         optimizer = adamw(
-            rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+            rate,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
+            b_ratio=o.b_ratio,
         )
-        accumulate, update = make_step(
+        functions = make_step(
             model,
             optimizer,
             seed=config.seed,
             dropout_rate=config.lora.dropout if config.method == "lora" else 0.0,
+            packed=config.data.packed,
+            contracted=contracted,
+            loss_chunk=config.loss_chunk,
         )
-        state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
-        base_trains = any(jax.tree.leaves(trains["params"]))
-        del shapes, params, variables, trainable  # a resumed run holds one copy of what trains
-
         # -------------------------------------------------------------- the folder
+        parameters = counts.table(shapes, trains)
         device = jax.devices()[0]
         resolved["versions"] = cli.versions()
         resolved["device"] = f"{len(jax.devices())} × {device.device_kind} ({device.platform})"
@@ -173,6 +164,20 @@ def main(_):
                     "modules": parameters.to_dict("records"),
                 },
             )
+            variables = {"params": params}
+            if config.method == "lora":
+                variables["lora"], variables["params"] = inputs.on_base(
+                    shapes["lora"],
+                    params,
+                    model_config,
+                    init=config.lora.init,
+                    variant=config.lora.variant,
+                    folder=workdir / "pissa",
+                )
+            trainable, frozen = masks.partition(variables, trains)
+            frozen = sliceable(frozen)
+            state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+            del shapes, params, variables, trainable  # a resumed run holds one copy of what trains
             checkpoints = Checkpoints(workdir / "checkpoints")
             start = checkpoints.latest() or 0
             if start:
@@ -199,7 +204,6 @@ def main(_):
     # ------------------------------------------------------------------ training
     if start:
         print(f"going on from step {start}")
-    stop = StopRequest()
     bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
     began, tokens, padded = time.perf_counter(), 0, 0
     before = None  # the step before: read only once the next one is on its way
@@ -235,8 +239,8 @@ def main(_):
             return "there is no checkpoint yet, the same command starts over"
         return f"the last checkpoint is step {step}, the same command goes on there"
 
-    with cli.running(what_stays):
-        steps = loop.train(state, frozen, batches.stream(start, total), accumulate, update)
+    with cli.running(what_stays), StopRequest() as stop:
+        steps = loop.train(state, frozen, batches.stream(start, total), functions)
         for state, report in steps:
             if before is not None:
                 log(before)
@@ -257,18 +261,42 @@ def main(_):
 
         # -------------------------------------------------------------- the adapter
         if config.method == "lora":
+            adapters = masks.combine(state.trainable, frozen)["lora"]
+            rank, alpha = config.lora.rank, config.lora.alpha_per_rank * config.lora.rank
+            rslora = config.lora.scaling == "alpha/sqrt(r)"
+            if config.lora.init == "pissa":
+                # For the whole base, whose principal part the adapters held at the start.
+                adapters = variants.since(adapters, peft.load(workdir / "pissa").adapters)
+                rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
             peft.save(
                 workdir / "adapter",
-                jax.device_get(masks.combine(state.trainable, frozen)["lora"]),
-                rank=config.lora.rank,
-                alpha=config.lora.alpha_per_rank * config.lora.rank,
+                jax.device_get(adapters),
+                rank=rank,
+                alpha=alpha,
                 dropout=config.lora.dropout,
                 base_name=config.model,
+                use_rslora=rslora,
             )
             print(f"adapter: {workdir / 'adapter'}")
-            if base_trains:
+            if any(jax.tree.leaves(trains["params"])):
                 print("it holds A and B alone; what else trained is in the checkpoint")
     print(f"{time.perf_counter() - began:.0f} s of training, {tokens:,} tokens; {workdir}")
+
+
+def batches_of(config: Any, rows: Sequence[Row]) -> tuple[Batches, int]:
+    """The batches of a run and the number of its steps."""
+    batches = Batches(
+        rows,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=config.data.buckets,
+        micro_tokens=config.micro_tokens,
+        answer_only=config.data.answer_only,
+        pad_id=0,
+        packed=config.data.packed,
+    )
+    total = batches.steps_per_epoch * config.epochs
+    return batches, min(total, config.max_steps) if config.max_steps else total
 
 
 class StopRequest:
@@ -276,8 +304,15 @@ class StopRequest:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, _):
         self.asked = True

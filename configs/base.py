@@ -25,19 +25,24 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     # ---- the base model
     config.model = ""  # Hugging Face folder, hub id or GGUF file
     config.dtype = "bfloat16"  # of frozen weights and arithmetic; what trains is float32
-    config.remat = "full"  # "full" recomputes each layer in the backward pass, "none" keeps it
+    config.remat = "full"  # recomputed in the backward pass: layers; "products" or "none" less
     config.unroll = 1  # layers a step of the scan
+    config.attention = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
+    config.loss_chunk = 1024  # positions whose logits exist at once
 
     # ---- what trains: regular expressions on leaf names, the first list wins
     config.method = "lora"  # "lora" adds adapters, "full" does not
-    config.trainable = (r"lora/.*/[ab]",)
+    config.trainable = (r"lora/.*/[abm]",)
     config.frozen = (r"lora/.*/scale", r"params/.*")
     config.lora = ConfigDict()
     config.lora.rank = 16  # r, 1 to 4096 and above
-    config.lora.alpha_per_rank = 2.0  # α/r, the scale of the update; the paper sets α = 2r
+    config.lora.alpha_per_rank = 2.0  # α/r; the paper sets α = 2r
+    config.lora.scaling = "alpha/r"  # of the update; rsLoRA's is "alpha/sqrt(r)"
     config.lora.dropout = 0.05  # on the input of A, in training only
     config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-    config.lora.a_init = "kaiming"  # as PEFT draws A; or "gaussian"
+    config.lora.init = "kaiming"  # as PEFT draws A; "gaussian", "pissa"; or a PEFT adapter's folder
+    config.lora.variant = "lora"  # or "dora"
+    config.lora.contract = "auto"  # form A·B once a step where that is cheaper; or "never"
 
     # ---- data
     config.data = ConfigDict()
@@ -53,6 +58,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.data.source_length = 1024  # tokens of a prompt; a longer input loses its end
     config.data.target_length = 128  # tokens set aside for the answer
     config.data.buckets = (128, 256, 384, 512, 768, 1152)  # row lengths, each compiled once
+    config.data.packed = False  # several examples a row, all rows as long as the last bucket
 
     # ---- optimizer: AdamW
     config.optim = ConfigDict()
@@ -64,6 +70,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.clip_norm = 1.0  # of the whole gradient
+    config.optim.b_ratio = 1.0  # how many times faster B learns than A; LoRA+ proposes 16
 
     # ---- scoring
     config.eval = ConfigDict()

@@ -1,4 +1,4 @@
-"""What the scripts share: flags, one-line errors for wrong input, loading, whole files, tables."""
+"""What the scripts share: flags, one-line errors for wrong input, whole files, tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jax_lora.data.hub import read_hub
-from jax_lora.data.instructions import Checkout, read_checkout
-from jax_lora.weights import base as base_weights
 from jax_lora.weights.hf import read_json
 
 
@@ -34,7 +28,7 @@ def input_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"error: {text}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(2) from error
 
 
 @contextmanager
@@ -49,7 +43,7 @@ def running(what_stays: Callable[[], str]) -> Iterator[None]:
     except (OSError, FloatingPointError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"\nerror: {text}; {what_stays()}\n")
-        raise SystemExit(1) from None
+        raise SystemExit(1) from error
 
 
 @contextmanager
@@ -121,38 +115,31 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def open_checkout(source: str, categories: str = "") -> Checkout:
-    """The tasks of a checkout folder, or of a data set in the hub's format.
+def adapter_options(config: Any) -> dict[str, Any]:
+    """What `jax_lora.inputs.new_adapters` is told."""
+    c = config.lora
+    return {
+        "seed": config.seed,
+        "rank": c.rank,
+        "alpha": c.alpha_per_rank * c.rank,
+        "targets": tuple(c.targets),
+        "scaling": c.scaling,
+        "init": c.init,
+        "variant": c.variant,
+    }
 
-    Args:
-      source: a folder with `tasks/` and `splits/`, else the hub data set's id or a copy of it.
-      categories: for the hub data set, which names none: a JSON file, task → category.
-    """
-    folder = Path(source)
-    if any((folder / part).is_dir() for part in ("tasks", "splits")) or (
-        not folder.is_dir() and source.count("/") != 1
-    ):
-        return read_checkout(folder)
-    return read_hub(source, categories=categories or None)
+
+def data_options(config: Any) -> tuple[Any, ...]:
+    """What `jax_lora.inputs.task_sets` is told."""
+    d = config.data
+    sizes = tuple(d.sizes)
+    return d.path, d.categories, config.round, sizes, d.train_per_task, d.test_per_task
 
 
-def load_base(source: str, dtype: str, trains: Any) -> Any:
-    """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
-
-    Args:
-      source: folder, hub id or GGUF file.
-      dtype: of the arithmetic.
-      trains: the mask's part for the base, a boolean a leaf.
-    """
-
-    def place(path, array):
-        trained = trains
-        for key in path:
-            trained = trained[key]
-        return jnp.asarray(array if trained else array.astype(dtype))
-
-    wide = any(jax.tree.leaves(trains))
-    return base_weights.load(source, "float32" if wide else dtype, place)[1]
+def encoder_options(config: Any) -> tuple[Any, ...]:
+    """What `jax_lora.inputs.encoder` is told."""
+    d = config.data
+    return config.model, d.template, d.source_length, d.target_length
 
 
 def check_same_run(path: Path, resolved: dict[str, Any]) -> None:

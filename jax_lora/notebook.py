@@ -14,7 +14,6 @@ import pandas as pd
 from jaxtyping import Array, Float
 
 from jax_lora.decoding.greedy import greedy
-from jax_lora.model import lora
 from jax_lora.model.config import ATTENTION, CONFIGS, LlamaConfig
 from jax_lora.model.llama import Llama
 from jax_lora.planning import counts
@@ -137,11 +136,7 @@ def load(
     config, base = base_weights.load(source, dtype)
     adapters = None
     if adapter is not None:
-        adapters = peft.load(adapter).adapters
-        lora.check(adapters, config)
-        if lora.does_nothing(adapters):
-            raise ValueError(f"{adapter}: every B is zero, expected an adapter that was trained")
-        adapters = jax.tree.map(jnp.asarray, adapters)
+        adapters = jax.tree.map(jnp.asarray, peft.load_trained(adapter, config).adapters)
     return LoadedModel(config, base, adapters, load_tokenizer(source), jnp.dtype(dtype))
 
 

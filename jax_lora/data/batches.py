@@ -13,14 +13,13 @@ from jax_lora.data.prompts import Row
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. `tokens` (B, T) int32 right-padded; `loss_mask` (B, T) bool, True on the
-    tokens to predict; `position` (B,) int32, each row's place in its global batch; `lengths` (B,)
-    int32, its real tokens: none in a row that only fills the shape."""
+    """A micro-batch, numpy arrays (B, T): `tokens` int32, right-padded; `loss_mask` bool, True on
+    the tokens to predict; `example` int32, the place of the token's example in the global batch,
+    -1 on padding. A packed row holds several examples, one after the other."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
-    position: np.ndarray
-    lengths: np.ndarray
+    example: np.ndarray
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:
@@ -37,6 +36,31 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
+def pack(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list[int]]:
+    """First fit: each example, in `order`, goes into the first row that still has room for it.
+
+    Longest first, this needs at most 11/9 of the fewest rows possible (Johnson 1973).
+
+    Args:
+      lengths: tokens of every example, none above `room`.
+      order: the examples, as indices of `lengths`.
+      room: tokens of a row.
+
+    Returns:
+      Rows of indices; every example is in one of them.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in order:
+        at = next((r for r, space in enumerate(left) if lengths[i] <= space), len(rows))
+        if at == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[at].append(i)
+        left[at] -= lengths[i]
+    return rows
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of a training run.
@@ -46,6 +70,7 @@ class Batches:
       batch_size: examples of a global batch; the last one of an epoch may be smaller.
       seed: of the order; every epoch is one permutation of the rows.
       buckets: lengths in tokens that rows are padded to; each shape compiles once.
+      packed: lay several examples into a row of the largest bucket, the only shape then.
       micro_tokens: most tokens (padding included) of a micro-batch, unless one row has more.
       answer_only: loss on the answer and its end token only; otherwise on the prompt too.
       pad_id: fills the rows. It is never a loss token, so it may equal the end token.
@@ -58,6 +83,7 @@ class Batches:
     micro_tokens: int
     answer_only: bool
     pad_id: int
+    packed: bool = False
 
     def __post_init__(self):
         if not self.rows:
@@ -92,28 +118,40 @@ class Batches:
         its bucket allows; the last one is filled with empty rows, so that a bucket is one shape.
         """
         chosen = self.indices(step)
-        by_length = sorted(range(len(chosen)), key=lambda i: (-len(self.rows[chosen[i]].ids), i))
+        lengths = [len(self.rows[i].ids) for i in chosen]
+        longest_first = sorted(range(len(chosen)), key=lambda i: (-lengths[i], i))
+        if self.packed:
+            laid = pack(lengths, longest_first, max(self.buckets))
+        else:
+            laid = [[place] for place in longest_first]
         batches = []
-        while by_length:
-            bucket = bucket_for(len(self.rows[chosen[by_length[0]]].ids), self.buckets)
+        while laid:
+            bucket = max(self.buckets)
+            if not self.packed:
+                bucket = bucket_for(lengths[laid[0][0]], self.buckets)
             size = self.rows_of(bucket)
-            places, by_length = by_length[:size], by_length[size:]
-            batches.append(self._pad([(i, self.rows[chosen[i]]) for i in places], size, bucket))
+            rows, laid = laid[:size], laid[size:]
+            batches.append(self._fill(rows, chosen, size, bucket))
         return batches
 
     def rows_of(self, bucket: int) -> int:
         """Rows of a micro-batch of this bucket."""
         return min(self.batch_size, max(1, self.micro_tokens // bucket))
 
-    def _pad(self, placed: list[tuple[int, Row]], size: int, bucket: int) -> Batch:
+    def _fill(self, laid: list[list[int]], chosen: np.ndarray, size: int, bucket: int) -> Batch:
         tokens = np.full((size, bucket), self.pad_id, np.int32)
         loss_mask = np.zeros((size, bucket), bool)
-        position, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        for r, (place, row) in enumerate(placed):
-            tokens[r, : len(row.ids)] = row.ids
-            loss_mask[r, (row.prompt_length if self.answer_only else 1) : len(row.ids)] = True
-            position[r], lengths[r] = place, len(row.ids)
-        return Batch(tokens, loss_mask, position, lengths)
+        example = np.full((size, bucket), -1, np.int32)
+        for r, places in enumerate(laid):
+            start = 0
+            for place in places:
+                row = self.rows[chosen[place]]
+                end = start + len(row.ids)
+                tokens[r, start:end] = row.ids
+                loss_mask[r, start + (row.prompt_length if self.answer_only else 1) : end] = True
+                example[r, start:end] = place
+                start = end
+        return Batch(tokens, loss_mask, example)
 
     def stream(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Batches of the steps start … stop-1, the next one prepared in the background."""

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_lora.model.llama import Block, Cache, Llama
+from jax_lora.model.llama import Block, Cache, Llama, Place
+from jax_lora.model.products import sliceable
 from jax_lora.model.rope import rope_tables
 
 
@@ -44,7 +45,8 @@ def greedy(
       included; what follows is the first end id. The loop stops when every row has ended.
     """
     b, p = tokens.shape
-    hidden, kv = model.clone(keep_kv=True).apply(variables, tokens, method="hidden")
+    prefill = model.clone(keep_kv=True)
+    hidden, kv = prefill.apply(sliceable(variables), tokens, method="hidden")
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     first = _most_likely(model, variables, jnp.take_along_axis(hidden, last, axis=1))
 
@@ -75,12 +77,12 @@ def greedy(
         out = out.at[:, t].set(token)
         finished = finished | jnp.isin(token, ends)
         visible = in_prompt | ((slots >= p) & (slots <= p + t))[None, :]
-        rope = rope_tables(model.config, (lengths + t)[:, None])
+        place = Place(rope_tables(model.config, (lengths + t)[:, None]), None)
         x = model.apply(variables, token[:, None], method="embed")
         grown = []
         for i in range(depth):
             k, v = caches[i]
-            x, kv = block.apply(layers[i], x, i, rope, Cache(k, v, p + t, visible), None)
+            x, kv = block.apply(layers[i], x, i, place, Cache(k, v, p + t, visible), None)
             grown.append(kv)
         return t + 1, _most_likely(model, variables, x), grown, out, finished
 

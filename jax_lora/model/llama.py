@@ -12,26 +12,40 @@ G = N/K query heads a kv head, H head size, F mlp, V vocabulary, L layers, R ran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jax_lora.model import attention
 from jax_lora.model.config import LINEAR, LlamaConfig
+from jax_lora.model.products import contract, values
 from jax_lora.model.rope import rope_tables, rotate
 
-REMAT = ("none", "full")
+# What the backward pass recomputes: nothing; whole layers; layers but for the results of their
+# linear layers' products with frozen kernels and of attention, the dear ones.
+REMAT = ("none", "full", "products")
 _INIT = nn.initializers.normal(0.02)
 
 
 class Dropout(NamedTuple):
-    """Dropout on the input of A. `keys`: (B,) one key an example, `rate`: scalar in [0, 1)."""
+    """Dropout on the input of A. `keys`: (B, T) one key a token, `rate`: scalar in [0, 1)."""
 
-    keys: Key[Array, " B"]
-    rate: Float[Array, ""]
+    keys: Key[Array, "B T"]
+    rate: float
+
+
+class Place(NamedTuple):
+    """Where the tokens stand: the rotary tables (cos, sin), each (B, T, H/2), and in packed rows
+    `segments` (B, T), equal within an example, else None."""
+
+    rope: tuple[Array, Array]
+    segments: Int[Array, "B T"] | None
 
 
 class Cache(NamedTuple):
@@ -47,51 +61,15 @@ class Cache(NamedTuple):
     visible: Bool[Array, "B S"]
 
 
-def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
-    """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
-
-    A gradient of its own, because the automatic one multiplies mixed dtypes and rounds the
-    gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
-    its three terms.
-    """
-    product: Any = _contract(spec, dtype, x, w)
-    return product
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
-    return _einsum(spec, x, w.astype(x.dtype), dtype)
-
-
-def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
-    # XLA's CPU compiler reaches the bfloat16 matrix units only through a float32 result
-    # (benchmarks/cpu_products.py: five times faster). GPUs and TPUs accumulate in float32
-    # whatever the result's dtype, and a float32 result would cost them a pass over memory.
-    inner = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    out = jnp.einsum(spec, a, b, precision=precision, preferred_element_type=inner)
-    return out.astype(dtype)
-
-
-def _contract_forward(spec, dtype, x, w):
-    return _contract(spec, dtype, x, w), (x, w)
-
-
-def _contract_backward(spec, dtype, saved, g):
-    x, w = saved
-    terms, out = spec.split("->")
-    xs, ws = terms.split(",")
-    g = g.astype(x.dtype)
-    dx = _einsum(f"{out},{ws}->{xs}", g, w.astype(x.dtype), x.dtype)
-    dw = _einsum(f"{xs},{out}->{ws}", x, g, w.dtype)
-    return dx, dw
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
-
-
 class Dense(nn.Module):
-    """x W (+ bias) + scale · dropout(x) A B, the last where the `lora` collection has A and B."""
+    """x W (+ bias), and the low-rank update where the `lora` collection has one.
+
+    LoRA (Hu et al. 2021): x W + s · dropout(x) A B. Where the collection holds `delta`, the
+    product s A B formed beforehand, in place of `a`, `b`, `scale`: x W + dropout(x) delta.
+    DoRA (Liu et al. 2024, arXiv:2402.09353), where it has `m`: g ⊙ (x W + s · dropout(x) A B)
+    with g = m / ‖W + s A B‖, a norm an output, taken as a constant; like PEFT, the correction
+    (g - 1) x W goes through the same dropout and the bias stays outside.
+    """
 
     name_in_block: str
     features: int
@@ -100,27 +78,51 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
         kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
-        y = contract("btd,df->btf", x.dtype, x, kernel)
+        y = base = checkpoint_name(contract("btd,df->btf", x.dtype, x, kernel), "product")
+        if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
+            dropped = x
+            if dropout is not None:
+                place = layer * len(LINEAR) + LINEAR.index(self.name_in_block)
+                dropped = _dropped(x, dropout, place)
+            update, delta = self._update(dropped)
+            if self.has_variable("lora", "m"):
+                if dropout is not None:
+                    base = contract("btd,df->btf", x.dtype, dropped, kernel)
+                wide = values(kernel).astype(jnp.float32) + delta()
+                norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=0))
+                gain = self.get_variable("lora", "m") / norm
+                y = y + (gain - 1).astype(x.dtype) * base + gain.astype(x.dtype) * update
+            else:
+                y = y + update
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(x.dtype)
-        if self.has_variable("lora", "a"):
-            a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
-            if dropout is not None:
-                x = _dropped(x, dropout, layer * len(LINEAR) + LINEAR.index(self.name_in_block))
-            low = contract("btd,dr->btr", x.dtype, x, a)
-            update = contract("btr,rf->btf", x.dtype, low, b)
-            y = y + update * scale.astype(x.dtype)
         return y
+
+    def _update(self, x: Array) -> tuple[Array, Callable[[], Array]]:
+        """The update of the outputs, and a function that forms the update of the kernel."""
+        if self.has_variable("lora", "delta"):
+            delta = self.get_variable("lora", "delta")
+            return contract("btd,df->btf", x.dtype, x, delta), lambda: delta
+        a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
+        low = contract("btd,dr->btr", x.dtype, x, a)
+        update = contract("btr,rf->btf", x.dtype, low, b) * scale.astype(x.dtype)
+        return update, lambda: scale * (a @ b)
 
 
 def _dropped(x: Array, dropout: Dropout, place: Array) -> Array:
-    # One key an example, folded with the place in the network: how a batch is cut into
-    # micro-batches or padded cannot change an example's mask.
-    keep = 1.0 - dropout.rate
-    keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, place)
-    mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys)
-    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
+    # One key a token, folded with the place in the network: how a batch is cut, padded or packed
+    # cannot change an example's mask. Sixteen random bits an element are enough, and half the
+    # work of threefry; `keep` is the share that they really keep.
+    odds = round((1.0 - dropout.rate) * 2**16)
+    keep = odds / 2**16
+    d = x.shape[-1]
+
+    def mask(key):
+        words = jax.random.bits(jax.random.fold_in(key, place), (-(-d // 2),), jnp.uint32)
+        return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:d] < odds
+
+    return jnp.where(jax.vmap(jax.vmap(mask))(dropout.keys), x / keep, 0).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -137,12 +139,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped kv heads; softmax in float32."""
+    """Grouped-query attention with rotary positions."""
 
     config: LlamaConfig
+    kernel: str  # among `attention.KERNELS`
 
     @nn.compact
-    def __call__(self, x, layer, rope, cache: Cache | None, dropout: Dropout | None):
+    def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -156,18 +159,15 @@ class Attention(nn.Module):
         q = project("q_proj", n * h, x).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
         keys = project("k_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
         values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
-        q, keys = rotate(q, *rope), rotate(keys, *rope)
+        q, keys = rotate(q, *place.rope), rotate(keys, *place.rope)
         if cache is None:
-            visible = jnp.tril(jnp.ones((t, t), bool))[None]  # (1, T, S = T)
+            mixed = attention.KERNELS[self.kernel](q, keys, values, place.segments)
         else:
             at = (0, 0, cache.slot, 0)
             keys = jax.lax.dynamic_update_slice(cache.k, keys, at)
             values = jax.lax.dynamic_update_slice(cache.v, values, at)
-            visible = cache.visible[:, None, :]  # (B, T = 1, S)
-        scores = contract("bkgth,bksh->bkgts", jnp.float32, q, keys) * h**-0.5
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = contract("bkgts,bksh->bkgth", x.dtype, weights, values)
+            mixed = attention.softmax_mix(q, keys, values, cache.visible[:, None, :])
+        mixed = checkpoint_name(mixed, "product")
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
         return project("o_proj", c.hidden_size, mixed), (keys, values)
 
@@ -191,22 +191,34 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: the states after it, and the keys and values it attended to if `keep_kv`.
 
-    `layer` is its number, `rope` the tables of `rope_tables`, `cache` what it attended to
-    before (then T = 1) or None.
+    `layer` is its number, `cache` what it attended to before (then T = 1) or None.
     """
 
     config: LlamaConfig
     keep_kv: bool
+    attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x, layer, rope, cache: Cache | None, dropout: Dropout | None):
+    def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attended, kv = Attention(c, name="self_attn")(normed, layer, rope, cache, dropout)
+        attended, kv = Attention(c, self.attention, name="self_attn")(
+            normed, layer, place, cache, dropout
+        )
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         x = x + MLP(c, name="mlp")(normed, layer, dropout)
         return x, kv if self.keep_kv else None
+
+
+def positions(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """Each token's place in its row, or in its segment."""
+    count = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segments is None:
+        return count
+    begins = segments != jnp.roll(segments, 1, axis=1)
+    begins = begins.at[:, 0].set(True)
+    return count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
 
 
 class Llama(nn.Module):
@@ -215,7 +227,8 @@ class Llama(nn.Module):
     Attributes:
       config: its shape.
       dtype: of the activations and matrix products; parameters keep their own.
-      remat: "none" keeps every activation for the backward pass, "full" recomputes each layer.
+      remat: what the backward pass recomputes, see `REMAT`.
+      attention: the kernel of prefill and training, see `attention.KERNELS`.
       unroll: layers a step of the scan; more compiles longer and, on a CPU, runs faster.
       keep_kv: `hidden` also returns the keys and values of all layers (for a prefill).
     """
@@ -223,6 +236,7 @@ class Llama(nn.Module):
     config: LlamaConfig
     dtype: Any = jnp.bfloat16
     remat: str = "none"
+    attention: str = "xla"
     unroll: int = 1
     keep_kv: bool = False
 
@@ -235,7 +249,12 @@ class Llama(nn.Module):
         if self.remat not in REMAT:
             raise ValueError(f"remat: found {self.remat!r}, expected one of {', '.join(REMAT)}")
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_INIT)
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+        block: Any = Block
+        if self.remat != "none":
+            keep = jax.checkpoint_policies.save_only_these_names("product")
+            block = nn.remat(
+                Block, prevent_cse=False, policy=keep if self.remat == "products" else None
+            )
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
@@ -243,7 +262,7 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=c.num_hidden_layers,
             unroll=self.unroll,
-        )(c, self.keep_kv)
+        )(c, self.keep_kv, self.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = _Head(c.vocab_size)
@@ -253,7 +272,10 @@ class Llama(nn.Module):
         return self.embed_tokens(tokens).astype(self.dtype)
 
     def hidden(
-        self, tokens: Int[Array, "B T"], dropout: Dropout | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        dropout: Dropout | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """States after the last layer, under a causal mask.
 
@@ -261,15 +283,16 @@ class Llama(nn.Module):
           tokens: (B, T) ids, each row starting at its first token; what follows a row's end
             cannot influence it.
           dropout: on the adapters' input; None is off.
+          segments: (B, T) in rows that hold several examples: equal within an example, which
+            attends to itself alone and counts its positions from 0.
 
         Returns:
           The states (B, T, D), not yet normed, and where `keep_kv` is set the keys and values of
           all layers, each (L, B, K, T, H), else None.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        rope = rope_tables(self.config, positions)
+        place = Place(rope_tables(self.config, positions(tokens, segments)), segments)
         layers = jnp.arange(self.config.num_hidden_layers)
-        return self.layers(self.embed(tokens), layers, rope, None, dropout)
+        return self.layers(self.embed(tokens), layers, place, None, dropout)
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the final norm and the vocabulary product."""

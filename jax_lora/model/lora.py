@@ -10,7 +10,8 @@ For a rank-r adapter on q_proj of a model with L layers the tree is
             └── scale  (L,)          float32, α/r
 
 so that y = x W + scale · dropout(x) a b. `scale` is data, not a function of the shapes: adapters
-of unequal ranks are zero-padded to the widest, and keep their own α/r.
+of unequal ranks are zero-padded to the widest, and keep their own α/r. A DoRA adapter has a
+fourth leaf, m (L, out), see `jax_lora.model.variants`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from jax_lora.model.config import ATTENTION, GROUP, LINEAR, LlamaConfig
 
 INITS = ("kaiming", "gaussian")
+SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 
 
 def check_targets(targets: Sequence[str]) -> None:
@@ -43,6 +45,19 @@ def check_rank(rank: int) -> None:
     """Raises ValueError unless `rank` is a positive integer."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"lora rank: found {rank!r}, expected an integer of at least 1")
+
+
+def scale(alpha: float, rank: int, scaling: str = "alpha/r") -> float:
+    """What the update is multiplied by.
+
+    "alpha/r" is LoRA's, "alpha/sqrt(r)" rsLoRA's (Kalajdzievski 2023, arXiv:2312.03732).
+
+    Raises:
+      ValueError: an unknown scaling.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"lora scaling: found {scaling!r}, expected one of {', '.join(SCALINGS)}")
+    return alpha / (rank if scaling == "alpha/r" else rank**0.5)
 
 
 def shapes(
@@ -70,6 +85,7 @@ def init(
     alpha: float,
     targets: Sequence[str] = ATTENTION,
     a_init: str = "kaiming",
+    scaling: str = "alpha/r",
 ) -> dict[str, Any]:
     """Adapters that change nothing yet: A drawn, B zero.
 
@@ -78,16 +94,17 @@ def init(
         does not depend on which others are adapted.
       config: the base model.
       rank: r, any positive integer, also above the smaller side of a kernel.
-      alpha: α of the scale α/r.
+      alpha: α of the scale.
       targets: names among the seven linear layers.
       a_init: "kaiming" is uniform within ±1/√in, which is PEFT's kaiming_uniform_(a=√5);
         "gaussian" is normal with deviation 1/r, PEFT's `init_lora_weights="gaussian"`.
+      scaling: see `scale`.
 
     Returns:
       The tree drawn at the head of this file.
 
     Raises:
-      ValueError: a rank below 1, an unknown target or an unknown `a_init`.
+      ValueError: a rank below 1, an unknown target, `a_init` or `scaling`.
     """
     if a_init not in INITS:
         raise ValueError(f"lora a_init: found {a_init!r}, expected one of {', '.join(INITS)}")
@@ -102,7 +119,7 @@ def init(
         groups.setdefault(GROUP[name], {})[name] = {
             "a": a,
             "b": jnp.zeros(leaf["b"], jnp.float32),
-            "scale": jnp.full(config.num_hidden_layers, alpha / rank, jnp.float32),
+            "scale": jnp.full(config.num_hidden_layers, scale(alpha, rank, scaling), jnp.float32),
         }
     return {"layers": groups}
 
@@ -129,6 +146,8 @@ def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
         expected[f"{place}/a"] = (layers, linear[name][0], rank)
         expected[f"{place}/b"] = (layers, rank, linear[name][1])
         expected[f"{place}/scale"] = (layers,)
+        if f"{place}/m" in found:
+            expected[f"{place}/m"] = (layers, linear[name][1])
     wrong = sorted(n for n in expected.keys() | found.keys() if found.get(n) != expected.get(n))
     if wrong or not found:
         name = wrong[0] if wrong else "layers"
@@ -144,3 +163,49 @@ def does_nothing(adapters: Mapping[str, Any]) -> bool:
     return all(
         not np.any(np.asarray(leaf["b"])) for group in groups.values() for leaf in group.values()
     )
+
+
+# ------------------------------------------------------------------ one product in place of two
+
+
+def contracted(config: LlamaConfig, rank: int, targets: Sequence[str]) -> tuple[str, ...]:
+    """The targets whose s A B is cheaper formed once a step than applied as two products.
+
+    Per token and target, forward and backward: r (in + out) multiplications thrice against
+    in · out thrice; forming s A B, and taking its gradient apart, is shared by a whole batch. For
+    a square kernel of side d that is r > d/2.
+    """
+    linear = config.linear_shapes()
+    return tuple(
+        name for name in targets if rank * sum(linear[name]) > linear[name][0] * linear[name][1]
+    )
+
+
+def deltas(adapters: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """s A B (L, in, out), float32, of the `targets`, to be differentiated: group → target → it."""
+
+    def form(leaf: Mapping[str, Any]) -> jax.Array:
+        scaled = leaf["b"] * leaf["scale"][:, None, None]
+        return jnp.einsum("ldr,lrf->ldf", leaf["a"], scaled, precision=jax.lax.Precision.HIGHEST)
+
+    return {
+        group: {name: form(leaf) for name, leaf in members.items() if name in targets}
+        for group, members in adapters["layers"].items()
+    }
+
+
+def with_deltas(adapters: Mapping[str, Any], formed: Mapping[str, Any]) -> dict[str, Any]:
+    """Adapters as the module applies them: `delta` in place of `a`, `b`, `scale` where formed."""
+
+    def chosen(group: str, name: str, leaf: Mapping[str, Any]) -> dict[str, Any]:
+        if name not in formed.get(group, {}):
+            return dict(leaf)
+        rest = {key: leaf[key] for key in leaf if key not in ("a", "b", "scale")}
+        return rest | {"delta": formed[group][name]}
+
+    return {
+        "layers": {
+            group: {name: chosen(group, name, leaf) for name, leaf in members.items()}
+            for group, members in adapters["layers"].items()
+        }
+    }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jax_lora.training.step import Micro, State, zeros
+from jax_lora.training.step import Micro, State, Step, zeros
 
 
 class Report(NamedTuple):
@@ -28,34 +31,35 @@ def train(
     state: State,
     frozen: Any,
     batches: Iterable[Sequence[Any]],
-    accumulate: Callable[..., Any],
-    update: Callable[..., Any],
+    functions: Step,
+    place: Callable[[Micro], Micro] | None = None,
 ) -> Iterator[tuple[State, Report]]:
     """Take a step for every global batch.
 
     Args:
       state: where to start; its buffers are given up.
       frozen: the frozen half of the variables, never returned or changed.
-      batches: global batches, each a sequence of micro-batches with `tokens` (B, T), `loss_mask`
-        (B, T), `position` (B,) and `lengths` (B,), the rows' real tokens, as numpy arrays.
-      accumulate, update: from `step.make_step`.
+      batches: global batches, each a sequence of micro-batches with `tokens`, `loss_mask` and
+        `example`, (B, T) each, numpy arrays; `example` is -1 on padding.
+      functions: from `step.make_step`.
+      place: puts a micro-batch on its devices; by default on the one there is.
 
     Yields:
       The state after each step, valid until the next one is asked for, and its report.
     """
+    put = place or partial(jax.tree.map, jnp.asarray)
     step = int(state.step)
     for batch in batches:
         loss_tokens = sum(int(micro.loss_mask[:, 1:].sum()) for micro in batch)
-        gradients, loss = zeros(state)
+        working = functions.begin(state, frozen)
+        gradients, loss = zeros(working)
         for micro in batch:
-            moved = Micro(
-                *(jnp.asarray(x) for x in (micro.tokens, micro.loss_mask, micro.position))
+            moved = put(Micro(micro.tokens, micro.loss_mask, micro.example))
+            gradients, loss = functions.accumulate(
+                gradients, loss, working, state.step, frozen, moved, np.float32(loss_tokens)
             )
-            gradients, loss = accumulate(
-                gradients, loss, state, frozen, moved, jnp.float32(loss_tokens)
-            )
-        state, norm = update(state, gradients)
+        state, norm = functions.update(state, frozen, gradients)
         step += 1
-        tokens = sum(int(micro.lengths.sum()) for micro in batch)
+        tokens = sum(int((micro.example >= 0).sum()) for micro in batch)
         padded = sum(micro.tokens.size for micro in batch) - tokens
         yield state, Report(step, loss, norm, tokens, padded, loss_tokens)

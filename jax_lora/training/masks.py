@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import optax
 
-LORA = ((r"lora/.*/[ab]",), (r"lora/.*/scale", r"params/.*"))
+LORA = ((r"lora/.*/[abm]",), (r"lora/.*/scale", r"params/.*"))
 FULL = ((r"params/.*",), ())
 
 

@@ -7,16 +7,22 @@ differently changes nothing but rounding.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_lora.model.llama import Dropout, Llama
-from jax_lora.training.masks import combine
+from jax_lora import sharding
+from jax_lora.model import lora
+from jax_lora.model.llama import Dropout, Llama, positions
+from jax_lora.model.products import sliceable
+from jax_lora.training.masks import combine, leaf_name
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -25,12 +31,30 @@ class Micro(NamedTuple):
     """A micro-batch on its way to the device.
 
     `tokens` (B, T) ids, right-padded. `loss_mask` (B, T): True where the token is to be
-    predicted (from the one before it). `position` (B,): the row's place in the global batch.
+    predicted (from the one before it). `example` (B, T): the place of the token's example in the
+    global batch; a packed row holds several.
     """
 
     tokens: Int[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
-    position: Int[Array, " B"]
+    example: Int[Array, "B T"]
+
+
+class Step(NamedTuple):
+    """The functions of one optimizer step, from `make_step`.
+
+    begin(state, frozen) → working: what a step differentiates, `delta`s formed.
+    accumulate(gradients, loss, working, step, frozen, micro, tokens) → (gradients, loss), for
+      every micro-batch, starting from `zeros(working)`; `tokens` is the number of loss tokens of
+      the whole global batch, `step` the state's.
+    update(state, frozen, gradients) → (state, gradient norm before the clip).
+
+    accumulate gives up the buffers of its first two arguments, update those of its state.
+    """
+
+    begin: Callable[..., Any]
+    accumulate: Callable[..., Any]
+    update: Callable[..., Any]
 
 
 class State(NamedTuple):
@@ -77,12 +101,24 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
+    b_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip by global norm, to be initialised on the trainable half alone."""
-    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
-    return optax.chain(
-        *clip, optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    )
+    """AdamW behind a clip by global norm, to be initialised on the trainable half alone.
+
+    `b_ratio`: how many times faster B (and DoRA's m) learns than A: LoRA+ (Hayou et al. 2024,
+    arXiv:2402.12354; PEFT's `create_loraplus_optimizer`), whose authors propose 16.
+    """
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
+    parts += [optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)]
+    if b_ratio != 1.0:
+
+        def fast(tree):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: leaf_name(path).endswith(("/b", "/m")), tree
+            )
+
+        parts += [optax.masked(optax.scale(b_ratio), fast)]
+    return optax.chain(*parts)
 
 
 def token_losses(
@@ -92,49 +128,67 @@ def token_losses(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int,
+    groups: int = 1,
 ) -> Float[Array, ""]:
     """Sum of weights · cross-entropy, the logits made `chunk` positions at a time.
 
     Positions that count come first and chunks without any are skipped, so the vocabulary
     product is paid for the loss tokens only (answers are a tenth of a prompt). Recomputed in the
     backward pass: the logits of one chunk are all that ever exists.
+
+    Args:
+      groups: positions are sorted within so many equal parts of the batch, one for each device
+        that holds rows of it, and a chunk takes as many from each.
     """
     d = hidden.shape[-1]
-    count = targets.size
-    order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
-    pad = -count % chunk
-    gather = jnp.pad(order, (0, pad))
-    live = jnp.arange(count + pad) < count
+    count = targets.size // groups
+    size = max(1, chunk // groups)
+    pad = -count % size
 
-    def split(x, fill=0):
-        return jnp.where(live, x.reshape(-1)[gather], fill).reshape(-1, chunk)
+    def split(x, order):
+        # (B, T, …) → (chunks, groups, size, …), the positions of a group in the given order
+        x = x.reshape(groups, count, *x.shape[2:])
+        x = jax.vmap(lambda part, at: part[at])(x, order)
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(groups, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    rows = hidden.reshape(count, d)[gather].reshape(-1, chunk, d)
+    order = jnp.argsort(weights.reshape(groups, count) == 0, axis=1, stable=True)
 
-    @jax.checkpoint
     def losses(h, target, weight):
-        logits = model.apply(variables, h[None], method="head")[0]
+        logits = model.apply(variables, h.reshape(groups, size, d), method="head")
         each = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         return jnp.sum(each * weight)
 
+    # Checkpointed as a whole: a cond differentiated inside the scan would save a copy of the
+    # vocabulary's weights for every chunk.
+    @jax.checkpoint
     def body(total, part):
-        h, target, weight = part
         skip = lambda *_: jnp.zeros((), jnp.float32)  # noqa: E731
-        return total + jax.lax.cond(jnp.any(weight > 0), losses, skip, h, target, weight), None
+        return total + jax.lax.cond(jnp.any(part[2] > 0), losses, skip, *part), None
 
-    parts = (rows, split(targets), split(weights))
+    parts = (split(hidden, order), split(targets, order), split(weights, order))
     return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
 
 
 def loss_sum(
-    model: Llama, variables: Any, micro: Micro, dropout: Dropout | None, chunk: int
+    model: Llama,
+    variables: Any,
+    micro: Micro,
+    dropout: Dropout | None = None,
+    *,
+    packed: bool = False,
+    chunk: int = 256,
+    groups: int = 1,
 ) -> Float[Array, ""]:
     """Sum of the cross-entropy over the micro-batch's loss tokens, float32."""
-    hidden = model.apply(variables, micro.tokens, dropout, method="hidden")[0]
-    # Position t predicts token t + 1.
+    segments = micro.example if packed else None
+    hidden = model.apply(variables, micro.tokens, dropout, segments, method="hidden")[0]
+    # Position t predicts token t + 1. The first token of an example is never a loss token, so
+    # none is predicted from the example before it.
     targets = jnp.roll(micro.tokens, -1, axis=1)
     weights = jnp.roll(micro.loss_mask, -1, axis=1).at[:, -1].set(False)
-    return token_losses(model, variables, hidden, targets, weights.astype(jnp.float32), chunk)
+    weights = weights.astype(jnp.float32)
+    return token_losses(model, variables, hidden, targets, weights, chunk, groups)
 
 
 def make_step(
@@ -143,23 +197,24 @@ def make_step(
     *,
     seed: int,
     dropout_rate: float,
+    packed: bool = False,
+    contracted: Sequence[str] = (),
     loss_chunk: int = 256,
-):
-    """The two compiled functions of a step.
+    mesh: Mesh | None = None,
+) -> Step:
+    """The compiled functions of a step; `accumulate` compiles once a micro-batch shape.
 
     Args:
       model: gives the forward pass and its remat policy.
       optimizer: from `adamw`.
       seed: of dropout; a mask is a function of (seed, step, place in the batch, layer, target).
       dropout_rate: on the input of A, in [0, 1).
-      loss_chunk: positions whose logits exist at once.
-
-    Returns:
-      accumulate(gradients, loss, state, frozen, micro, tokens) → (gradients, loss), to be called
-        for every micro-batch, starting from `zeros(state)`; `tokens` is the number of loss
-        tokens of the whole global batch.
-      update(state, gradients) → (state, gradient norm before the clip).
-      Each compiles once a micro-batch shape; donated arguments are the ones replaced.
+      packed: rows hold several examples.
+      contracted: targets whose A B is formed once a step, see `lora.contracted`.
+      loss_chunk: positions whose logits exist at a time, for each of the data × fsdp parts of a
+        micro-batch.
+      mesh: of the arrays that the functions will get, from `sharding.make_mesh`; what they
+        return lies as the table of `sharding` says. None is one device.
 
     Raises:
       ValueError: a dropout rate outside [0, 1).
@@ -167,29 +222,77 @@ def make_step(
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"lora dropout: found {dropout_rate}, expected 0 <= rate < 1")
 
-    def loss(trainable, frozen, step, micro, tokens):
+    groups = 1 if mesh is None else sharding.row_parts(mesh)
+
+    def kept(tree):
+        return tree if mesh is None else sharding.constrain(tree, mesh)
+
+    def deltas(trainable, frozen):
+        return lora.deltas(combine(trainable, frozen)["lora"], contracted)
+
+    def work(trainable, made):
+        return {"deltas": made, "rest": _without(trainable, contracted)}
+
+    def loss(working, frozen, step, micro, tokens):
         dropout = None
         if dropout_rate:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, micro.position)
-            dropout = Dropout(keys, jnp.float32(dropout_rate))
-        variables = combine(trainable, frozen)
-        return loss_sum(model, variables, micro, dropout, loss_chunk) / tokens
+            segments = micro.example if packed else None
+            dropout = Dropout(_keys(seed, step, micro, segments), dropout_rate)
+        variables = combine(working["rest"], sliceable(_without(frozen, contracted)))
+        if mesh is not None:
+            variables = sharding.embeddings_gathered(variables, mesh)
+        if contracted:
+            formed = lora.with_deltas(variables["lora"], working["deltas"])
+            variables = {**variables, "lora": formed}
+        chunk = loss_chunk * groups
+        total = loss_sum(
+            model, variables, micro, dropout, packed=packed, chunk=chunk, groups=groups
+        )
+        return total / tokens
+
+    compiled_deltas = jax.jit(lambda trainable, frozen: kept(deltas(trainable, frozen)))
+
+    def begin(state, frozen):
+        made = compiled_deltas(state.trainable, frozen) if contracted else {}
+        return work(state.trainable, made)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def accumulate(gradients, total, state, frozen, micro, tokens):
-        value, grad = jax.value_and_grad(loss)(state.trainable, frozen, state.step, micro, tokens)
-        return jax.tree.map(jnp.add, gradients, grad), total + value
+    def accumulate(gradients, total, working, step, frozen, micro, tokens):
+        value, grad = jax.value_and_grad(loss)(working, frozen, step, micro, tokens)
+        return kept(jax.tree.map(jnp.add, gradients, grad)), total + value
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state, gradients):
+    def update(state, frozen, gradients):
+        if contracted:
+            whole = lambda t: work(t, deltas(t, frozen))  # noqa: E731
+            (gradients,) = jax.vjp(whole, state.trainable)[1](gradients)
+        else:
+            gradients = gradients["rest"]
         updates, opt = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return State(state.step + 1, trainable, opt), optax.tree.norm(gradients)
+        return kept(State(state.step + 1, trainable, opt)), optax.tree.norm(gradients)
 
-    return accumulate, update
+    return Step(begin, accumulate, update)
 
 
-def zeros(state: State) -> tuple[Any, Array]:
-    """Where a global batch starts: zero gradients like the trainable leaves, zero loss."""
-    return jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros((), jnp.float32)
+def zeros(working: Any) -> tuple[Any, Array]:
+    """Where a global batch starts: zero gradients, zero loss."""
+    return jax.tree.map(jnp.zeros_like, working), jnp.zeros((), jnp.float32)
+
+
+def _without(half: Any, contracted: Sequence[str]) -> Any:
+    # One half of the variables, less the a, b and scale of these targets.
+    if not contracted:
+        return half
+    gone = re.compile(rf"lora/.*/({'|'.join(contracted)})/(a|b|scale)")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: optax.MaskedNode() if gone.fullmatch(leaf_name(path)) else x, half
+    )
+
+
+def _keys(seed: int, step: Array, micro: Micro, segments: Array | None) -> Array:
+    # (B, T) keys: of the example, then of the token's place in it.
+    fold = jax.vmap(jax.vmap(jax.random.fold_in))
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    keys = jnp.broadcast_to(key, micro.tokens.shape)
+    return fold(fold(keys, micro.example), positions(micro.tokens, segments))

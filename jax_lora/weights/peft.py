@@ -4,6 +4,7 @@
     layers/self_attn/q_proj/a  (L, in, R)      base_model.model.model.layers.{i}.self_attn.q_proj
     layers/self_attn/q_proj/b  (L, R, out)         .lora_A.weight (r, in)  .lora_B.weight (out, r)
     layers/self_attn/q_proj/scale  (L,)        lora_alpha, r, use_rslora and the two patterns
+    layers/self_attn/q_proj/m  (L, out)            .lora_magnitude_vector (out,), of DoRA only
 
 Layers of unequal rank share one stack: A and B are zero-padded to the largest rank R, which adds
 nothing to B·A, and `scale` carries each layer's own α/r (or α/√r). Saving crops again.
@@ -24,33 +25,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jax_lora.model.config import GROUP, LINEAR
+from jax_lora.model import lora
+from jax_lora.model.config import GROUP, LINEAR, LlamaConfig
 from jax_lora.weights.hf import read_json
+from jax_lora.weights.peft_config import parse_config
 from jax_lora.weights.tree import numpy_dtype
 
 _KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_(A|B)\.weight"
+    r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
+    r"\.lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)"
 )
-# Options that change what an adapter computes, and the values at which they do not.
-_PLAIN = {
-    "bias": (None, "none"),
-    "use_dora": (None, False),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-    "use_bdlora": (None, False),
-    "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-}
-# These initialisations change the base weights too, which the adapter does not hold.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PARTS = {"a": "A", "b": "B", "m": "magnitude"}
 
 
 @dataclass(frozen=True)
@@ -73,9 +58,8 @@ class Adapter:
     alphas: dict[str, tuple[float, ...]]
 
 
-def scale(alpha: float, rank: int, use_rslora: bool) -> float:
-    """α/r (Hu et al. 2021, arXiv:2106.09685), or α/√r (Kalajdzievski 2023, arXiv:2312.03732)."""
-    return alpha / (rank**0.5 if use_rslora else rank)
+def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
+    return lora.scale(alpha, rank, "alpha/sqrt(r)" if use_rslora else "alpha/r")
 
 
 def _targets(adapters: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,50 +70,58 @@ def _targets(adapters: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- reading
 
 
+def resolve(folder: str | os.PathLike[str]) -> Path:
+    """The adapter's own folder, where the folder of a run that holds one may be given."""
+    folder = Path(folder)
+    inside = folder / "adapter"
+    alone = (folder / "adapter_config.json").exists() or not inside.is_dir()
+    return folder if alone else inside
+
+
+def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter:
+    """`load`, and make sure that the adapter fits a model and changes it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`; names or shapes that the model does not have,
+        expected and found listed; every B zero.
+    """
+    found = load(folder)
+    try:
+        lora.check(found.adapters, config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if lora.does_nothing(found.adapters):
+        raise ValueError(f"{folder}: every B is zero, expected a trained adapter")
+    return found
+
+
 def load(folder: str | os.PathLike[str]) -> Adapter:
-    """Read a PEFT LoRA adapter of a Llama.
+    """Read a PEFT LoRA or DoRA adapter of a Llama.
 
     Args:
-      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      folder: with `adapter_config.json` and `adapter_model.safetensors`, or a run's folder with
+        such a folder `adapter` in it.
 
     Returns:
-      The adapter; tensors are float32, numpy. See `lora.does_nothing`.
+      The adapter; tensors are float32, numpy.
 
     Raises:
       FileNotFoundError: one of the two files is missing.
-      ValueError: another kind of adapter (DoRA, biases, …), a module that is none of the seven
-        linear layers, a layer without its tensors, a wrong shape, a damaged file.
+      ValueError: another kind of adapter (biases, embeddings, …), a module that is none of the
+        seven linear layers, a layer or target without its tensors, a wrong shape, a damaged file.
     """
-    folder = Path(folder)
+    folder = resolve(folder)
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_path, path):
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, expected a PEFT adapter folder")
-    raw = read_json(config_path)
-    rank, alpha, dropout, rslora = _check_config(raw, str(config_path))
-    tensors = _read_tensors(path)
-
-    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or GROUP.get(match[3]) != match[2]:
-            expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR)}).lora_(A|B).weight"
-            raise ValueError(f"{path}: found {key}, expected base_model.model.model.{expected}")
-        found.setdefault(match[3], {}).setdefault(int(match[1]), {})[match[4]] = tensor
-    named = raw.get("target_modules")
-    wanted = [name.rsplit(".", 1)[-1] for name in named] if isinstance(named, list) else []
-    layers = 1 + max((layer for module in found.values() for layer in module), default=-1)
-    for name in dict.fromkeys((*wanted, *found)):
-        lost = [
-            f"{i}.{GROUP.get(name, '?')}.{name}"
-            for i in range(max(layers, 1))
-            if set(found.get(name, {}).get(i, {})) != {"A", "B"}
-        ]
-        if lost:
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            raise ValueError(f"{path}: layers without their A and B: {', '.join(lost[:3])}{more}")
-    if not found:
-        raise ValueError(f"{path}: found no tensors, expected a LoRA adapter's")
+            raise FileNotFoundError(
+                f"{file}: no such file, expected a PEFT adapter folder or a run's folder with one"
+            )
+    config = parse_config(read_json(config_path), str(config_path))
+    parts = ("a", "b", "m") if config.use_dora else ("a", "b")
+    found = _read_tensors(path, parts)
+    layers = 1 + max(layer for module in found.values() for layer in module)
+    _check_complete(path, found, config.targets(layers), layers, parts)
 
     adapters: dict[str, Any] = {}
     ranks: dict[str, tuple[int, ...]] = {}
@@ -137,64 +129,44 @@ def load(folder: str | os.PathLike[str]) -> Adapter:
     targets = tuple(name for name in LINEAR if name in found)
     for name in targets:
         modules = [f"model.layers.{i}.{GROUP[name]}.{name}" for i in range(layers)]
-        expected = [_by_pattern(raw, "rank_pattern", m, rank) for m in modules]
-        alphas[name] = tuple(float(_by_pattern(raw, "alpha_pattern", m, alpha)) for m in modules)
-        pairs = [(found[name][i]["A"], found[name][i]["B"]) for i in range(layers)]
-        size_in, size_out = pairs[0][0].shape[-1], pairs[0][1].shape[0]
-        for module, r, (a, b) in zip(modules, expected, pairs, strict=True):
-            if a.shape != (r, size_in) or b.shape != (size_out, r):
-                raise ValueError(
-                    f"{path}: {module}: found A {a.shape} and B {b.shape}, "
-                    f"expected {(r, size_in)} and {(size_out, r)}"
-                )
-        ranks[name] = tuple(expected)
-        stack_a = np.zeros((layers, size_in, max(expected)), np.float32)
-        stack_b = np.zeros((layers, max(expected), size_out), np.float32)
-        for i, (a, b) in enumerate(pairs):
-            stack_a[i, :, : expected[i]], stack_b[i, : expected[i]] = a.T, b.T
-        scales = [scale(x, r, rslora) for x, r in zip(alphas[name], expected, strict=True)]
-        leaf = {"a": stack_a, "b": stack_b, "scale": np.asarray(scales, np.float32)}
+        ranks[name] = tuple(config.rank_of(module) for module in modules)
+        alphas[name] = tuple(config.alpha_of(module) for module in modules)
+        stack = found.pop(name)  # a target's tensors go when they are stacked
+        tensors = [stack[i] for i in range(layers)]
+        size_in, size_out = tensors[0]["a"].shape[-1], tensors[0]["b"].shape[0]
+        for module, r, tensor in zip(modules, ranks[name], tensors, strict=True):
+            shapes = {"a": (r, size_in), "b": (size_out, r), "m": (size_out,)}
+            if any(tensor[part].shape != shapes[part] for part in parts):
+                there = ", ".join(f"{_PARTS[part]} {tensor[part].shape}" for part in parts)
+                expected = ", ".join(f"{_PARTS[part]} {shapes[part]}" for part in parts)
+                raise ValueError(f"{path}: {module}: found {there}, expected {expected}")
+        widest = max(ranks[name])
+        leaf = {
+            "a": np.zeros((layers, size_in, widest), np.float32),
+            "b": np.zeros((layers, widest, size_out), np.float32),
+            "scale": np.zeros(layers, np.float32),
+        }
+        for i, (r, tensor) in enumerate(zip(ranks[name], tensors, strict=True)):
+            leaf["a"][i, :, :r], leaf["b"][i, :r] = tensor["a"].T, tensor["b"].T
+            leaf["scale"][i] = _scale(alphas[name][i], r, config.use_rslora)
+        if config.use_dora:
+            leaf["m"] = np.stack([tensor["m"] for tensor in tensors])
         adapters.setdefault("layers", {}).setdefault(GROUP[name], {})[name] = leaf
-    base_name = raw.get("base_model_name_or_path")
-    return Adapter(adapters, rank, alpha, dropout, targets, base_name, rslora, ranks, alphas)
+    return Adapter(
+        adapters,
+        config.rank,
+        config.alpha,
+        config.dropout,
+        targets,
+        config.base_name,
+        config.use_rslora,
+        ranks,
+        alphas,
+    )
 
 
-def _check_config(raw: Any, where: str) -> tuple[int, float, float, bool]:
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{where}: peft_type: found {found!r}, expected 'LORA'")
-    for key, plain in _PLAIN.items():
-        if raw.get(key) not in plain:
-            raise ValueError(f"{where}: {key}: found {raw[key]!r}, expected {plain[-1]!r}")
-    start = raw.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise ValueError(
-            f"{where}: init_lora_weights: found {start!r}, which changes the base weights; "
-            "expected an adapter converted to plain LoRA"
-        )
-    values = []
-    for key, default in (("r", None), ("lora_alpha", None), ("lora_dropout", 0.0)):
-        found = raw.get(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or found < 0:
-            raise ValueError(f"{where}: {key}: found {found!r}, expected a number from 0 up")
-        values.append(found)
-    if int(values[0]) != values[0] or values[0] < 1:
-        raise ValueError(f"{where}: r: found {values[0]!r}, expected a positive integer")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"{where}: {key}: found {raw[key]!r}, expected patterns and numbers")
-    return int(values[0]), float(values[1]), float(values[2]), bool(raw.get("use_rslora"))
-
-
-def _by_pattern(raw: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    # As PEFT does: the first pattern that is the module's name or a dotted end of it.
-    for pattern, number in (raw.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return number
-    return default
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path, parts: Sequence[str]) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+    """Linear layer → layer → part → tensor, float32 and in PEFT's orientation."""
     numpy_dtype("bfloat16")  # registers it, for adapters that are stored so
     try:
         with safe_open(path, framework="np") as file:
@@ -202,7 +174,46 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
-    return {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
+    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        part = match[4][0].lower() if match else ""
+        if match is None or GROUP.get(match[3]) != match[2]:
+            expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR)}).lora_(A|B).weight"
+            raise ValueError(f"{path}: found {key}, expected base_model.model.model.{expected}")
+        if part not in parts:
+            raise ValueError(f"{path}: found {key}, expected use_dora: true with it")
+        if tensor.ndim != (1 if part == "m" else 2):
+            raise ValueError(f"{path}: {key}: found shape {tensor.shape}, expected a whole tensor")
+        layer = found.setdefault(match[3], {}).setdefault(int(match[1]), {})
+        layer[part] = tensor.astype(np.float32, copy=False)
+    if not found:
+        raise ValueError(f"{path}: found no tensors, expected a LoRA adapter's")
+    return found
+
+
+def _check_complete(
+    path: Path, found: Mapping[str, Any], targets: Sequence[str], layers: int, parts: Sequence[str]
+) -> None:
+    if targets and (extra := [name for name in found if name not in targets]):
+        raise ValueError(
+            f"{path}: found tensors of {', '.join(extra)}, expected those of target_modules "
+            f"alone: {', '.join(targets)}"
+        )
+    wanted = targets or list(found)
+    lost = [
+        f"{i}.{GROUP[name]}.{name}"
+        for name in wanted
+        for i in range(layers)
+        if set(found.get(name, {}).get(i, {})) != set(parts)
+    ]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ValueError(
+            f"{path}: found no whole ({', '.join(_PARTS[part] for part in parts)}) for "
+            f"{', '.join(lost[:3])}{more}; expected one in all {layers} layers of "
+            f"{', '.join(wanted)}"
+        )
 
 
 # ---------------------------------------------------------------- writing
@@ -230,13 +241,16 @@ def save(
       ranks, alphas: for every target, the true value in each layer, where they differ.
 
     Raises:
-      ValueError: no adapters, something in the tree that is no linear layer, or a `scale` that
-        contradicts α and r.
+      ValueError: no adapters, something in the tree that is no linear layer, a `scale` that
+        contradicts α and r, or a DoRA magnitude in some targets only.
     """
     pairs = _targets(adapters)
     held = [n for group in adapters.get("layers", {}).values() for n in group]
     if not pairs or set(held) != set(pairs):
         raise ValueError(f"adapters: found {held or 'nothing'}, expected some of {list(LINEAR)}")
+    dora = [name for name in pairs if "m" in pairs[name]]
+    if dora and len(dora) < len(pairs):
+        raise ValueError(f"adapters: found m in {', '.join(dora)} only, expected it in all or none")
     tensors: dict[str, np.ndarray] = {}
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
@@ -250,7 +264,7 @@ def save(
                 f"adapters of {name}: found {layers} layers of up to rank {a.shape[-1]}, "
                 f"expected {len(own_ranks)} of ranks {own_ranks}"
             )
-        said = [scale(x, r, use_rslora) for x, r in zip(own_alphas, own_ranks, strict=True)]
+        said = [_scale(x, r, use_rslora) for x, r in zip(own_alphas, own_ranks, strict=True)]
         if not np.allclose(scales, said, rtol=1e-6, atol=0):
             raise ValueError(f"adapters of {name}: scale {scales[0]:g}, expected {said[0]:g}")
         for i, r in enumerate(own_ranks):
@@ -260,6 +274,8 @@ def save(
             key = f"base_model.model.{module}"
             tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a[i, :, :r].T)
             tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b[i, :r].T)
+            if dora:
+                tensors[f"{key}.lora_magnitude_vector"] = np.array(pair["m"][i], np.float32)
         _note(rank_pattern, name, own_ranks, rank)
         _note(alpha_pattern, name, own_alphas, alpha)
     config = {
@@ -270,6 +286,7 @@ def save(
         "lora_alpha": _whole(alpha),
         "lora_dropout": dropout,
         "use_rslora": use_rslora,
+        "use_dora": bool(dora),
         "target_modules": list(pairs),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,

@@ -38,15 +38,16 @@ def test_an_epoch_holds_every_row_once(lengths, size, micro_tokens, answer_only)
                 batch.tokens.shape[1],
             )
             assert batch.tokens.shape[1] in (8, 16)
-            for r, n in enumerate(batch.lengths):
-                row = batch.tokens[r]
+            for r, example in enumerate(batch.example):
+                row, n = batch.tokens[r], int((example >= 0).sum())
                 assert (row[:n] == row[0]).all() and (row[n:] == 0).all()
                 mask = np.zeros(len(row), bool)
                 mask[2 if answer_only else 1 : n] = n > 0
                 np.testing.assert_array_equal(batch.loss_mask[r], mask)
                 if n:
                     seen.append(int(row[0]) - 1)
-                    positions.append(int(batch.position[r]))
+                    assert (example[:n] == example[0]).all()
+                    positions.append(int(example[0]))
                     assert n == lengths[row[0] - 1]
         assert sorted(positions) == list(range(len(positions)))
     assert sorted(seen) == list(range(len(lengths)))
@@ -74,7 +75,38 @@ def test_rows_share_micro_batches_with_their_like():
     # Sorted from the longest down: two long rows fill one micro-batch, four short ones another.
     made = batches([16, 5, 16, 6, 7, 8], batch_size=6)
     assert [b.tokens.shape for b in made.at(0)] == [(2, 16), (4, 8)]
-    assert sum(b.tokens.size - b.lengths.sum() for b in made.at(0)) == 64 - 58
+    assert sum((b.example < 0).sum() for b in made.at(0)) == 64 - 58
+
+
+@given(st.lists(st.integers(3, 16), min_size=1, max_size=30), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_packed_rows_hold_whole_examples(lengths, answer_only):
+    options = dict(batch_size=len(lengths), answer_only=answer_only)
+    (made, plain) = (batches(lengths, packed=packed, **options) for packed in (True, False))
+
+    def found(made):
+        # place → the tokens and the loss mask of that example
+        out = {}
+        for batch in made.at(0):
+            for place in set(batch.example[batch.example >= 0]):
+                at = batch.example == place
+                (row,) = set(np.nonzero(at)[0])
+                assert (np.diff(np.nonzero(at[row])[0]) == 1).all()  # in one piece
+                out[int(place)] = (batch.tokens[at].tolist(), batch.loss_mask[at].tolist())
+        return out
+
+    assert found(made) == found(plain)
+    assert {b.tokens.shape for b in made.at(0)} == {(2, 16)}
+
+
+def test_packing_leaves_little_padding():
+    lengths = np.random.default_rng(0).integers(3, 16, 128).tolist()
+    made = batches(lengths, batch_size=128, packed=True)
+    padding, size = (
+        sum(f(b) for b in made.at(0))
+        for f in (lambda b: (b.example < 0).sum(), lambda b: b.tokens.size)
+    )
+    assert padding / size < 0.05
 
 
 def test_what_fits_nowhere_is_refused():

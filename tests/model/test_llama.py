@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.model.llama import Dropout, Llama, contract
+from jax_lora.model.llama import Dropout, Llama
+from jax_lora.model.products import contract
 from jax_lora.weights import hf
 from tests import reference
 
@@ -38,7 +39,7 @@ def test_scan_remat_and_unroll_do_not_change_the_result(tmp_path):
         return jax.jit(jax.value_and_grad(run))(variables)
 
     plain = value_and_grad()
-    for options in ({"remat": "full"}, {"unroll": 2}):
+    for options in ({"remat": "full"}, {"remat": "products"}, {"unroll": 2}):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
             value_and_grad(**options),
@@ -67,12 +68,11 @@ def test_dropout_is_a_function_of_the_example_alone(tmp_path):
     config, variables = load(tmp_path, "gqa")
     variables["lora"] = reference.adapters()
     model, ids = Llama(config, dtype=jnp.float32), jnp.asarray(reference.tokens())
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(2))
-    rate = jnp.float32(0.5)
-    together = model.apply(variables, ids, Dropout(keys, rate))
-    alone = model.apply(variables, ids[1:, :16], Dropout(keys[1:], rate))
+    keys = jax.random.split(jax.random.key(3), ids.shape)
+    together = model.apply(variables, ids, Dropout(keys, 0.5))
+    alone = model.apply(variables, ids[1:, :16], Dropout(keys[1:, :16], 0.5))
     np.testing.assert_allclose(together[1:, :16], alone, rtol=0, atol=1e-4)
-    other = model.apply(variables, ids, Dropout(keys[::-1], rate))
+    other = model.apply(variables, ids, Dropout(keys[::-1], 0.5))
     assert np.abs(other - together).max() > 0.1
 
 

@@ -36,11 +36,12 @@ def test_adapted_logits_equal_peft(base, recorded):
 def test_loss_and_gradients_equal_peft(base, recorded):
     model = Llama(TINY, dtype=jnp.float32)
     mask = reference.loss_mask()
-    micro = Micro(jnp.asarray(reference.tokens()), jnp.asarray(mask), jnp.arange(2))
+    tokens = jnp.asarray(reference.tokens())
+    micro = Micro(tokens, jnp.asarray(mask), jnp.zeros_like(tokens))
 
     def loss(adapters):
         variables = {"params": base, "lora": adapters}
-        return loss_sum(model, variables, micro, None, chunk=16) / mask.sum()
+        return loss_sum(model, variables, micro, chunk=16) / mask.sum()
 
     value, gradients = jax.value_and_grad(loss)(reference.adapters())
     np.testing.assert_allclose(value, recorded["lora/loss"], rtol=1e-5)

@@ -43,8 +43,9 @@ def global_batch(cut: int, examples: int = 8):
     tokens = rng.integers(0, 61, (examples, 16)).astype(np.int32)
     lengths = rng.integers(6, 17, examples).astype(np.int32)
     mask = (np.arange(16) >= 3) & (np.arange(16) < lengths[:, None])
-    whole = Batch(tokens, mask, np.arange(examples, dtype=np.int32), lengths)
-    parts = (whole.tokens, whole.loss_mask, whole.position, whole.lengths)
+    real = np.arange(16) < lengths[:, None]
+    example = np.where(real, np.arange(examples)[:, None], -1).astype(np.int32)
+    parts = (tokens, mask, example)
     return [Batch(*(x[i : i + cut] for x in parts)) for i in range(0, examples, cut)]
 
 
@@ -55,7 +56,7 @@ def run(rules, batches, steps=2, dropout=0.1, rate=1e-2, optimizer=None):
     optimizer = optimizer or adamw(optax.constant_schedule(rate))
     functions = make_step(MODEL, optimizer, seed=3, dropout_rate=dropout, loss_chunk=8)
     start = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
-    steps_taken = list(loop.train(start, frozen, [batches] * steps, *functions))
+    steps_taken = list(loop.train(start, frozen, [batches] * steps, functions))
     return before, steps_taken[-1][0], frozen, [report for _, report in steps_taken]
 
 
@@ -117,7 +118,7 @@ def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
         still = optax.sgd(0.0)
         functions = make_step(MODEL, still, seed=3, dropout_rate=rate)
         state = State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), still.init(None))
-        taken = loop.train(state, frozen, [global_batch(8)] * 3, *functions)
+        taken = loop.train(state, frozen, [global_batch(8)] * 3, functions)
         return [float(report.loss) for _, report in taken]
 
     assert len(set(losses(0.0))) == 1
@@ -126,7 +127,7 @@ def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
 
 def test_chunks_equal_the_plain_loss():
     batch = global_batch(8)[0]
-    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.position)))
+    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.example)))
     params = {"params": variables()["params"]}
 
     def plain(v):
@@ -135,7 +136,7 @@ def test_chunks_equal_the_plain_loss():
         return jnp.sum(each * micro.loss_mask[:, 1:])
 
     for chunk in (5, 16, 1000):
-        ours = lambda v, chunk=chunk: loss_sum(MODEL, v, micro, None, chunk)  # noqa: E731
+        ours = lambda v, chunk=chunk: loss_sum(MODEL, v, micro, chunk=chunk)  # noqa: E731
         (value, grads), (expected, reference_grads) = (
             jax.value_and_grad(f)(params) for f in (ours, plain)
         )
@@ -174,10 +175,10 @@ def test_the_clip_sees_the_trainable_gradient_alone():
     _, _, _, reports = run(masks.LORA, global_batch(8), steps=1, dropout=0.0)
     everything = variables()
     batch = global_batch(8)[0]
-    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.position)))
+    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.example)))
 
     def loss(adapters):
-        return loss_sum(MODEL, everything | {"lora": adapters}, micro, None, 16)
+        return loss_sum(MODEL, everything | {"lora": adapters}, micro, chunk=16)
 
     gradients = jax.grad(loss)(everything["lora"])
     for group in gradients["layers"].values():
@@ -185,3 +186,80 @@ def test_the_clip_sees_the_trainable_gradient_alone():
             leaf["scale"] = jnp.zeros(())
     expected = optax.tree.norm(gradients) / reports[0].loss_tokens
     np.testing.assert_allclose(reports[0].gradient_norm, expected, rtol=1e-5)
+
+
+def gradients(batches, *, contracted=(), packed=False, dropout=0.3, groups=1, variant="lora"):
+    """Loss and gradient of a global batch, B (and m) drawn so that everything matters."""
+    everything = variables()
+    keys = iter(jax.random.split(jax.random.key(4), 99))
+    for members in everything["lora"]["layers"].values():
+        for leaf in members.values():
+            leaf["b"] = 0.3 * jax.random.normal(next(keys), leaf["b"].shape)
+            if variant == "dora":
+                leaf["m"] = 1 + jax.random.uniform(next(keys), leaf["b"].shape[::2])
+    trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
+    options = dict(seed=3, dropout_rate=dropout, loss_chunk=8, groups=groups)
+    sgd = optax.sgd(1.0)  # the update is the gradient
+    functions = make_step(MODEL, sgd, contracted=contracted, packed=packed, **options)
+    state = State(jnp.zeros((), jnp.int32), trainable, sgd.init(trainable))
+    before = jax.tree.map(np.array, trainable)
+    ((after, report),) = loop.train(state, frozen, [batches], functions)
+    return float(report.loss), jax.tree.map(lambda x, y: x - y, before, after.trainable)
+
+
+def assert_same(one, other, tolerance=1e-5):
+    np.testing.assert_allclose(one[0], other[0], rtol=tolerance)
+    for x, y in zip(jax.tree.leaves(one[1]), jax.tree.leaves(other[1]), strict=True):
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("contracted", [LINEAR, ("q_proj", "down_proj")])
+def test_one_formed_product_equals_two(contracted, variant):
+    # Gradients of A, B and m, dropout on, over two micro-batches.
+    batches = global_batch(4)
+    one, other = (gradients(batches, contracted=c, variant=variant) for c in (contracted, ()))
+    assert_same(one, other)
+
+
+def test_packed_rows_give_the_unpacked_gradient():
+    # Two examples a row, the same masks of dropout: the same loss and gradient.
+    (whole,) = global_batch(8)
+    tokens, mask = np.zeros((4, 32), np.int32), np.zeros((4, 32), bool)
+    example = np.full((4, 32), -1, np.int32)
+    for r in range(4):
+        start = 0
+        for i in (r, r + 4):
+            real = whole.example[i] >= 0
+            end = start + real.sum()
+            tokens[r, start:end] = whole.tokens[i][real]
+            mask[r, start:end] = whole.loss_mask[i][real]
+            example[r, start:end] = i
+            start = end
+    packed = gradients([Batch(tokens, mask, example)], packed=True)
+    assert_same(packed, gradients([whole]))
+
+
+def test_groups_of_positions_change_only_the_order():
+    assert_same(gradients(global_batch(8), groups=4), gradients(global_batch(8)))
+
+
+def test_lora_plus_moves_b_faster():
+    batches = global_batch(8)
+    moved = []
+    for ratio in (1.0, 16.0):
+        optimizer = adamw(optax.constant_schedule(1e-3), weight_decay=0.1, b_ratio=ratio)
+        before, state, _, _ = run(masks.LORA, batches, steps=1, optimizer=optimizer)
+        moved.append((before["lora"], state.trainable["lora"]))
+    for path, start in jax.tree_util.tree_leaves_with_path(moved[0][0]):
+        if path[-1].key == "scale":
+            continue
+        slow, fast = (np.asarray(_at(after, path)) - start for _, after in moved)
+        ratio = 16.0 if path[-1].key == "b" else 1.0
+        np.testing.assert_allclose(fast, ratio * slow, rtol=1e-3, atol=1e-9)
+
+
+def _at(tree, path):
+    for key in path:
+        tree = tree[key.key]
+    return tree

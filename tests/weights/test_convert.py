@@ -12,9 +12,10 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
 
 import convert
-from jax_lora.weights import gguf, hf
+from jax_lora.model.llama import Llama
+from jax_lora.weights import gguf, hf, peft
 from jax_lora.weights.tokenizers import load_tokenizer
-from tests.weights.builders import CORPUS, flat, hf_weights, tiny_bpe, write_gguf
+from tests.weights.builders import CORPUS, D, F, flat, hf_weights, tiny_bpe, write_gguf
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_a_gguf_becomes_the_same_model_in_a_folder(tmp_path, source, dtype, caps
     wanted = dict(flat(base))
     assert all(np.array_equal(array, wanted[path]) for path, array in flat(found))
     stored = {str(v.dtype) for v in load_file(out / "model.safetensors").values()}
-    assert stored == {dtype}
+    assert stored == {dtype} == {convert.stored_dtype(out)}
     raw = json.loads((out / "config.json").read_text())
     assert (raw["torch_dtype"], raw["bos_token_id"], raw["eos_token_id"]) == (dtype, 1, 0)
     before, after = load_tokenizer(source), load_tokenizer(out)
@@ -94,6 +95,97 @@ def test_as_a_program_it_says_one_line_and_nothing_more(tmp_path, source):
     assert not (tmp_path / "two").exists()
 
 
+# ---------------------------------------------------------------- --merge
+
+SIZES = {"q_proj": ("self_attn", D, D), "down_proj": ("mlp", F, D)}
+
+
+def adapter(folder, dora=False, layers=2):
+    """Save an adapter of rank 3, α 6; returns its tree."""
+    rng = np.random.default_rng(3)
+    tree: dict = {"layers": {}}
+    for name, (group, size_in, size_out) in SIZES.items():
+        tree["layers"][group] = {
+            name: {
+                "a": rng.normal(size=(layers, size_in, 3)).astype(np.float32) / 8,
+                "b": rng.normal(size=(layers, 3, size_out)).astype(np.float32) / 8,
+                "scale": np.full(layers, 2, np.float32),
+            }
+        }
+        if dora:
+            m = rng.uniform(0.5, 1, size=(layers, size_out)).astype(np.float32)
+            tree["layers"][group][name]["m"] = m
+    peft.save(folder, tree, rank=3, alpha=6)
+    return tree
+
+
+@pytest.mark.parametrize("stored", [".gguf", "bfloat16"])
+def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, tiny_model, stored, capsys):
+    source = tiny_model
+    if stored != ".gguf":
+        source = tmp_path / "folder"
+        convert.main([str(tiny_model), str(source), f"--dtype={stored}"])
+    run = tmp_path / "run"
+    tree = adapter(run / "adapter")
+    capsys.readouterr()
+    saved = {}
+    for dtype in ("float32", "bfloat16"):
+        convert.main([str(source), str(tmp_path / dtype), f"--merge={run}", f"--dtype={dtype}"])
+        said, done = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"{dtype} moves a logit by up to ")
+        assert (float(said.split()[7]) == 0) is (dtype == "float32")
+        assert done == f"wrote {tmp_path / dtype}"
+        saved[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+    base = load_file(source / "model.safetensors") if source.is_dir() else None
+    if base is None:
+        convert.main([str(source), str(tmp_path / "plain"), "--dtype=float32"])
+        base = load_file(tmp_path / "plain" / "model.safetensors")
+    for name, found in saved["float32"].items():
+        wanted = base[name].astype(np.float32)
+        target = name.split(".")[-2]
+        if target in SIZES:
+            leaf, i = tree["layers"][SIZES[target][0]][target], int(name.split(".")[2])
+            a, b = (leaf[key][i].astype(np.float64) for key in ("a", "b"))
+            np.testing.assert_allclose(found, wanted + 2 * (a @ b).T, rtol=0, atol=1e-7)
+        else:
+            assert np.array_equal(found, wanted)
+        half = saved["bfloat16"][name]
+        assert half.dtype.name == "bfloat16" and np.array_equal(found.astype(half.dtype), half)
+
+
+def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
+    tmp_path, tiny_model, capsys
+):
+    tree = adapter(tmp_path / "zero")
+    for modules in tree["layers"].values():
+        for leaf in modules.values():
+            leaf["b"][:] = 0
+    peft.save(tmp_path / "zero", tree, rank=3, alpha=6)
+    adapter(tmp_path / "deep", layers=3)
+    adapter(tmp_path / "part")
+    path = tmp_path / "part" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"target_modules": ["q_proj", "v_proj", "down_proj"]}))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for folder, message in [
+        ("none", "adapter_config.json: no such file, expected a PEFT adapter folder or a run's"),
+        ("zero", "every B is zero, expected a trained adapter"),
+        ("deep", f"down_proj/a: found (3, {F}, 3), expected (2, {F}, 3)"),
+        ("part", "found no whole (A, B) for 0.self_attn.v_proj, 1.self_attn.v_proj; expected one"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            convert.main(
+                [str(tiny_model), str(tmp_path / "out"), "--merge", str(tmp_path / folder)]
+            )
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+        assert captured.err.startswith(f"error: {tmp_path / folder}") and message in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# ---------------------------------------------------------------- against transformers and PEFT
+
+
 @pytest.mark.parity
 def test_against_hf_a_converted_gguf_knows_the_capital_of_france(tmp_path, smollm2):
     # That its weights are transformers' own reading of the GGUF is a test of test_gguf.py.
@@ -105,3 +197,33 @@ def test_against_hf_a_converted_gguf_knows_the_capital_of_france(tmp_path, smoll
     tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
     with torch.no_grad():
         assert tokenizer.decode(model(tokens).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parity
+# peft 0.21 asks transformers 5.23 for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dora", [False, True])
+def test_against_peft_the_merged_folder_says_what_the_adapted_model_says(
+    tmp_path, tiny_model, dora
+):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("peft")
+    load = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained
+    adapter(tmp_path / "adapter", dora)
+    convert.main([str(tiny_model), str(tmp_path / "base"), "--dtype=float32"])
+    to = [str(tmp_path / "merged"), "--dtype=float32", "--merge", str(tmp_path / "adapter")]
+    convert.main([str(tmp_path / "base"), *to])
+
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 16))
+    with torch.no_grad():
+        found = load(tmp_path / "merged")(torch.tensor(tokens)).logits.numpy()
+        model = theirs.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+        merged = model.merge_and_unload()(torch.tensor(tokens)).logits.numpy()
+        untuned = load(tmp_path / "base")(torch.tensor(tokens)).logits.numpy()
+    config, base = hf.load(tmp_path / "base", "float32")
+    variables = {"params": base, "lora": peft.load(tmp_path / "adapter").adapters}
+    ours = Llama(config, np.float32).apply(variables, tokens)
+    largest = np.abs(merged).max()
+    assert np.abs(found - merged).max() / largest < 1e-5
+    assert np.abs(ours - merged).max() / largest < 1e-5
+    assert np.abs(untuned - merged).max() / largest > 1e-2

@@ -12,14 +12,32 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_lora.model import lora
+from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import peft
-from tests.weights.builders import refusal
+from tests.weights.builders import flat, refusal
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "peft_adapter"
 KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+MAGNITUDE = "base_model.model.model.layers.{}.{}.lora_magnitude_vector"
+TINY = LlamaConfig(
+    vocab_size=32,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+)
 
 
-def pairs(layers=2, rank=3, targets=("q_proj", "down_proj"), scale=2.0, d=8, f=12):
+def pairs(layers=2, rank=3, targets=("q_proj", "down_proj"), scale=2.0, d=8, f=12, dora=False):
     rng = np.random.default_rng(0)
     sizes = {"q_proj": ("self_attn", d, d), "down_proj": ("mlp", f, d)}
     tree: dict = {"layers": {}}
@@ -30,7 +48,17 @@ def pairs(layers=2, rank=3, targets=("q_proj", "down_proj"), scale=2.0, d=8, f=1
             "b": rng.normal(size=(layers, rank, size_out)).astype(np.float32),
             "scale": np.full(layers, scale, np.float32),
         }
+        if dora:
+            m = rng.uniform(0.5, 2, size=(layers, size_out)).astype(np.float32)
+            tree["layers"][group][name]["m"] = m
     return tree
+
+
+def assert_same_bits(found, wanted):
+    found, wanted = dict(flat(found)), dict(flat(wanted))
+    assert found.keys() == wanted.keys()
+    for path, array in wanted.items():
+        assert found[path].dtype == np.float32 and found[path].tobytes() == array.tobytes(), path
 
 
 @pytest.fixture
@@ -70,12 +98,66 @@ def test_pefts_adapter_gives_pefts_update_to_every_kernel():
 
 def test_half_precision_adapters_are_read_exactly(recorded):
     path = recorded / "adapter_model.safetensors"
-    tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(path).items()}
+    kinds = {"A": ml_dtypes.bfloat16, "B": np.float16}
+    tensors = {k: v.astype(kinds[k.split("lora_")[1][0]]) for k, v in load_file(path).items()}
     save_file(tensors, path)
     leaf = peft.load(recorded).adapters["layers"]["mlp"]["down_proj"]
-    key = KEY.format(1, "mlp.down_proj", "A")
-    assert leaf["a"].dtype == np.float32
-    assert np.array_equal(leaf["a"][1].T, tensors[key].astype(np.float32))
+    for part in "AB":
+        wanted = tensors[KEY.format(1, "mlp.down_proj", part)].astype(np.float32)
+        assert leaf[part.lower()].dtype == np.float32
+        assert np.array_equal(leaf[part.lower()][1].T, wanted)
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_magnitudes_are_read_under_both_names(tmp_path, suffix):
+    tree = pairs(dora=True)
+    peft.save(tmp_path, tree, rank=3, alpha=6)
+    path = tmp_path / "adapter_model.safetensors"
+    found = load_file(path)
+    assert MAGNITUDE.format(1, "self_attn.q_proj") in found
+    save_file({k + suffix if k.endswith("vector") else k: v for k, v in found.items()}, path)
+    assert_same_bits(peft.load(tmp_path).adapters, tree)
+
+
+def test_a_target_that_is_a_regular_expression_is_compared_too(recorded):
+    path = recorded / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    for targets in (r".*\.(q|v|down)_proj", "all-linear"):
+        path.write_text(json.dumps(raw | {"target_modules": targets}))
+        assert peft.load(recorded).targets == ("q_proj", "v_proj", "down_proj")
+    path.write_text(json.dumps(raw | {"target_modules": r".*\.([qkv]|down)_proj"}))
+    assert "(A, B) for 0.self_attn.k_proj, 1.self_attn.k_proj" in refusal(peft.load, recorded)
+
+
+def test_a_run_folder_stands_for_the_adapter_in_it(tmp_path):
+    peft.save(tmp_path / "adapter", pairs(), rank=3, alpha=6)
+    assert_same_bits(peft.load(tmp_path).adapters, pairs())
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (pairs(layers=3), "q_proj/a: found (3, 8, 3), expected (2, 8, 3)"),
+        (pairs(layers=1), "q_proj/a: found (1, 8, 3), expected (2, 8, 3)"),
+        (pairs(d=6), "q_proj/a: found (2, 6, 3), expected (2, 8, 3)"),
+    ],
+)
+def test_an_adapter_of_another_model_is_told_with_its_folder(tmp_path, tree, message):
+    wrong = tree["layers"]["self_attn"]  # the right down_proj does not excuse it
+    peft.save(tmp_path / "a", {"layers": {"self_attn": wrong}}, rank=3, alpha=6)
+    found = refusal(peft.load_trained, tmp_path / "a", TINY)
+    assert found == f"{tmp_path / 'a'}: adapter leaf layers/self_attn/{message}"
+
+
+def test_an_adapter_that_changes_nothing_is_told_with_its_folder(tmp_path):
+    tree = pairs(dora=True)
+    peft.save(tmp_path, tree, rank=3, alpha=6)
+    assert_same_bits(peft.load_trained(tmp_path, TINY).adapters, tree)
+    for _, leaf in leaves(tree):
+        leaf["b"][:] = 0
+    peft.save(tmp_path, tree, rank=3, alpha=6)
+    found = refusal(peft.load_trained, tmp_path, TINY)
+    assert found == f"{tmp_path}: every B is zero, expected a trained adapter"
 
 
 def test_a_zero_adapter_is_told():
@@ -107,10 +189,11 @@ def test_pefts_adapter_goes_out_as_it_came_in(tmp_path):
     assert (again.ranks, again.alphas, again.targets) == (found.ranks, found.alphas, found.targets)
 
 
-def test_a_plain_adapter_round_trips_bit_for_bit_and_replaces_the_last_one(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_round_trips_bit_for_bit_and_replaces_the_last_one(tmp_path, dora):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("old")
-    tree = pairs()
+    tree = pairs(dora=dora)
     peft.save(tmp_path / "a", tree, rank=3, alpha=6, base_name="llama-7b")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     expected = {
@@ -123,16 +206,12 @@ def test_a_plain_adapter_round_trips_bit_for_bit_and_replaces_the_last_one(tmp_p
         "base_model_name_or_path": "llama-7b",
         "bias": "none",
         "use_rslora": False,
+        "use_dora": dora,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
     assert expected.items() <= config.items()
-    found = peft.load(tmp_path / "a")
-    for group, modules in tree["layers"].items():
-        for name, leaf in modules.items():
-            for key, array in leaf.items():
-                back = found.adapters["layers"][group][name][key]
-                assert back.dtype == np.float32 and back.tobytes() == array.tobytes()
+    assert_same_bits(peft.load(tmp_path / "a").adapters, tree)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -148,6 +227,11 @@ def test_a_plain_adapter_round_trips_bit_for_bit_and_replaces_the_last_one(tmp_p
         (pairs(), {"use_rslora": True}, "adapters of q_proj: scale 2, expected 3.4641"),
         (pairs(), {"rank": 4, "alpha": 8}, "found 2 layers of up to rank 3, expected 2 of ranks"),
         (pairs(), {"rank": 2, "alpha": 4}, "layer 0 is not zero beyond its rank 2"),
+        (
+            {"layers": pairs(dora=True)["layers"] | pairs(targets=("q_proj",))["layers"]},
+            {},
+            "found m in down_proj only, expected it in all or none",
+        ),
     ],
 )
 def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, more, message):
@@ -163,18 +247,33 @@ def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, mor
     ("keys", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected 'LORA'"),
-        ({"use_dora": True}, "use_dora: found True, expected False"),
+        ({"use_dora": True}, "(A, B, magnitude) for 0.self_attn.q_proj, 1.self_attn.q_proj, 0."),
         ({"lora_bias": True}, "lora_bias: found True, expected False"),
         ({"bias": "all"}, "bias: found 'all', expected 'none'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: found ['lm_head']"),
         ({"init_lora_weights": "pissa_niter_4"}, "found 'pissa_niter_4', which changes the base"),
         ({"r": 2.5}, "r: found 2.5, expected a positive integer"),
         ({"lora_alpha": "x"}, "lora_alpha: found 'x', expected a number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: found inf, expected a number"),
         ({"rank_pattern": [1]}, "rank_pattern: found [1]"),
-        ({"r": 5}, "model.layers.0.self_attn.q_proj: found A (4, 16) and B (16, 4), expected (5,"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern: q_proj: found 2.5, expected a positive"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: q_proj: found 'x', expected a number"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: found '(', expected a regular expression"),
+        ({"target_modules": "*"}, "target_modules: found '*', expected a regular expression"),
+        ({"target_modules": [1]}, "target_modules: found [1], expected names"),
+        ({"target_modules": ["q_proj", "query"]}, "target_modules: found query, expected some of"),
+        (
+            {"target_modules": ["q_proj", "down_proj"]},
+            "found tensors of v_proj, expected those of target_modules alone: q_proj, down_proj",
+        ),
+        (
+            {"r": 5},
+            "layers.0.self_attn.q_proj: found A (4, 16), B (16, 4), expected A (5, 16), B (16, 5)",
+        ),
         (
             {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]},
-            "layers without their A and B: 0.self_attn.o_proj, 1.self_attn.o_proj",
+            "found no whole (A, B) for 0.self_attn.o_proj, 1.self_attn.o_proj; "
+            "expected one in all 2 layers of q_proj, v_proj, down_proj, o_proj",
         ),
     ],
 )
@@ -205,10 +304,10 @@ ONE = np.ones((4, 16), np.float32)
             ),
             "damaged or cut short at",
         ),
-        (lambda f: spoil(f, load_file(f / "adapter_model.safetensors")), "layers without their A"),
+        (lambda f: spoil(f, load_file(f / "adapter_model.safetensors")), "found no tensors"),
         (
             lambda f: spoil(f, [KEY.format(1, "self_attn.v_proj", "B")]),
-            "layers without their A and B: 1.self_attn.v_proj",
+            "found no whole (A, B) for 1.self_attn.v_proj; expected one in all 2 layers",
         ),
         (
             lambda f: spoil(f, **{KEY.format(0, "self_attn.qkv_proj", "A"): ONE}),
@@ -221,57 +320,19 @@ ONE = np.ones((4, 16), np.float32)
         ),
         (
             lambda f: spoil(f, **{KEY.format(3, "self_attn.v_proj", "A"): ONE}),
-            "layers without their A and B: 2.self_attn.q_proj, 3.self_attn.q_proj",
+            "for 2.self_attn.q_proj, 3.self_attn.q_proj, 2.self_attn.v_proj and 3 more; expected",
+        ),
+        (
+            lambda f: spoil(f, **{MAGNITUDE.format(0, "self_attn.v_proj"): ONE[0]}),
+            "found base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector, "
+            "expected use_dora: true with it",
+        ),
+        (
+            lambda f: spoil(f, **{KEY.format(0, "self_attn.v_proj", "A"): ONE.ravel()}),
+            "self_attn.v_proj.lora_A.weight: found shape (64,), expected a whole tensor",
         ),
     ],
 )
 def test_spoilt_adapters_are_refused(recorded, change, message):
     change(recorded)
     assert message in refusal(peft.load, recorded)
-
-
-# ---------------------------------------------------------------- against PEFT
-
-
-@pytest.mark.parity
-# peft 0.21 asks transformers 5.23 for an attribute by its old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("rslora", [False, True])
-def test_against_peft_both_ways(tmp_path, rslora):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    tree = pairs(scale=6 / 3**0.5 if rslora else 2.0)
-    q = tree["layers"]["self_attn"]["q_proj"]
-    q["a"][1, :, 1:] = q["b"][1, 1:] = 0  # rank 1 in the second layer
-    q["scale"][1] = 6.0
-    ranks = {"q_proj": (3, 1), "down_proj": (3, 3)}
-    peft.save(tmp_path / "a", tree, rank=3, alpha=6, use_rslora=rslora, ranks=ranks)
-    base = transformers.LlamaForCausalLM(config)
-    model = theirs.PeftModel.from_pretrained(base, tmp_path / "a")
-    count = 0
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            _, _, _, _, layer, group, target = name.split(".")
-            leaf, i = tree["layers"][group][target], int(layer)
-            ours = leaf["scale"][i] * leaf["a"][i] @ leaf["b"][i]
-            with torch.no_grad():
-                wanted = module.get_delta_weight("default").numpy().T
-            np.testing.assert_allclose(ours, wanted, rtol=2e-6, atol=1e-6)
-            count += 1
-    assert count == 4
-    model.save_pretrained(tmp_path / "b")
-    again = peft.load(tmp_path / "b")
-    assert again.ranks == ranks and again.use_rslora is rslora
-    for group, modules in tree["layers"].items():
-        for name, leaf in modules.items():
-            for key, array in leaf.items():
-                assert again.adapters["layers"][group][name][key].tobytes() == array.tobytes()

@@ -1,0 +1,213 @@
+"""What a run reads: tasks, rows, base, adapters. Kept for the next run of the same process.
+
+`train.py` and `eval.py` read the same things, and the cells of a study share them: what is equal
+is read, encoded and put on the device once.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_lora.data.hub import read_hub
+from jax_lora.data.instructions import Checkout, Example, read_checkout
+from jax_lora.data.prompts import Encoder, Row
+from jax_lora.data.tasksets import TaskSet, draw
+from jax_lora.model import lora, variants
+from jax_lora.model.config import LlamaConfig
+from jax_lora.weights import base as base_weights
+from jax_lora.weights import peft
+from jax_lora.weights.tokenizers import load_tokenizer
+
+VARIANTS = ("lora", "dora")
+
+
+@functools.lru_cache(maxsize=2)
+def open_checkout(source: str, categories: str = "") -> Checkout:
+    """The tasks of a checkout folder, or of a data set in the hub's format.
+
+    Args:
+      source: a folder with `tasks/` and `splits/`, else the hub data set's id or a copy of it.
+      categories: for the hub data set, which names none: a JSON file, task → category.
+    """
+    folder = Path(source)
+    if any((folder / part).is_dir() for part in ("tasks", "splits")) or (
+        not folder.is_dir() and source.count("/") != 1
+    ):
+        return read_checkout(folder)
+    return read_hub(source, categories=categories or None)
+
+
+@functools.lru_cache(maxsize=8)
+def task_sets(
+    source: str, categories: str, round: int, sizes: tuple[int, int, int], train: int, test: int
+) -> dict[str, TaskSet]:
+    """The sets of a round, see `tasksets.draw`; `train` and `test` are examples a task."""
+    checkout = open_checkout(source, categories)
+    return draw(checkout, round, sizes=sizes, train_per_task=train, test_per_task=test)
+
+
+@functools.lru_cache(maxsize=2)
+def encoder(model: str, template: str, source_length: int, target_length: int) -> Encoder:
+    """The encoder with a model's own tokenizer."""
+    return Encoder(load_tokenizer(model), template, source_length, target_length)
+
+
+@functools.cache
+def _training_row(encoder: Encoder, example: Example, answer: str) -> Row:
+    return encoder.training_row(example, answer)
+
+
+def training_rows(encoder: Encoder, taskset: TaskSet, answer: str, seed: int) -> list[Row]:
+    """A row an example, on its first reference or, where `answer` is "random", on one drawn by
+    (seed, task, id). Nested task sets share their rows."""
+    rows = []
+    for example in taskset.examples:
+        gold = example.references[0]
+        if answer == "random":
+            chance = random.Random(f"{seed} {example.task} {example.id}")
+            gold = chance.choice(example.references)
+        rows.append(_training_row(encoder, example, gold))
+    return rows
+
+
+@functools.cache
+def _prompt_row(encoder: Encoder, example: Example) -> Row:
+    return encoder.prompt_row(example)
+
+
+def prompt_rows(encoder: Encoder, taskset: TaskSet) -> list[tuple[Example, Row]]:
+    """What is to be answered: every example with its prompt."""
+    return [(example, _prompt_row(encoder, example)) for example in taskset.examples]
+
+
+def load_base(source: str, dtype: str, trains: Any, place: Callable[..., Any] | None = None) -> Any:
+    """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
+
+    A base that stays frozen is kept for the next call.
+
+    Args:
+      source: folder, hub id or GGUF file.
+      dtype: of the arithmetic.
+      trains: the mask's part for the base, a boolean a leaf.
+      place: (path, numpy array) → the array on its device or devices.
+    """
+    if not any(jax.tree.leaves(trains)):
+        return _frozen_base(source, dtype, place)
+
+    def put(path, array):
+        trained = trains
+        for key in path:
+            trained = trained[key]
+        return (place or _whole)(path, array if trained else array.astype(dtype))
+
+    return base_weights.load(source, "float32", put)[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _frozen_base(source: str, dtype: str, place: Callable[..., Any] | None) -> Any:
+    return base_weights.load(source, dtype, place or _whole)[1]
+
+
+def _whole(_, array: Any) -> jax.Array:
+    return jnp.asarray(array)
+
+
+def new_adapters(
+    config: LlamaConfig,
+    *,
+    seed: int,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    scaling: str,
+    init: str,
+    variant: str,
+) -> Any:
+    """Adapters before the first step, but for what needs the base (see `on_base`).
+
+    Args:
+      seed, rank, alpha, targets, scaling: as for `lora.init`.
+      init: "kaiming" or "gaussian" (see `lora.init`), "pissa", or the folder of a PEFT adapter to
+        go on from, whose rank, α, targets and variant must be these.
+      variant: "lora" or "dora".
+
+    Raises:
+      ValueError: an unknown choice, or an adapter of another shape, scale or variant.
+      FileNotFoundError: an `init` that is neither a choice nor a folder.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"lora variant: found {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if variant == "dora" and init == "pissa":
+        raise ValueError("lora variant and init: found dora and pissa, expected one of the two")
+    drawn = lora.init(
+        jax.random.key(seed),
+        config,
+        rank,
+        alpha=alpha,
+        targets=targets,
+        a_init=init if init in lora.INITS else "kaiming",
+        scaling=scaling,
+    )
+    if variant == "dora":
+        for members in drawn["layers"].values():
+            for leaf in members.values():
+                leaf["m"] = jnp.zeros((leaf["b"].shape[0], leaf["b"].shape[2]), jnp.float32)
+    if init in (*lora.INITS, "pissa"):
+        return drawn
+    if not Path(init).is_dir():
+        choices = ", ".join((*lora.INITS, "pissa"))
+        raise FileNotFoundError(f"lora init: found {init!r}, expected {choices} or a PEFT folder")
+    found = peft.load(init).adapters
+    lora.check(found, config)
+    there, here = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, drawn))
+    )
+    for name in sorted(there.keys() | here.keys()):
+        shapes = [jnp.shape(part[name]) if name in part else None for part in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{init}: {name} is {shapes[0]}, expected {shapes[1]}: "
+                "give the adapter's own lora.rank, targets and variant"
+            )
+        if name.endswith("/scale") and not jnp.allclose(there[name], here[name]):
+            raise ValueError(
+                f"{init}: {name} is {there[name]}, expected {here[name][0]}: "
+                "give the adapter's own lora.alpha_per_rank and scaling"
+            )
+    return jax.tree.map(jnp.asarray, found)
+
+
+def on_base(
+    adapters: Any, params: Any, config: LlamaConfig, *, init: str, variant: str, folder: Path
+) -> tuple[Any, Any]:
+    """Finish what starts from the base: DoRA's magnitudes, PiSSA's principal parts.
+
+    Args:
+      adapters: from `new_adapters`.
+      params: the base.
+      config: its shape.
+      init, variant: as there.
+      folder: keeps PiSSA's start, which a resumed or scored run must find unchanged.
+
+    Returns:
+      The adapters, and the base that they belong to: PiSSA's lacks what they hold.
+    """
+    if variant == "dora" and init in lora.INITS:
+        return variants.with_magnitudes(adapters, params), params
+    if init != "pissa":
+        return adapters, params
+    if not folder.is_dir():
+        leaf = next(iter(next(iter(adapters["layers"].values())).values()))
+        rank, factor = leaf["a"].shape[-1], float(leaf["scale"][0])
+        made = variants.pissa(params, config, adapters)
+        peft.save(folder, jax.device_get(made), rank=rank, alpha=factor * rank)
+    start = jax.tree.map(jnp.asarray, peft.load(folder).adapters)
+    return start, variants.without(params, start)

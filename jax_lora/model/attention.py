@@ -1,0 +1,128 @@
+"""Causal attention, by name: what runs everywhere, and the fused kernels of NVIDIA and TPU.
+
+Shapes: q (B, K, G, T, H), k and v (B, K, T, H), the result as q; `segments` (B, T) or None. A
+token sees those of its own segment up to itself. Softmax in float32, scores scaled by 1/√H.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_lora.model.products import contract
+
+
+def softmax_mix(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    visible: Bool[Array, "#B T S"],
+) -> Float[Array, "B K G T H"]:
+    """Attention with an explicit mask, the scores of all pairs in memory."""
+    scores = contract("bkgth,bksh->bkgts", jnp.float32, q, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return contract("bkgts,bksh->bkgth", q.dtype, weights, v)
+
+
+def xla(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> Array:
+    """`softmax_mix` under the causal mask: any platform and dtype.
+
+    Long rows are taken in 2, 4 or 8 parts, each with the keys up to its own end: little more
+    than half of the work and memory.
+    """
+    t = q.shape[3]
+    size = next((t // n for n in (8, 4, 2) if t % n == 0 and t // n >= 128), t)
+    parts = []
+    for start in range(0, t, size):
+        here, seen = slice(start, start + size), slice(0, start + size)
+        visible = jnp.tril(jnp.ones((size, start + size), bool), k=start)[None]
+        if segments is not None:
+            visible = visible & (segments[:, here, None] == segments[:, None, seen])
+        parts.append(softmax_mix(q[..., here, :], k[..., seen, :], v[..., seen, :], visible))
+    return jnp.concatenate(parts, axis=3)
+
+
+def cudnn(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> Array:
+    """cuDNN's fused attention through `jax.nn.dot_product_attention`: NVIDIA, 16-bit, H ≤ 128.
+
+    Packed rows give it their mask as a bias, (B, 1, T, T).
+    """
+    b, kv, g, t, h = q.shape
+    rows = q.reshape(b, kv * g, t, h).transpose(0, 2, 1, 3)
+    mask = None
+    if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    out = jax.nn.dot_product_attention(
+        rows,
+        k.transpose(0, 2, 1, 3),
+        v.transpose(0, 2, 1, 3),
+        mask=mask,
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return out.transpose(0, 2, 1, 3).reshape(q.shape)
+
+
+def flash(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> Array:
+    """The Pallas flash attention that jax ships for TPU; T a multiple of 128.
+
+    A Pallas kernel is opaque to the partitioner: on several chips it runs inside `shard_map`,
+    which `jax_lora.sharding` puts around it.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    b, kv, g, t, h = q.shape
+    ids = None if segments is None else pallas.SegmentIds(segments, segments)
+    wide: Any = partial(jnp.repeat, repeats=g, axis=1)
+    out = pallas.flash_attention(
+        q.reshape(b, kv * g, t, h),
+        wide(k),
+        wide(v),
+        segment_ids=ids,
+        causal=True,
+        sm_scale=h**-0.5,
+    )
+    return out.reshape(q.shape)
+
+
+KERNELS = {"xla": xla, "cudnn": cudnn, "flash": flash}
+
+
+def best(platform: str, dtype: Any, head_dim: int) -> str:
+    """The fastest kernel that can run there, see `check`."""
+    for name in ("cudnn", "flash"):
+        try:
+            check(name, platform, dtype, head_dim)
+        except ValueError:
+            continue
+        return name
+    return "xla"
+
+
+def check(name: str, platform: str, dtype: Any, head_dim: int) -> None:
+    """Make sure that a kernel can run.
+
+    Args:
+      name: among `KERNELS`.
+      platform: "cpu", "gpu"/"cuda" or "tpu".
+      dtype: of the activations.
+      head_dim: H.
+
+    Raises:
+      ValueError: an unknown name, another platform or dtype than the kernel's.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"attention: found {name!r}, expected one of {', '.join(KERNELS)}")
+    wanted = {"cudnn": ("gpu", "cuda"), "flash": ("tpu",)}.get(name)
+    if wanted and platform not in wanted:
+        raise ValueError(f"attention: {name!r} needs {wanted[0]}, found {platform}; expected 'xla'")
+    if name == "cudnn" and (jnp.dtype(dtype).itemsize != 2 or head_dim > 128):
+        raise ValueError(
+            f"attention: 'cudnn' needs 16-bit numbers and heads of at most 128, found "
+            f"{jnp.dtype(dtype).name} and {head_dim}; expected 'xla'"
+        )

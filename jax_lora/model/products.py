@@ -1,0 +1,103 @@
+"""Matrix products, and what the compiler of each platform needs to run them fast.
+
+Measured by benchmarks/cpu_products.py; docs/decisions/0002 tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Trace for another platform than the one at hand ("cpu", "cuda", "tpu"): ahead of time."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def on_cpu() -> bool:
+    """Whether what is being traced will run on a CPU."""
+    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
+
+
+def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
+    """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
+
+    A gradient of its own, because the automatic one multiplies mixed dtypes and rounds the
+    gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
+    its three terms. `w` may hold the bits of bfloat16 numbers, see `sliceable`.
+    """
+    product: Any = _contract(spec, dtype, x, values(w))
+    return product
+
+
+def values(kernel: Array) -> Array:
+    """The numbers of a kernel that `sliceable` may have turned into bits."""
+    if kernel.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
+    return kernel
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
+    return _einsum(spec, x, w.astype(x.dtype), dtype)
+
+
+def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
+    # XLA's CPU compiler reaches the bfloat16 matrix units only through a float32 result: five
+    # times faster. GPUs and TPUs accumulate in float32 whatever the result's dtype, and a
+    # float32 result would cost them a pass over memory.
+    inner = jnp.float32 if on_cpu() else dtype
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    out = jnp.einsum(spec, a, b, precision=precision, preferred_element_type=inner)
+    return out.astype(dtype)
+
+
+def _contract_forward(spec, dtype, x, w):
+    return _contract(spec, dtype, x, w), (x, w)
+
+
+def _contract_backward(spec, dtype, saved, g):
+    x, w = saved
+    terms, out = spec.split("->")
+    xs, ws = terms.split(",")
+    g = g.astype(x.dtype)
+    dx = _einsum(f"{out},{ws}->{xs}", g, w.astype(x.dtype), x.dtype)
+    dw = _einsum(f"{xs},{out}->{ws}", x, g, w.dtype)
+    return dx, dw
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+
+def sliceable(frozen: Any) -> Any:
+    """Stacked bfloat16 kernels as their bits (uint16) on a CPU; elsewhere, what came in.
+
+    XLA's CPU compiler has no bfloat16 slice: it widens a whole stack of layers to float32 before
+    the loop that takes one layer at a time, once a call. Slices of integers it leaves alone.
+    For weights that are not differentiated: their gradient would be zero, silently.
+
+    Args:
+      frozen: a tree of arrays, the base or the frozen half of the variables.
+    """
+    if not on_cpu():
+        return frozen
+
+    def bits(x):
+        stacked = x.dtype == jnp.bfloat16 and x.ndim == 3
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if stacked else x
+
+    return jax.tree.map(bits, frozen)

@@ -1,0 +1,119 @@
+"""An adapter merged into the base, so that whatever knows no adapters runs the tuned model.
+
+    LoRA   W' = W + s A B                        (Hu et al. 2021, arXiv:2106.09685)
+    DoRA   W' = m (W + s A B) / ‖W + s A B‖      ‖·‖ and m a column (Liu et al. 2024, 2402.09353)
+
+In float32 whatever W is kept in, as rounding a small update into a bfloat16 W loses part of it;
+what is rounded, once, is W'. How much that changes, `rounding_change` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.llama import Llama
+from jax_lora.weights.tree import numpy_dtype
+
+TOKENS = 32  # ids that `rounding_change` reads
+
+
+@dataclass(frozen=True)
+class MergedKernel:
+    """A stacked kernel (L, in, out) whose layers are merged one by one, when they are asked for.
+
+    `kernel`: of the base, any float dtype. `adapter`: its `a`, `b`, `scale` and perhaps `m`.
+    """
+
+    kernel: Any
+    adapter: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(L, in, out)."""
+        return tuple(self.kernel.shape)
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        """W' of a layer: (in, out), float32."""
+        own = {name: np.asarray(leaf[layer], np.float32) for name, leaf in self.adapter.items()}
+        merged = own["a"] @ own["b"]
+        merged *= own["scale"]
+        merged += np.asarray(self.kernel[layer], np.float32)
+        if "m" in own:
+            merged *= own["m"] / np.linalg.norm(merged, axis=0)
+        return merged
+
+
+def merge(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's tree with a `MergedKernel` in the place of each kernel that has an adapter.
+
+    Args:
+      base: the parameters, see `jax_lora.weights.tree`; numpy or jax.
+      adapters: see `jax_lora.model.lora`; `lora.check` has passed.
+
+    Returns:
+      A tree for `hf.save` and `rounding_change`. It holds no arrays but those of its arguments.
+    """
+    layers = dict(base["layers"])
+    for group, modules in adapters["layers"].items():
+        layers[group] = dict(layers[group])
+        for name, adapter in modules.items():
+            kernel = MergedKernel(layers[group][name]["kernel"], adapter)
+            layers[group][name] = layers[group][name] | {"kernel": kernel}
+    return {**base, "layers": layers}
+
+
+def rounding_change(
+    config: LlamaConfig, weights: Mapping[str, Any], dtype: Any
+) -> tuple[float, float]:
+    """How far the logits move when the weights are rounded.
+
+    One row of `TOKENS` fixed ids, spread over the vocabulary, goes through the weights in float32
+    and through the weights rounded to `dtype`, both computed in float32; layer by layer, so that
+    one layer in float32 is all that is held beside the weights.
+
+    Args:
+      config: the model's shape.
+      weights: a tree as of `merge`, or a base.
+      dtype: bfloat16, float16 or float32, in whose range all weights lie.
+
+    Returns:
+      The largest absolute difference of two logits, and the largest absolute float32 logit.
+    """
+    dtype = numpy_dtype(dtype)
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).astype(np.float32)
+
+    # A one-layer model whose embedding table is the states so far reads row t at place t.
+    one = Llama(replace(config, num_hidden_layers=1, vocab_size=TOKENS), jnp.float32)
+    places = jnp.arange(TOKENS)[None]
+
+    @jax.jit
+    def through(layer: Any, states: jax.Array) -> jax.Array:
+        params = {"embed_tokens": {"embedding": states}, "layers": layer}
+        return one.apply({"params": params}, places, method="hidden")[0][0]
+
+    tokens = np.arange(TOKENS) * 7919 % config.vocab_size  # a prime, so that they spread
+    first = np.asarray(weights["embed_tokens"]["embedding"][tokens], np.float32)
+    states = [jnp.asarray(first), jnp.asarray(rounded(first))]
+    for i in range(config.num_hidden_layers):
+        layer = jax.tree.map(
+            lambda leaf, i=i: np.asarray(leaf[i], np.float32)[None], weights["layers"]
+        )
+        states[0] = through(layer, states[0])
+        states[1] = through(jax.tree.map(rounded, layer), states[1])
+
+    outer = {name: tree for name, tree in weights.items() if name != "layers"}
+    logits = []
+    for x, cast in zip(states, (np.asarray, rounded), strict=True):
+        params = jax.tree.map(lambda leaf, cast=cast: cast(np.asarray(leaf, np.float32)), outer)
+        head = Llama(config, jnp.float32).apply({"params": params}, x[None], method="head")
+        logits.append(np.asarray(head))
+    return float(np.abs(logits[0] - logits[1]).max()), float(np.abs(logits[0]).max())

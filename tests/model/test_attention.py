@@ -1,0 +1,82 @@
+"""Kernels of attention, and the bits of stacked weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.model import attention
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.llama import Llama, positions
+from jax_lora.model.products import compiling_for, contract, sliceable
+
+
+def drawn(t):
+    shapes = ((2, 2, 3, t, 8), (2, 2, t, 8), (2, 2, t, 8))
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("t", [64, 256, 384, 1024])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_in_parts_are_plain_attention(t, packed):
+    q, k, v = drawn(t)
+    segments = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 4, (2, t))))
+    visible = np.tril(np.ones((t, t), bool))[None]
+    if packed:
+        visible = visible & (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None, :])
+    scores = np.einsum("bkgth,bksh->bkgts", *map(np.float64, (q, k))) * 8**-0.5
+    scores = np.where(visible[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bkgts,bksh->bkgth", weights, np.float64(v))
+    found = attention.xla(q, k, v, segments if packed else None)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_positions_restart_in_a_packed_row():
+    segments = jnp.asarray([[5, 5, 5, 0, 0, 7, -1, -1]])
+    found = positions(jnp.zeros((1, 8), jnp.int32), segments)
+    np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 0, 0, 1]])
+    plain = positions(jnp.zeros((2, 3), jnp.int32), None)
+    np.testing.assert_array_equal(plain, [[0, 1, 2]] * 2)
+
+
+def test_kernels_are_chosen_by_what_can_run():
+    assert attention.best("cpu", "bfloat16", 128) == "xla"
+    assert attention.best("gpu", "bfloat16", 128) == "cudnn"
+    assert attention.best("gpu", "float32", 128) == "xla"
+    assert attention.best("gpu", "bfloat16", 256) == "xla"
+    assert attention.best("tpu", "float32", 128) == "flash"
+    for name, platform, dtype, message in (
+        ("cudnn", "cpu", "bfloat16", "'cudnn' needs gpu, found cpu"),
+        ("cudnn", "gpu", "float32", "needs 16-bit numbers .* found float32"),
+        ("flash", "gpu", "bfloat16", "'flash' needs tpu, found gpu"),
+        ("sdpa", "gpu", "bfloat16", "attention: found 'sdpa'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention.check(name, platform, dtype, 128)
+
+
+def test_bits_of_weights_change_nothing():
+    config = LlamaConfig(61, 32, 48, 2, 4, 2, 8)
+    model = Llama(config, dtype=jnp.bfloat16)
+    ids = jnp.arange(12).reshape(2, 6)
+    params = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0), ids)["params"]
+    )
+    bits = sliceable(params)
+    assert bits["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.uint16
+    assert bits["embed_tokens"]["embedding"].dtype == jnp.bfloat16
+    one, other = (model.apply({"params": p}, ids) for p in (params, bits))
+    np.testing.assert_array_equal(one, other)
+    with compiling_for("tpu"):
+        assert sliceable(params) is params
+
+
+def test_a_product_for_an_accelerator_stays_in_its_dtype():
+    x = jnp.ones((1, 2, 4), jnp.bfloat16)
+    trace = lambda: str(jax.make_jaxpr(lambda x: contract("btd,df->btf", x.dtype, x, x[0].T))(x))  # noqa: E731
+    assert "float32" in trace()  # XLA's CPU compiler wants it
+    with compiling_for("cuda"):
+        assert "float32" not in trace()
