@@ -41,7 +41,7 @@ quickstart: $(VENV)/run/ready $(BASE)
 test: $(VENV)/test/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/2] tests"
-	@$(VENV)/test/bin/python -m pytest $(TESTS) -m "not parity"
+	@$(VENV)/test/bin/python -m pytest $(TESTS) -m "not parity" -n 2 --dist loadfile
 
 parity: $(VENV)/parity/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."

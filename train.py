@@ -41,6 +41,7 @@ from jax_lora.weights import peft
 CHOICES = {
     "method": ("lora", "full"),
     "data.answer": ("first", "random"),
+    "data.loss_mean": ("tokens", "examples"),
     "lora.contract": ("auto", "never"),
 }
 
@@ -49,6 +50,9 @@ if __name__ == "__main__":  # study.py, which imports this file, has flags of it
         "config", help_string="configs/*.py", lock_config=True
     )
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
+    _VERIFY = flags.DEFINE_boolean(
+        "verify", False, "read every file of a large checkout, whatever its size and time say"
+    )
 
 
 def main(_):
@@ -57,11 +61,17 @@ def main(_):
             raise ValueError("--config: found none, expected a file such as configs/lora.py")
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected the run's folder")
-    run(_CONFIG.value, Path(_WORKDIR.value))
+    run(_CONFIG.value, Path(_WORKDIR.value), verify=_VERIFY.value)
 
 
-def run(config: Any, workdir: Path) -> None:
-    """Train a run to its end, or go on with it; `config` is a ConfigDict like configs/base.py's."""
+def run(config: Any, workdir: Path, verify: bool = False) -> None:
+    """Train a run to its end, or go on with it.
+
+    Args:
+      config: a ConfigDict like that of configs/base.py.
+      workdir: the run's folder.
+      verify: see `instructions.read_checkout`.
+    """
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     with cli.input_errors():
         # -------------------------------------------------------------- input, before any compute
@@ -93,7 +103,7 @@ def run(config: Any, workdir: Path) -> None:
             shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
         trains = masks.mask(shapes, config.trainable, config.frozen)
         said("reading tasks")
-        checkout = inputs.open_checkout(config.data.path, config.data.categories)
+        checkout = inputs.open_checkout(config.data.path, config.data.categories, verify)
         resolved = {
             "config": json.loads(config.to_json_best_effort()),
             "data_fingerprint": checkout.fingerprint,
@@ -292,6 +302,7 @@ def batches_of(config: Any, rows: Sequence[Row]) -> tuple[Batches, int]:
         buckets=config.data.buckets,
         micro_tokens=config.micro_tokens,
         answer_only=config.data.answer_only,
+        by_example=config.data.loss_mean == "examples",
         pad_id=0,
         packed=config.data.packed,
     )

@@ -55,6 +55,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.data.template = "alpaca"  # or "tk"
     config.data.answer = "first"  # which of several gold outputs to train on; or "random"
     config.data.answer_only = False  # loss on the answer alone; False: on the prompt too
+    config.data.loss_mean = "tokens"  # of a global batch; "examples": each weighs the same
     config.data.source_length = 1024  # tokens of a prompt; a longer input loses its end
     config.data.target_length = 128  # tokens set aside for the answer
     config.data.buckets = (128, 256, 384, 512, 768, 1152)  # row lengths, each compiled once

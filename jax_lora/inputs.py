@@ -29,18 +29,19 @@ VARIANTS = ("lora", "dora")
 
 
 @functools.lru_cache(maxsize=2)
-def open_checkout(source: str, categories: str = "") -> Checkout:
+def open_checkout(source: str, categories: str = "", verify: bool = False) -> Checkout:
     """The tasks of a checkout folder, or of a data set in the hub's format.
 
     Args:
       source: a folder with `tasks/` and `splits/`, else the hub data set's id or a copy of it.
       categories: for the hub data set, which names none: a JSON file, task → category.
+      verify: read every file again, whatever its size and time say.
     """
     folder = Path(source)
     if any((folder / part).is_dir() for part in ("tasks", "splits")) or (
         not folder.is_dir() and source.count("/") != 1
     ):
-        return read_checkout(folder)
+        return read_checkout(folder, verify=verify)
     return read_hub(source, categories=categories or None)
 
 

@@ -1,11 +1,26 @@
 """Fixtures shared by the suite."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.exactness import Ledger
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# What several tests, their scripts and the other worker compile alike is compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="jax_lora-tests-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+LEDGER = pytest.StashKey[Ledger]()
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +53,40 @@ def tiny_model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     builders.write_gguf(path, small, tokenizer=vocabulary)
     return path
+
+
+# ---------------------------------------------------------------- the table of promises
+
+
+@pytest.fixture
+def promise(request) -> Callable[[str, float, float], None]:
+    """promise(text, worst, tolerance): asserts it, and gives it a row in docs/exactness.md."""
+
+    def check(text: str, worst: float, tolerance: float) -> None:
+        request.config.stash[LEDGER].record(request.node.nodeid, text, tolerance, float(worst))
+        assert worst <= tolerance, f"{text}: worst {worst:.2g}, tolerance {tolerance:.2g}"
+
+    return check
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k choose: the ledger knows of all promises
+def pytest_collection_modifyitems(config, items):
+    promising = [item for item in items if "promise" in item.fixturenames]
+    if config.option.markexpr == "parity":
+        for item in promising:  # those that need no torch are in the table too
+            item.add_marker("parity")
+    files = set((REPOSITORY / "tests").rglob("test_*.py"))
+    config.stash[LEDGER] = Ledger(
+        wanted={item.nodeid for item in promising}, unread=files - {item.path for item in items}
+    )
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    ledger = config.stash.get(LEDGER, Ledger())
+    gap = "not every test passed" if exitstatus else ledger.gap()
+    path = REPOSITORY / "docs" / "exactness.md"
+    if ledger.wanted and gap is None:
+        path.write_text(ledger.table(), encoding="utf-8")
+        terminalreporter.line(f"{path.name}: the promises of {len(ledger.wanted)} tests")
+    elif config.option.markexpr == "parity":
+        terminalreporter.line(f"{path.name} stays as it is: {gap}")

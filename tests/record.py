@@ -65,23 +65,26 @@ def record() -> dict[str, np.ndarray]:
                 )
             found[f"greedy/{i}"] = out[0, len(prompt) :].numpy()
 
-        # An adapted model: logits, loss and gradients of A and B.
-        our_peft.save(
-            folder / "adapter",
-            reference.adapters(),
-            rank=reference.RANK,
-            alpha=reference.ALPHA,
-        )
-        adapted = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+        # Adapted models: logits, loss and gradients of A, B and m.
         labels = torch.where(torch.tensor(reference.loss_mask()), ids, -100)
-        out = adapted(ids, labels=labels)
-        out.loss.backward()
-        found["lora/logits"] = out.logits.detach().numpy()
-        found["lora/loss"] = out.loss.detach().numpy()
-        for name, weight in adapted.named_parameters():
-            if weight.grad is not None:
-                key = name.removeprefix("base_model.model.model.").replace(".default.weight", "")
-                found[f"lora/gradient/{key}"] = weight.grad.numpy()
+        for kind in ("lora", "dora"):
+            our_peft.save(
+                folder / kind,
+                reference.adapters(dora=kind == "dora"),
+                rank=reference.RANK,
+                alpha=reference.ALPHA,
+            )
+            base = load(reference.ADAPTED)
+            adapted = peft.PeftModel.from_pretrained(base, folder / kind, is_trainable=True)
+            out = adapted(ids, labels=labels)
+            out.loss.backward()
+            found[f"{kind}/logits"] = out.logits.detach().numpy()
+            found[f"{kind}/loss"] = out.loss.detach().numpy()
+            for name, weight in adapted.named_parameters():
+                if weight.grad is not None:
+                    key = name.removeprefix("base_model.model.model.")
+                    key = key.replace(".default", "").removesuffix(".weight")
+                    found[f"{kind}/gradient/{key}"] = weight.grad.numpy()
 
     # Learning rates over a run of 30 steps with 5 of warm-up.
     for kind in ("linear", "cosine"):

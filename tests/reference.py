@@ -36,13 +36,28 @@ BASE: dict[str, Any] = dict(
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
     """The old keys, which transformers 5 still reads."""
-    return {"rope_scaling": {"rope_type": kind, "factor": 4.0, **more}}
+    return {"rope_scaling": {"rope_type": kind, "factor": 4.0} | more}
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "mha": {},
+    "LLaMA-1": {"rms_norm_eps": 1e-6},
+    "mha": {},  # LLaMA-2, its smaller sizes
     "gqa": {"num_key_value_heads": 2},
     "mqa": {"num_key_value_heads": 1},
+    "LLaMA-3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "vocab_size": 67},
+    "LLaMA-3.2": {
+        "num_key_value_heads": 1,
+        "rope_theta": 500000.0,
+        "vocab_size": 63,
+        "tie_word_embeddings": True,
+        **rope(
+            "llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    },
     "tied": {"tie_word_embeddings": True},
     "wide_heads": {"head_dim": 12, "num_key_value_heads": 2},
     "biases": {"attention_bias": True, "mlp_bias": True},
@@ -72,7 +87,7 @@ def state(case: str) -> dict[str, np.ndarray]:
     d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     h = c.get("head_dim", d // c["num_attention_heads"])
     q, kv = c["num_attention_heads"] * h, c["num_key_value_heads"] * h
-    rng = np.random.default_rng(sorted(CASES).index(case))
+    rng = np.random.default_rng(list(CASES).index(case))
     linear = {
         "self_attn.q_proj": (q, d),
         "self_attn.k_proj": (kv, d),
@@ -116,9 +131,13 @@ def loss_mask() -> np.ndarray:
     return mask
 
 
-def adapters(rank: int = RANK) -> dict[str, Any]:
-    """Random adapters on every linear layer of the `gqa` case, in our layout."""
+def adapters(rank: int = RANK, dora: bool = False) -> dict[str, Any]:
+    """Random adapters on every linear layer of the `gqa` case, in our layout.
+
+    Their scale is that of RANK, and B·A is of the same size at any rank. DoRA's have an m too.
+    """
     rng = np.random.default_rng(7)
+    size = 0.2 * (RANK / rank) ** 0.25
     d, f, kv = 32, 48, 16
     sides = dict(
         q_proj=(d, d),
@@ -133,8 +152,10 @@ def adapters(rank: int = RANK) -> dict[str, Any]:
     for name, (wide, out) in sides.items():
         group = groups.setdefault("self_attn" if name in TARGETS[:4] else "mlp", {})
         group[name] = {
-            "a": rng.normal(size=(2, wide, rank)).astype(np.float32) * 0.2,
-            "b": rng.normal(size=(2, rank, out)).astype(np.float32) * 0.2,
+            "a": rng.normal(size=(2, wide, rank)).astype(np.float32) * size,
+            "b": rng.normal(size=(2, rank, out)).astype(np.float32) * size,
             "scale": np.full(2, ALPHA / RANK, np.float32),
         }
+        if dora:
+            group[name]["m"] = 1 + 0.2 * rng.normal(size=(2, out)).astype(np.float32)
     return {"layers": groups}

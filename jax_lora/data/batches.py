@@ -13,9 +13,10 @@ from jax_lora.data.prompts import Row
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, numpy arrays (B, T): `tokens` int32, right-padded; `loss_mask` bool, True on
-    the tokens to predict; `example` int32, the place of the token's example in the global batch,
-    -1 on padding. A packed row holds several examples, one after the other."""
+    """A micro-batch, numpy arrays (B, T): `tokens` int32, right-padded; `loss_mask`, True on the
+    tokens to predict, or the weights of their losses; `example` int32, the place of the token's
+    example in the global batch, -1 on padding. A packed row holds several examples, one after the
+    other."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -70,6 +71,8 @@ class Batches:
       batch_size: examples of a global batch; the last one of an epoch may be smaller.
       seed: of the order; every epoch is one permutation of the rows.
       buckets: lengths in tokens that rows are padded to; each shape compiles once.
+      by_example: an example's losses weigh 1 together, however long its answer; otherwise each
+        token's does.
       packed: lay several examples into a row of the largest bucket, the only shape then.
       micro_tokens: most tokens (padding included) of a micro-batch, unless one row has more.
       answer_only: loss on the answer and its end token only; otherwise on the prompt too.
@@ -84,6 +87,7 @@ class Batches:
     answer_only: bool
     pad_id: int
     packed: bool = False
+    by_example: bool = False
 
     def __post_init__(self):
         if not self.rows:
@@ -140,7 +144,7 @@ class Batches:
 
     def _fill(self, laid: list[list[int]], chosen: np.ndarray, size: int, bucket: int) -> Batch:
         tokens = np.full((size, bucket), self.pad_id, np.int32)
-        loss_mask = np.zeros((size, bucket), bool)
+        loss_mask = np.zeros((size, bucket), np.float32 if self.by_example else bool)
         example = np.full((size, bucket), -1, np.int32)
         for r, places in enumerate(laid):
             start = 0
@@ -148,7 +152,8 @@ class Batches:
                 row = self.rows[chosen[place]]
                 end = start + len(row.ids)
                 tokens[r, start:end] = row.ids
-                loss_mask[r, start + (row.prompt_length if self.answer_only else 1) : end] = True
+                first = start + (row.prompt_length if self.answer_only else 1)
+                loss_mask[r, first:end] = 1 / (end - first) if self.by_example else True
                 example[r, start:end] = place
                 start = end
         return Batch(tokens, loss_mask, example)

@@ -3,7 +3,10 @@
 Everything here is a function of the data and the predictions; percentages are the reader's.
 """
 
+import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from jax_lora.evaluation.metrics import exact_match, normalize
 
@@ -81,13 +84,108 @@ def out_of_options_share(
     Raises:
         ValueError: no predictions, no options, or a bare string for the options.
     """
-    if isinstance(options, str) or not options:
-        raise ValueError(f"options: found {options!r}, expected a set of labels")
-    inside = {normalize(option) for option in options}
-    outs = [normalize(prediction or "") not in inside for prediction in predictions]
-    if not outs:
-        raise ValueError("predictions: found none, expected at least one")
-    return sum(outs) / len(outs)
+    inside = _normalized(options)
+    return _share(normalize(prediction or "") not in inside for prediction in predictions)
+
+
+def exact_match_given_valid(
+    predictions: Sequence[str | None],
+    references: Sequence[Sequence[str]],
+    options: Collection[str],
+) -> float | None:
+    """Exact match of those predictions that are one of the options: content apart from form.
+
+    Args:
+        predictions: decoded answers of one closed-label task.
+        references: the accepted answers of each.
+        options: its labels, normalized or not.
+
+    Returns:
+        A number in [0, 1]; None where no prediction is an option.
+
+    Raises:
+        ValueError: no predictions, not as many references, or as `out_of_options_share`.
+    """
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"predictions: found {len(predictions)} with {len(references)} references, "
+            "expected at least one and as many of both"
+        )
+    inside = _normalized(options)
+    valid = [
+        exact_match(prediction or "", accepted)
+        for prediction, accepted in zip(predictions, references, strict=True)
+        if normalize(prediction or "") in inside
+    ]
+    return sum(valid) / len(valid) if valid else None
+
+
+def top_answer_share(predictions: Iterable[str | None]) -> float:
+    """The share of the most frequent answer, 1 for a model that always says the same.
+
+    Args:
+        predictions: decoded answers of one task, compared as exact match compares them.
+
+    Returns:
+        A number in (0, 1].
+
+    Raises:
+        ValueError: no predictions.
+    """
+    counts = _answer_counts(predictions)
+    return max(counts.values()) / counts.total()
+
+
+def answer_entropy(predictions: Iterable[str | None]) -> float:
+    """The entropy of the answers of one task, 0 for a model that always says the same.
+
+    Args:
+        predictions: decoded answers of one task, compared as exact match compares them.
+
+    Returns:
+        Bits, at most log2 of the number of predictions.
+
+    Raises:
+        ValueError: no predictions.
+    """
+    counts = _answer_counts(predictions)
+    shares = [count / counts.total() for count in counts.values()]
+    return sum(-share * math.log2(share) for share in shares)
+
+
+def empty_share(predictions: Iterable[str | None]) -> float:
+    """The share of predictions that are missing or nothing but white space.
+
+    Args:
+        predictions: decoded answers.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: no predictions.
+    """
+    return _share(not (prediction or "").strip() for prediction in predictions)
+
+
+def copy_share(predictions: Iterable[str | None], inputs: Iterable[str]) -> float:
+    """The share of predictions that repeat the whole input, normalized; empty ones do not count.
+
+    Args:
+        predictions: decoded answers.
+        inputs: the input of each.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: no predictions, or not as many inputs.
+    """
+    answers = (normalize(prediction or "") for prediction in predictions)
+    return _share(
+        bool(answer) and answer == normalize(text)
+        for answer, text in zip(answers, inputs, strict=True)
+    )
 
 
 def majority_label(counts: Mapping[str, int]) -> str:
@@ -125,3 +223,63 @@ def majority_baseline(counts: Mapping[str, int], references: Iterable[Sequence[s
     if not scores:
         raise ValueError("references: found no instances, expected at least one")
     return sum(scores) / len(scores)
+
+
+def describe(
+    rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None = None
+) -> dict[str, bool | float | None]:
+    """What the answers to one task are like, apart from their score.
+
+    Args:
+        rows: one an example: `prediction` (None where it is missing), `references`, `input` and
+            `finished`.
+        counts: what `label_counts` returns for the task; None where it has too many labels.
+
+    Returns:
+        `closed_label`; `majority_baseline`, `out_of_options` and `exact_match_given_valid` (None
+        where the task is not closed-label, the last also where no answer is an option);
+        `top_answer_share`, `answer_entropy` (bits), `empty`, `copies` and `unfinished`. All but
+        the first and the entropy are percentages.
+
+    Raises:
+        ValueError: no rows, or an example without references.
+    """
+    predictions = [row["prediction"] for row in rows]
+    references = [row["references"] for row in rows]
+    closed = counts is not None and closed_label(counts)
+    baseline = out = valid = None
+    if counts is not None and closed:
+        baseline = 100 * majority_baseline(counts, references)
+        out = 100 * out_of_options_share(predictions, options(counts))
+        valid = exact_match_given_valid(predictions, references, options(counts))
+    return {
+        "closed_label": closed,
+        "majority_baseline": baseline,
+        "out_of_options": out,
+        "top_answer_share": 100 * top_answer_share(predictions),
+        "answer_entropy": answer_entropy(predictions),
+        "exact_match_given_valid": None if valid is None else 100 * valid,
+        "empty": 100 * empty_share(predictions),
+        "copies": 100 * copy_share(predictions, [row["input"] for row in rows]),
+        "unfinished": 100 * _share(not row["finished"] for row in rows),
+    }
+
+
+def _normalized(options: Collection[str]) -> set[str]:
+    if isinstance(options, str) or not options:
+        raise ValueError(f"options: found {options!r}, expected a set of labels")
+    return {normalize(option) for option in options}
+
+
+def _answer_counts(predictions: Iterable[str | None]) -> Counter[str]:
+    counts = Counter(normalize(prediction or "") for prediction in predictions)
+    if not counts:
+        raise ValueError("predictions: found none, expected at least one")
+    return counts
+
+
+def _share(flags: Iterable[bool]) -> float:
+    flags = list(flags)
+    if not flags:
+        raise ValueError("predictions: found none, expected at least one")
+    return sum(flags) / len(flags)

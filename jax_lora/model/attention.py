@@ -69,11 +69,7 @@ def cudnn(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> A
 
 
 def flash(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> Array:
-    """The Pallas flash attention that jax ships for TPU; T a multiple of 128.
-
-    A Pallas kernel is opaque to the partitioner: on several chips it runs inside `shard_map`,
-    which `jax_lora.sharding` puts around it.
-    """
+    """The Pallas flash attention that jax ships for TPU; T a multiple of 128, one chip."""
     from jax.experimental.pallas.ops.tpu import flash_attention as pallas
 
     b, kv, g, t, h = q.shape

@@ -4,7 +4,9 @@
     <folder>/<step>/optimizer   leaf name → array
 
 The step is also the position in the data: a batch is a function of (seed, step). Orbax writes
-beside and renames, so a step that has its folder is whole. The latest one is kept.
+beside and renames, so a step that has its folder is whole. The latest one is kept. Many processes
+write one checkpoint, each its part, into a folder that all of them see; it knows no mesh, and is
+restored onto any other.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jax_lora.training.step import State
@@ -39,7 +42,7 @@ def _writing() -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All processes make one, save and restore, at the same steps.
 
     Args:
       folder: made if need be.
@@ -71,7 +74,7 @@ class Checkpoints:
             self._manager.save(int(state.step), args=args)
 
     def restore(self, like: State) -> State:
-        """The latest state, placed like `like`."""
+        """The latest state, placed like `like`: arrays, or shapes that have their shardings."""
         step = self.latest()
         restored = self._manager.restore(
             step,
@@ -80,8 +83,9 @@ class Checkpoints:
                 optimizer=ocp.args.StandardRestore(_named(like.optimizer)),
             ),
         )
+        count = np.asarray(step, like.step.dtype)
         return State(
-            jax.numpy.asarray(step, like.step.dtype),
+            jax.make_array_from_callback((), like.step.sharding, lambda _: count),
             _filled(like.trainable, restored["trainable"]),
             _filled(like.optimizer, restored["optimizer"]),
         )

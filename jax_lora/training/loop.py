@@ -17,7 +17,7 @@ from jax_lora.training.step import Micro, State, Step, zeros
 class Report(NamedTuple):
     """One step. `loss` and `gradient_norm` (before the clip) are still on the device: reading
     them waits for it. Tokens are counted on the host: `tokens` real ones, `padded` the padding,
-    `loss_tokens` those that the loss is a mean over."""
+    `loss_tokens` those that have a loss."""
 
     step: int
     loss: Array
@@ -50,16 +50,17 @@ def train(
     put = place or partial(jax.tree.map, jnp.asarray)
     step = int(state.step)
     for batch in batches:
-        loss_tokens = sum(int(micro.loss_mask[:, 1:].sum()) for micro in batch)
+        weight = np.float32(sum(float(micro.loss_mask[:, 1:].sum()) for micro in batch))
         working = functions.begin(state, frozen)
         gradients, loss = zeros(working)
         for micro in batch:
             moved = put(Micro(micro.tokens, micro.loss_mask, micro.example))
             gradients, loss = functions.accumulate(
-                gradients, loss, working, state.step, frozen, moved, np.float32(loss_tokens)
+                gradients, loss, working, state.step, frozen, moved, weight
             )
         state, norm = functions.update(state, frozen, gradients)
         step += 1
         tokens = sum(int((micro.example >= 0).sum()) for micro in batch)
         padded = sum(micro.tokens.size for micro in batch) - tokens
+        loss_tokens = sum(int((micro.loss_mask[:, 1:] > 0).sum()) for micro in batch)
         yield state, Report(step, loss, norm, tokens, padded, loss_tokens)

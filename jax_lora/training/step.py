@@ -1,8 +1,8 @@
 """One optimizer step: gradients of micro-batches, summed, then AdamW.
 
 A global batch is a list of micro-batches of a few fixed shapes. The loss is the mean over all
-loss tokens of the *global* batch (the sum of losses over the sum of tokens), so that cutting it
-differently changes nothing but rounding.
+loss tokens of the *global* batch (the sum of weighted losses over the sum of weights), so that
+cutting it differently changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora import sharding
@@ -31,12 +32,12 @@ class Micro(NamedTuple):
     """A micro-batch on its way to the device.
 
     `tokens` (B, T) ids, right-padded. `loss_mask` (B, T): True where the token is to be
-    predicted (from the one before it). `example` (B, T): the place of the token's example in the
-    global batch; a packed row holds several.
+    predicted (from the one before it), or the weight of its loss. `example` (B, T): the place of
+    the token's example in the global batch; a packed row holds several.
     """
 
     tokens: Int[Array, "B T"]
-    loss_mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"] | Float[Array, "B T"]
     example: Int[Array, "B T"]
 
 
@@ -44,9 +45,9 @@ class Step(NamedTuple):
     """The functions of one optimizer step, from `make_step`.
 
     begin(state, frozen) → working: what a step differentiates, `delta`s formed.
-    accumulate(gradients, loss, working, step, frozen, micro, tokens) → (gradients, loss), for
-      every micro-batch, starting from `zeros(working)`; `tokens` is the number of loss tokens of
-      the whole global batch, `step` the state's.
+    accumulate(gradients, loss, working, step, frozen, micro, weight) → (gradients, loss), for
+      every micro-batch, starting from `zeros(working)`; `weight` is the sum of the loss weights of
+      the whole global batch (its loss tokens, where each weighs 1), `step` the state's.
     update(state, frozen, gradients) → (state, gradient norm before the clip).
 
     accumulate gives up the buffers of its first two arguments, update those of its state.
@@ -186,8 +187,8 @@ def loss_sum(
     # Position t predicts token t + 1. The first token of an example is never a loss token, so
     # none is predicted from the example before it.
     targets = jnp.roll(micro.tokens, -1, axis=1)
-    weights = jnp.roll(micro.loss_mask, -1, axis=1).at[:, -1].set(False)
-    weights = weights.astype(jnp.float32)
+    weights = micro.loss_mask.astype(jnp.float32)
+    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
     return token_losses(model, variables, hidden, targets, weights, chunk, groups)
 
 
@@ -233,7 +234,7 @@ def make_step(
     def work(trainable, made):
         return {"deltas": made, "rest": _without(trainable, contracted)}
 
-    def loss(working, frozen, step, micro, tokens):
+    def loss(working, frozen, step, micro, weight):
         dropout = None
         if dropout_rate:
             segments = micro.example if packed else None
@@ -248,7 +249,7 @@ def make_step(
         total = loss_sum(
             model, variables, micro, dropout, packed=packed, chunk=chunk, groups=groups
         )
-        return total / tokens
+        return total / weight
 
     compiled_deltas = jax.jit(lambda trainable, frozen: kept(deltas(trainable, frozen)))
 
@@ -257,8 +258,8 @@ def make_step(
         return work(state.trainable, made)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def accumulate(gradients, total, working, step, frozen, micro, tokens):
-        value, grad = jax.value_and_grad(loss)(working, frozen, step, micro, tokens)
+    def accumulate(gradients, total, working, step, frozen, micro, weight):
+        value, grad = jax.value_and_grad(loss)(working, frozen, step, micro, weight)
         return kept(jax.tree.map(jnp.add, gradients, grad)), total + value
 
     @partial(jax.jit, donate_argnums=0)
@@ -277,7 +278,10 @@ def make_step(
 
 def zeros(working: Any) -> tuple[Any, Array]:
     """Where a global batch starts: zero gradients, zero loss."""
-    return jax.tree.map(jnp.zeros_like, working), jnp.zeros((), jnp.float32)
+    # On the same devices, or the first micro-batch would be compiled apart from the others.
+    where = jax.tree.leaves(working)[0].sharding
+    where = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
+    return jax.tree.map(jnp.zeros_like, working), jnp.zeros((), jnp.float32, device=where)
 
 
 def _without(half: Any, contracted: Sequence[str]) -> Any:

@@ -96,17 +96,25 @@ def test_packed_rows_hold_whole_examples(lengths, answer_only):
         return out
 
     assert found(made) == found(plain)
-    assert {b.tokens.shape for b in made.at(0)} == {(2, 16)}
+    assert {b.tokens.shape for b in made.at(0)} == {(made.rows_of(16), 16)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_example_may_weigh_the_same(packed):
+    made = batches([5, 16, 9, 3], packed=packed, by_example=True)
+    weights = np.zeros(4)
+    for batch in made.at(0):
+        real = batch.example >= 0
+        np.add.at(weights, batch.example[real], batch.loss_mask[real])
+        assert (batch.loss_mask[~real] == 0).all()
+    np.testing.assert_allclose(weights, 1, rtol=1e-6)
 
 
 def test_packing_leaves_little_padding():
-    lengths = np.random.default_rng(0).integers(3, 16, 128).tolist()
-    made = batches(lengths, batch_size=128, packed=True)
-    padding, size = (
-        sum(f(b) for b in made.at(0))
-        for f in (lambda b: (b.example < 0).sum(), lambda b: b.tokens.size)
-    )
-    assert padding / size < 0.05
+    lengths = np.random.default_rng(0).integers(3, 30, 128).tolist()
+    made = batches(lengths, batch_size=128, packed=True, buckets=(64,)).at(0)
+    padding = sum(int((b.example < 0).sum()) for b in made)
+    assert padding < 0.05 * sum(b.tokens.size for b in made)
 
 
 def test_what_fits_nowhere_is_refused():

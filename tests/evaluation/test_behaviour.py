@@ -8,12 +8,18 @@ from hypothesis import strategies as st
 
 from jax_lora.evaluation.behaviour import (
     MAX_LABELS,
+    answer_entropy,
     closed_label,
+    copy_share,
+    describe,
+    empty_share,
+    exact_match_given_valid,
     label_counts,
     majority_baseline,
     majority_label,
     options,
     out_of_options_share,
+    top_answer_share,
 )
 from jax_lora.evaluation.metrics import aggregate, exact_match, normalize
 
@@ -80,6 +86,70 @@ def test_majority_is_of_the_task_but_scored_on_the_given_rows():
     assert majority_baseline(counts, [["A"], ["a"], ["B."], ["a", "b"]]) == 0.5
 
 
+def test_the_most_frequent_answer_is_counted_as_exact_match_would():
+    predictions = ["Yes.", "yes", " YES!", "no", None, "", "maybe", "no"]
+    assert top_answer_share(predictions) == 3 / 8
+    assert top_answer_share(["a"] * 7) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("predictions", "bits"),
+    [
+        (["a", "A.", "a"], 0.0),
+        (["a", "b"], 1.0),
+        (["a", "b", "c", "d"], 2.0),
+        (["a", "a", "b", None], 1.5),  # 1/2 · 1 + 2 · 1/4 · 2
+        (["a", "a", "a", "b"], 0.8112781244591328),  # 3/4 · log2(4/3) + 1/4 · 2
+    ],
+)
+def test_entropy_in_bits(predictions, bits):
+    assert answer_entropy(predictions) == pytest.approx(bits, abs=1e-12)
+
+
+def test_exact_match_given_valid_leaves_the_rest_out():
+    predictions = ["Yes.", "no", "yes", "maybe", None]
+    references = [["yes"], ["yes"], ["no", "yes"], ["yes"], ["no"]]
+    assert exact_match_given_valid(predictions, references, {"yes", "no"}) == 2 / 3
+    assert exact_match_given_valid(["maybe", ""], [["yes"]] * 2, {"yes", "no"}) is None
+
+
+def test_empty_and_copied_answers():
+    predictions = ["", None, " \n", "...", "Name[X], food[Chinese].", "name", "name x"]
+    inputs = ["", "a", "b", "?", "name[x], food[chinese]", "name[x]", "name[x]"]
+    assert empty_share(predictions) == 3 / 7  # "..." says something, if little
+    assert copy_share(predictions, inputs) == 1 / 7  # all of it, punctuation and case aside
+    assert copy_share(["name[X]"], ["name[x]"]) == 1.0
+
+
+def test_describing_a_task_by_hand():
+    counts = label_counts([["yes"]] * 3 + [["no"]])
+    rows = [
+        dict(input="Is it?", references=["yes"], prediction="Yes.", finished=True),
+        dict(input="Was it?", references=["no"], prediction="yes", finished=True),
+        dict(input="So?", references=["yes"], prediction="so", finished=True),
+        dict(input="Why?", references=["no"], prediction=None, finished=False),
+    ]
+    assert describe(rows, counts) == {
+        "closed_label": True,
+        "majority_baseline": 50.0,
+        "out_of_options": 50.0,
+        "top_answer_share": 50.0,
+        "answer_entropy": 1.5,
+        "exact_match_given_valid": 50.0,
+        "empty": 25.0,
+        "copies": 25.0,
+        "unfinished": 25.0,
+    }
+    many = {f"label {i}": 1 for i in range(MAX_LABELS + 1)}
+    for labels in (None, many):
+        open_ended = describe(rows, labels)
+        assert not open_ended["closed_label"]
+        assert open_ended["majority_baseline"] is open_ended["out_of_options"] is None
+        assert open_ended["exact_match_given_valid"] is None
+        assert open_ended["top_answer_share"] == 50.0
+    assert describe(rows[2:3], counts)["exact_match_given_valid"] is None
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -92,6 +162,15 @@ def test_majority_is_of_the_task_but_scored_on_the_given_rows():
         (lambda: majority_label({}), "label counts: found none"),
         (lambda: majority_baseline({"a": 1}, []), "references: found no instances"),
         (lambda: majority_baseline({"a": 1}, [[]]), "references: found an empty list"),
+        (lambda: top_answer_share([]), "predictions: found none"),
+        (lambda: answer_entropy([]), "predictions: found none"),
+        (lambda: empty_share([]), "predictions: found none"),
+        (lambda: copy_share([], []), "predictions: found none"),
+        (lambda: copy_share(["a", "b"], ["a"]), "argument 2 is shorter"),
+        (lambda: exact_match_given_valid(["a"], [], {"a"}), "found 1 with 0 references"),
+        (lambda: exact_match_given_valid(["a"], [["a"]], "ab"), "options: found 'ab'"),
+        (lambda: describe([], {"a": 1}), "found no instances"),
+        (lambda: describe([]), "predictions: found none"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call, message):

@@ -95,7 +95,7 @@ def test_an_adapter_trained_elsewhere_is_the_start(tmp_path):
     options = OPTIONS | {"init": str(tmp_path / "there")}
     jax.tree.map(np.testing.assert_array_equal, inputs.new_adapters(TINY, **options), trained)
     for change, message in (
-        ({"rank": 4, "alpha": 8.0}, r"q_proj/a is \(2, 32, 3\), expected \(2, 32, 4\)"),
+        ({"rank": 4, "alpha": 8.0}, r"down_proj/a is \(2, 48, 3\), expected \(2, 48, 4\)"),
         ({"alpha": 3.0}, "scale is .*2.*, expected 1.0"),
         ({"targets": ATTENTION}, r"down_proj/a is \(2, 48, 3\), expected None"),
         ({"variant": "dora"}, r"down_proj/m is None, expected \(2, 32\)"),

@@ -20,7 +20,7 @@ def begin():
 
 
 def steps(count, state, frozen, functions):
-    *_, (last, _) = loop.train(state, frozen, [global_batch(4)] * count, *functions)
+    *_, (last, _) = loop.train(state, frozen, [global_batch(4)] * count, functions)
     return last
 
 

@@ -23,6 +23,11 @@ from tests import reference
 
 TINY = LlamaConfig(61, 32, 48, 2, 4, 2, 8)
 MODEL = Llama(TINY, dtype=jnp.float32)
+# An optimizer that changes nothing; its state is the gradient.
+KEEP = optax.GradientTransformation(
+    lambda weights: jax.tree.map(jnp.zeros_like, weights),
+    lambda gradients, state, weights=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +193,7 @@ def test_the_clip_sees_the_trainable_gradient_alone():
     np.testing.assert_allclose(reports[0].gradient_norm, expected, rtol=1e-5)
 
 
-def gradients(batches, *, contracted=(), packed=False, dropout=0.3, groups=1, variant="lora"):
+def gradients(batches, *, contracted=(), packed=False, dropout=0.3, variant="lora"):
     """Loss and gradient of a global batch, B (and m) drawn so that everything matters."""
     everything = variables()
     keys = iter(jax.random.split(jax.random.key(4), 99))
@@ -198,13 +203,11 @@ def gradients(batches, *, contracted=(), packed=False, dropout=0.3, groups=1, va
             if variant == "dora":
                 leaf["m"] = 1 + jax.random.uniform(next(keys), leaf["b"].shape[::2])
     trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
-    options = dict(seed=3, dropout_rate=dropout, loss_chunk=8, groups=groups)
-    sgd = optax.sgd(1.0)  # the update is the gradient
-    functions = make_step(MODEL, sgd, contracted=contracted, packed=packed, **options)
-    state = State(jnp.zeros((), jnp.int32), trainable, sgd.init(trainable))
-    before = jax.tree.map(np.array, trainable)
+    options = dict(seed=3, dropout_rate=dropout, loss_chunk=8)
+    functions = make_step(MODEL, KEEP, contracted=contracted, packed=packed, **options)
+    state = State(jnp.zeros((), jnp.int32), trainable, KEEP.init(trainable))
     ((after, report),) = loop.train(state, frozen, [batches], functions)
-    return float(report.loss), jax.tree.map(lambda x, y: x - y, before, after.trainable)
+    return float(report.loss), after.optimizer
 
 
 def assert_same(one, other, tolerance=1e-5):
@@ -240,8 +243,27 @@ def test_packed_rows_give_the_unpacked_gradient():
     assert_same(packed, gradients([whole]))
 
 
+def test_an_example_may_weigh_the_same_however_long():
+    (batch,) = global_batch(8)
+    weights = (batch.loss_mask / batch.loss_mask.sum(axis=1, keepdims=True)).astype(np.float32)
+    whole, gradient = gradients([Batch(batch.tokens, weights, batch.example)], dropout=0.0)
+    alone = [
+        gradients([Batch(*(x[i : i + 1] for x in vars(batch).values()))], dropout=0.0)
+        for i in range(8)
+    ]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 8, *(one[1] for one in alone))
+    assert_same((whole, gradient), (np.mean([one[0] for one in alone]), mean))
+
+
 def test_groups_of_positions_change_only_the_order():
-    assert_same(gradients(global_batch(8), groups=4), gradients(global_batch(8)))
+    (batch,) = global_batch(8)
+    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.example)))
+    params = {"params": variables()["params"]}
+    one, four = (
+        jax.value_and_grad(lambda v, n=n: loss_sum(MODEL, v, micro, chunk=8, groups=n))(params)
+        for n in (1, 4)
+    )
+    assert_same(four, one)
 
 
 def test_lora_plus_moves_b_faster():

@@ -1,0 +1,319 @@
+"""Many devices: a mesh, a table of where every leaf lies on it, and the start of many processes.
+
+The mesh has three axes. `data`: copies of the parameters, each with rows of its own. `fsdp`: rows
+too, but a device keeps a part of the parameters and borrows the rest a layer at a time
+(Rajbhandari et al. 2020, arXiv:1910.02054). `tensor`: the same rows, each device with a part of
+the heads and of the mlp (Shoeybi et al. 2019, arXiv:1909.08053).
+
+What a compiled function takes and returns is laid out here, and what stands between its layers;
+XLA's partitioner finds the communication. The functions take real and abstract meshes, arrays
+and `jax.ShapeDtypeStruct`s alike, so that memory can be planned where there are no devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))  # of a batch
+
+# The ends of leaf names, and how such a leaf is cut. Ends, so that a gradient or a moment of Adam
+# lies where its parameter does: `1/0/mu/lora/layers/…/q_proj/a`. Kernels are cut on both sides: q,
+# k, v, gate and up by `tensor` where they leave D, o and down where they come back to it. Adapters
+# are cut along the same sides by both axes, the kernel's first, and never along the rank.
+TABLE = (
+    (r"embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
+    (r"(o|down)_proj(/kernel)?", P(None, "tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
+    (r"(o|down)_proj/bias", P()),
+    (r"(q|k|v|gate|up)_proj/a", P(None, ("fsdp", "tensor"), None)),
+    (r"(q|k|v|gate|up)_proj/b", P(None, None, ("tensor", "fsdp"))),
+    (r"(o|down)_proj/a", P(None, ("tensor", "fsdp"), None)),
+    (r"(o|down)_proj/b", P(None, None, ("fsdp", "tensor"))),
+    (r"\w+_proj/(m|scale)", P()),
+    (r"(norm|input_layernorm|post_attention_layernorm)/scale", P()),
+)
+
+# ------------------------------------------------------------------ where things lie
+
+
+def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices.
+
+    Args:
+      sizes: of data, fsdp and tensor; one of them may be -1, which is what the others leave.
+      devices: by default those of all processes.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    found = " × ".join(map(str, sizes))
+    if len(sizes) != 3 or list(sizes).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+        raise ValueError(
+            f"mesh: found {found}, expected the sizes of data, fsdp and tensor, each at least 1, "
+            "or -1 for one that takes what the others leave"
+        )
+    left = len(devices) // int(np.prod([n for n in sizes if n != -1]))
+    full = tuple(left if n == -1 else n for n in sizes)
+    if np.prod(full) != len(devices):
+        raise ValueError(
+            f"mesh: found data × fsdp × tensor = {found} on {len(devices)} devices, expected "
+            f"a product of {len(devices)}"
+        )
+    return jax.make_mesh(full, AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """How many equal parts the rows of a batch are cut into: data × fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """How the table cuts a leaf; an axis that does not divide its side is left out.
+
+    Args:
+      name: such as `params/layers/self_attn/q_proj/kernel`, with anything before it.
+      shape: of the leaf; a scalar is whole on every device.
+
+    Raises:
+      ValueError: a name that the table does not cover.
+    """
+    if not shape:
+        return P()
+    for end, cut in TABLE:
+        if re.fullmatch(rf"(.*/)?{end}", name):
+            return _dividing(cut, shape, mesh)
+    raise ValueError(f"sharding: no expression of the table covers the leaf {name}, {shape}")
+
+
+def _dividing(cut: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    # In the form in which compiled functions return it, without axes of size 1 and Nones at the
+    # end: an array laid out in other words would have the function compiled once more.
+    sides: list[Any] = []
+    for axes, size in zip(cut, shape, strict=False):
+        kept = []
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0:
+                kept.append(axis)
+                size //= mesh.shape[axis]
+        sides.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
+    while sides and sides[-1] is None:
+        sides.pop()
+    return P(*sides)
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A `NamedSharding` for every leaf, after the table."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def abstract(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The tree as `jax.ShapeDtypeStruct`s with their shardings."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes of a tree on one device; all devices hold equally much."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract(tree, mesh))
+    )
+
+
+# ------------------------------------------------------------------ putting them there
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has whole, laid out after the table."""
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
+
+
+@functools.lru_cache(maxsize=8)  # equal meshes get the same function, which may key a cache
+def placer(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """(path in the base tree, numpy array) → that leaf on its devices: `place` of a reader."""
+
+    def put(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+        return _put(array, NamedSharding(mesh, spec("/".join(path), array.shape, mesh)))
+
+    return put
+
+
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+    """A micro-batch, equal in every process, each device taking its rows.
+
+    Raises:
+      ValueError: rows that data × fsdp does not divide.
+    """
+    parts, rows = row_parts(mesh), {len(x) for x in jax.tree.leaves(batch)}
+    if any(n % parts for n in rows):
+        raise ValueError(
+            f"micro-batch: found {max(rows)} rows, expected a multiple of data × fsdp = {parts}"
+        )
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, ROWS)), batch)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def make(function: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+    """`function(*args)`, compiled so that no device ever holds more than its part of the result."""
+    where = shardings(jax.eval_shape(function, *args), mesh)
+    return jax.jit(function, out_shardings=where)(*args)
+
+
+def whole(tree: Any) -> Any:
+    """The tree in the memory of every process, numpy arrays; all processes take part."""
+
+    def one(x):
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+# ------------------------------------------------------------------ inside compiled functions
+
+
+def constrain(tree: Any, mesh: Mesh) -> Any:
+    """Parameters or gradients inside a compiled function, kept where the table has them."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def embeddings_gathered(variables: Any, mesh: Mesh) -> Any:
+    """The variables, the embeddings no longer cut by `fsdp`.
+
+    Rows are looked up in them before there is a layer to borrow for, and the partitioner knows
+    no better way from a table cut along D to rows cut by the same axis than to copy both.
+    """
+    params = dict(variables["params"])
+    table = params["embed_tokens"]["embedding"]
+    where = NamedSharding(mesh, _dividing(P("tensor", None), table.shape, mesh))
+    params["embed_tokens"] = {"embedding": jax.lax.with_sharding_constraint(table, where)}
+    return {**variables, "params": params}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Where activations (B, T, ·) lie: rows by data and fsdp, the last side by tensor if it is cut.
+
+    `Llama.settle` of a model on many devices. Left alone, the partitioner cuts activations as the
+    adapters are, and sends them around all the time. So it does with the product of a B (R, ·),
+    which is better borrowed: whole, or with its last side cut by tensor.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array, cut: bool) -> jax.Array:
+        last = "tensor" if cut else None
+        sides = P(None, last) if x.ndim == 2 else P(("data", "fsdp"), None, last)
+        where = NamedSharding(self.mesh, _dividing(sides, x.shape, self.mesh))
+        return jax.lax.with_sharding_constraint(x, where)
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """A kernel of `jax_lora.model.attention`, each device on its own rows and heads.
+
+    The partitioner cannot look into fused kernels. `Llama.attention` of a model on many devices;
+    kv heads that `tensor` does not divide are whole on every device.
+    """
+
+    kernel: Callable[..., jax.Array]
+    mesh: Mesh
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+        heads = _dividing(P(("data", "fsdp"), "tensor"), k.shape, self.mesh)
+        rows = P(*heads[:1])
+        run = jax.shard_map(
+            self.kernel,
+            mesh=self.mesh,
+            in_specs=(heads, heads, heads, rows),
+            out_specs=heads,
+            check_vma=False,
+        )
+        return run(q, k, v, segments)
+
+
+# ------------------------------------------------------------------ many processes
+
+
+def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
+    """Make this process one of many, before anything touches a device.
+
+    Args:
+      coordinator: host:port of process 0; "auto" where the cluster knows (SLURM, Open MPI,
+        Kubernetes, TPU pods), see `jax.distributed.initialize`; "" for what the environment's
+        JAX_COORDINATOR_ADDRESS says, and without it this process stays alone.
+      processes, process: how many there are and which this one is, from 0; -1 for what
+        JAX_NUM_PROCESSES and JAX_PROCESS_ID say. Unused with "auto".
+
+    Raises:
+      ValueError: an address without a port, or numbers missing or out of range.
+      OSError: the others could not be reached.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if not coordinator:
+        return
+    arguments: dict[str, Any] = {}
+    if coordinator != "auto":
+        count = _from_environment(processes, "JAX_NUM_PROCESSES")
+        which = _from_environment(process, "JAX_PROCESS_ID")
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise ValueError(f"coordinator: found {coordinator!r}, expected host:port or auto")
+        if count < 1 or not 0 <= which < count:
+            raise ValueError(
+                f"process {which} of {count}: expected at least 1 process, counted from 0 "
+                "(--processes and --process, or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
+            )
+        # Without detection: on a cluster it would take its own numbers for what is not given.
+        arguments = dict(
+            coordinator_address=coordinator,
+            num_processes=count,
+            process_id=which,
+            cluster_detection_method="deactivate",
+        )
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"coordinator {coordinator}: the processes did not meet: {reason}") from None
+
+
+def _from_environment(number: int, name: str) -> int:
+    text = os.environ.get(name, "-1") if number == -1 else str(number)
+    if not re.fullmatch(r"-?\d+", text):
+        raise ValueError(f"{name}: found {text!r}, expected a number")
+    return int(text)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

@@ -1,0 +1,27 @@
+"""DoRA against PEFT's values as recorded by tests/record.py, so that no torch is needed."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.model.llama import Llama
+from jax_lora.training import masks
+from jax_lora.training.step import Micro
+from tests import reference
+from tests.parity import training
+
+
+def test_dora(tmp_path, promise):
+    with np.load(reference.RECORDED) as file:
+        recorded = dict(file)
+    base = training.load_base(tmp_path)
+    model, ids = Llama(base.config, dtype=jnp.float32), reference.tokens()
+    variables = {"params": base.params, "lora": reference.adapters(dora=True)}
+    error = np.abs(model.apply(variables, ids) - recorded["dora/logits"]).max()
+    promise("DoRA, recorded: logits (largest absolute difference)", error, 1e-4)
+    batch = [Micro(ids, reference.loss_mask(), np.tile(np.arange(2)[:, None], ids.shape[1]))]
+    found, loss = training.Ours(model).gradients(variables, masks.LORA, batch)
+    promise("DoRA, recorded: loss", abs(loss - recorded["dora/loss"]), 1e-5)
+    ours = training.adapter_tensors(found["lora"])
+    ref = {name: recorded[f"dora/gradient/{name.removesuffix('.weight')}"] for name in ours}
+    error = training.worst_error(ours, ref)
+    promise("DoRA, recorded: ‖g − g_ref‖ / ‖g_ref‖ of every A, B and m", error, 1e-5)

@@ -1,0 +1,83 @@
+"""The table of promises is written by a whole green run, and by nothing less."""
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+NEEDS_TORCH = """
+import pytest
+pytestmark = pytest.mark.parity
+
+@pytest.mark.parametrize("worst", [1e-7, 2.34e-6])
+def test_close(promise, worst):
+    promise("logits", worst, 1e-5)
+"""
+NEEDS_NONE = """
+def test_equal(promise):
+    promise("bits", 0, 0)
+
+def test_other():
+    assert False, "neither run is to take it"
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    for name in ("conftest.py", "exactness.py"):
+        shutil.copy(TESTS / name, tests)
+    shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "exactness.md").write_text("old")
+    (tests / "test_b.py").write_text(NEEDS_TORCH)
+    (tests / "test_a.py").write_text(NEEDS_NONE)
+    return tmp_path
+
+
+def run(suite: Path, *arguments: str) -> tuple[str, str]:
+    """What pytest says, and the table after it."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=suite, capture_output=True, text=True, check=False)
+    return done.stdout, (suite / "docs" / "exactness.md").read_text()
+
+
+def test_a_whole_run_writes_the_table(suite):
+    said, table = run(suite, "tests", "-m", "parity")
+    assert "3 passed, 1 deselected" in said and "the promises of 3 tests" in said
+    assert table.endswith(
+        "| bits | 0 | 0 | `test_a.py::test_equal` |\n"
+        "| logits | 1e-05 | 2.3e-06 | `test_b.py::test_close` |\n"
+    )
+    assert f"jax {version('jax')}" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["tests", "-m", "parity", "-k", "close"], "tests with a promise that did not run: 1"),
+        (["tests/test_b.py", "-m", "parity"], "test files that were not read: 1"),
+        (["tests", "-m", "parity", "--collect-only"], "tests with a promise that did not run: 3"),
+    ],
+)
+def test_part_of_a_run_does_not(suite, arguments, why):
+    said, table = run(suite, *arguments)
+    assert f"exactness.md stays as it is: {why}" in said and table == "old"
+
+
+def test_a_broken_promise_does_not(suite):
+    path = suite / "tests" / "test_b.py"
+    path.write_text(path.read_text().replace("2.34e-6", "2.34e-5"))
+    said, table = run(suite, "tests", "-m", "parity")
+    assert "logits: worst 2.3e-05, tolerance 1e-05" in said and table == "old"
+    assert "stays as it is: not every test passed" in said
+
+
+def test_promises_without_torch_run_in_both(suite):
+    said, table = run(suite, "tests", "-m", "not parity", "-k", "not other")
+    assert "1 passed, 3 deselected" in said and table == "old" and "stays" not in said
