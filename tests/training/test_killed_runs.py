@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from jax_lora.data.toy import write_checkout
 from tests.conftest import REPOSITORY
 
@@ -16,6 +18,7 @@ def curve(workdir):
     return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
 
 
+@pytest.mark.parity  # as long as many other tests together
 def test_ten_kills_leave_no_trace(tiny_model, tmp_path):
     toy = write_checkout(tmp_path / "toy", instances_per_task=12)
     arguments = [
