@@ -67,8 +67,9 @@ class Ledger:
         python = ".".join(map(str, sys.version_info[:2]))
         found = [f"{name} {version(name)}" for name in names if find_spec(name)]
         versions = ", ".join([f"Python {python}", *found])
-        lines = [
-            f"| {promise} | {tolerance:.2g} | {value:.2g} | `{test.removeprefix('tests/')}` |\n"
-            for (test, promise, tolerance), value in sorted(worst.items())
-        ]
+        lines = []
+        for (test, promise, tolerance), value in sorted(worst.items()):
+            text = promise.replace("|", r"\|")  # which would end the cell
+            where = test.removeprefix("tests/")
+            lines.append(f"| {text} | {tolerance:.2g} | {value:.2g} | `{where}` |\n")
         return HEAD.format(versions=versions) + "".join(lines)

@@ -19,7 +19,7 @@ def test_close(promise, worst):
 """
 NEEDS_NONE = """
 def test_equal(promise):
-    promise("bits", 0, 0)
+    promise("largest |bit|", 0, 0)
 
 def test_other():
     assert False, "neither run is to take it"
@@ -51,7 +51,7 @@ def test_a_whole_run_writes_the_table(suite):
     said, table = run(suite, "tests", "-m", "parity")
     assert "3 passed, 1 deselected" in said and "the promises of 3 tests" in said
     assert table.endswith(
-        "| bits | 0 | 0 | `test_a.py::test_equal` |\n"
+        "| largest \\|bit\\| | 0 | 0 | `test_a.py::test_equal` |\n"
         "| logits | 1e-05 | 2.3e-06 | `test_b.py::test_close` |\n"
     )
     assert f"jax {version('jax')}" in table

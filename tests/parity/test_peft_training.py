@@ -108,10 +108,13 @@ def _pissa(base: training.Base) -> tuple[Any, Any]:
     return {"params": variants.without(params, adapters), "lora": adapters}, model
 
 
-# Formed first, the sums run in another order: tests/training/test_step.py compares that with ours.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "formed" not in kind])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients(base, taken, trainers, tmp_path, promise, kind):
     variables, model = both(kind, base, tmp_path, moved=True)
+    if "formed" in kind:
+        # At this rank PEFT's own float32 gradient is 7e-6 off its float64 one, ours 6e-6, each by
+        # another order of sums: the reference is what both approximate.
+        model, kind = model.double(), f"{kind}, PEFT in float64"
     expected = training.backward(model, taken[0])
     found, loss = trainers["formed" in kind].gradients(variables, masks.LORA, taken[0])
     error = training.worst_error(

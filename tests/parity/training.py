@@ -169,7 +169,9 @@ def backward(model: Any, batch: Batch) -> float:
     for micro in batch:
         ids = torch.tensor(micro.tokens, dtype=torch.int64)
         labels = torch.where(torch.tensor(micro.loss_mask), ids, -100)
-        real = torch.tensor(micro.example >= 0, dtype=torch.int64)
+        # A row of padding alone attends to all: in float64 a softmax over nothing is no number.
+        attended = (micro.example >= 0) | (micro.example < 0).all(1, keepdims=True)
+        real = torch.tensor(attended, dtype=torch.int64)
         loss = model(
             ids, attention_mask=real, labels=labels, num_items_in_batch=loss_tokens(batch)
         ).loss
