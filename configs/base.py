@@ -18,7 +18,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.epochs = 6
     config.max_steps = 0  # stop earlier; 0 runs all epochs
     config.batch_size = 128  # examples of an optimizer step
-    config.micro_tokens = 4096  # most tokens of a micro-batch, padding included
+    config.micro_tokens = 4096  # most tokens of a micro-batch on a device, padding included
     config.log_every = 1  # steps
     config.checkpoint_every = 100  # steps; the last one is always kept
 
@@ -28,7 +28,13 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.remat = "full"  # recomputed in the backward pass: layers; "products" or "none" less
     config.unroll = 1  # layers a step of the scan
     config.attention = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
-    config.loss_chunk = 1024  # positions whose logits exist at once
+    config.loss_chunk = 1024  # positions whose logits exist at once, on a device
+
+    # ---- many devices: these multiply to their number, and -1 is what the others leave
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # copies of the parameters, each with rows of its own
+    config.mesh.fsdp = -1  # parts of the parameters, each with rows of its own
+    config.mesh.tensor = 1  # parts of the heads and of the mlp, all with the same rows
 
     # ---- what trains: regular expressions on leaf names, the first list wins
     config.method = "lora"  # "lora" adds adapters, "full" does not
