@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -77,9 +78,9 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
     return jax.make_mesh(full, AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
-def row_parts(mesh: Mesh | AbstractMesh) -> int:
-    """How many equal parts the rows of a batch are cut into: data × fsdp."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_parts(mesh: Mesh | AbstractMesh | None) -> int:
+    """How many equal parts the rows of a batch are cut into: data × fsdp; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
@@ -146,9 +147,12 @@ def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> int:
 # ------------------------------------------------------------------ putting them there
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has whole, laid out after the table."""
-    return jax.tree.map(_put, tree, shardings(tree, mesh))
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays laid out after the table: of the mesh already, or whole in every process.
+
+    Without a mesh they stay where they are.
+    """
+    return tree if mesh is None else jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
 @functools.lru_cache(maxsize=8)  # equal meshes get the same function, which may key a cache
@@ -161,12 +165,14 @@ def placer(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     return put
 
 
-def place_rows(batch: Any, mesh: Mesh) -> Any:
-    """A micro-batch, equal in every process, each device taking its rows.
+def place_rows(batch: Any, mesh: Mesh | None) -> Any:
+    """A micro-batch, equal in every process, each device taking its rows; without a mesh, all.
 
     Raises:
       ValueError: rows that data × fsdp does not divide.
     """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
     parts, rows = row_parts(mesh), {len(x) for x in jax.tree.leaves(batch)}
     if any(n % parts for n in rows):
         raise ValueError(
@@ -176,12 +182,16 @@ def place_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def _put(array: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
+        return jax.device_put(array, where)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-def make(function: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """`function(*args)`, compiled so that no device ever holds more than its part of the result."""
+def make(function: Callable[..., Any], mesh: Mesh | None, *args: Any) -> Any:
+    """`function(*args)`, on a mesh compiled so that no device ever holds more than its part."""
+    if mesh is None:
+        return function(*args)
     where = shardings(jax.eval_shape(function, *args), mesh)
     return jax.jit(function, out_shardings=where)(*args)
 
@@ -190,9 +200,9 @@ def whole(tree: Any) -> Any:
     """The tree in the memory of every process, numpy arrays; all processes take part."""
 
     def one(x):
-        if x.is_fully_addressable:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
 
     return jax.tree.map(one, tree)
 
@@ -286,12 +296,12 @@ def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
         which = _from_environment(process, "JAX_PROCESS_ID")
         if not re.fullmatch(r".+:\d+", coordinator):
             raise ValueError(f"coordinator: found {coordinator!r}, expected host:port or auto")
-        if count < 1 or not 0 <= which < count:
+        if not 0 <= which < count:
             raise ValueError(
-                f"process {which} of {count}: expected at least 1 process, counted from 0 "
-                "(--processes and --process, or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
+                f"coordinator: found process {which} of {count}, expected 0 to one less than their "
+                "number (--process and --processes, or JAX_PROCESS_ID and JAX_NUM_PROCESSES)"
             )
-        # Without detection: on a cluster it would take its own numbers for what is not given.
+        # No detection: a cluster's word on how many devices a process has is for its own ways.
         arguments = dict(
             coordinator_address=coordinator,
             num_processes=count,
@@ -300,7 +310,11 @@ def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
         )
     try:
         jax.distributed.initialize(**arguments)
-    except (RuntimeError, ValueError) as error:
+    except ValueError:
+        raise ValueError(
+            "coordinator: found no cluster that jax knows, expected host:port in place of auto"
+        ) from None
+    except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"coordinator {coordinator}: the processes did not meet: {reason}") from None
 

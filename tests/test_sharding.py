@@ -177,9 +177,9 @@ def test_the_cluster_the_flags_or_the_environment_say_who_takes_part(no_cluster,
     ("arguments", "message"),
     [
         (("host", 2, 0), "coordinator: found 'host', expected host:port or auto"),
-        (("host:1", -1, 0), "process 0 of -1: expected at least 1 process"),
-        (("host:1", 2, 2), "process 2 of 2: expected at least 1 process, counted from 0"),
-        (("host:1", 2, -1), "process -1 of 2"),
+        (("host:1", -1, 0), "coordinator: found process 0 of -1, expected 0 to one less"),
+        (("host:1", 2, 2), "coordinator: found process 2 of 2, expected"),
+        (("host:1", 2, -1), "coordinator: found process -1 of 2, expected"),
     ],
 )
 def test_bad_flags_of_many_processes_are_refused(no_cluster, arguments, message):
@@ -193,10 +193,17 @@ def test_a_number_in_the_environment_must_be_one(no_cluster, monkeypatch):
         sharding.join("host:1")
 
 
-def test_processes_that_do_not_meet_are_a_line(no_cluster, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        (RuntimeError("DEADLINE_EXCEEDED\nmore"), OSError, "the processes did not meet: DEADLINE"),
+        (ValueError("coordinator_address should be defined."), ValueError, "found no cluster"),
+    ],
+)
+def test_processes_that_do_not_meet_are_a_line(no_cluster, monkeypatch, fault, kind, message):
     def fail(**_):
-        raise RuntimeError("DEADLINE_EXCEEDED: barrier\nmore")
+        raise fault
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(OSError, match="coordinator h:1: the processes did not meet: DEADLINE_EX"):
-        sharding.join("h:1", 2, 0)
+    with pytest.raises(kind, match=message):
+        sharding.join("auto")

@@ -6,6 +6,7 @@ token sees those of its own segment up to itself. Softmax in float32, scores sca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,13 @@ def flash(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> A
     return out.reshape(q.shape)
 
 
-KERNELS = {"xla": xla, "cudnn": cudnn, "flash": flash}
+Kernel = Callable[[Array, Array, Array, Any], Array]
+KERNELS: dict[str, Kernel] = {"xla": xla, "cudnn": cudnn, "flash": flash}
+
+
+def kernel(which: str | Kernel) -> Kernel:
+    """The kernel of that name, or the one that is given itself."""
+    return which if callable(which) else KERNELS[which]
 
 
 def best(platform: str, dtype: Any, head_dim: int) -> str:

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_lora.model import attention
+from jax_lora.model.attention import Kernel
 from jax_lora.model.config import LINEAR, LlamaConfig
 from jax_lora.model.products import contract, values
 from jax_lora.model.rope import rope_tables, rotate
@@ -31,6 +32,8 @@ from jax_lora.model.rope import rope_tables, rotate
 # linear layers' products with frozen kernels and of attention, the dear ones.
 REMAT = ("none", "full", "products")
 _INIT = nn.initializers.normal(0.02)
+# Lays activations (B, T, ·) or a B (R, ·) out on many devices: (x, is its last side cut?) → x.
+Settle = Callable[[Array, bool], Array]
 
 
 class Dropout(NamedTuple):
@@ -74,17 +77,20 @@ class Dense(nn.Module):
     name_in_block: str
     features: int
     use_bias: bool
+    settle: Settle
 
     @nn.compact
     def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
+        back = self.name_in_block in ("o_proj", "down_proj")  # to D; the others leave it
+        x = self.settle(x, back)
         kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
         y = base = checkpoint_name(contract("btd,df->btf", x.dtype, x, kernel), "product")
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
                 place = layer * len(LINEAR) + LINEAR.index(self.name_in_block)
-                dropped = _dropped(x, dropout, place)
-            update, delta = self._update(dropped)
+                dropped = self.settle(_dropped(x, dropout, place), back)
+            update, delta = self._update(dropped, not back)
             if self.has_variable("lora", "m"):
                 if dropout is not None:
                     base = contract("btd,df->btf", x.dtype, dropped, kernel)
@@ -97,14 +103,15 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(x.dtype)
-        return y
+        return self.settle(y, not back)
 
-    def _update(self, x: Array) -> tuple[Array, Callable[[], Array]]:
+    def _update(self, x: Array, cut: bool) -> tuple[Array, Callable[[], Array]]:
         """The update of the outputs, and a function that forms the update of the kernel."""
         if self.has_variable("lora", "delta"):
             delta = self.get_variable("lora", "delta")
             return contract("btd,df->btf", x.dtype, x, delta), lambda: delta
         a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
+        b = self.settle(b, cut)
         low = contract("btd,dr->btr", x.dtype, x, a)
         update = contract("btr,rf->btf", x.dtype, low, b) * scale.astype(x.dtype)
         return update, lambda: scale * (a @ b)
@@ -142,14 +149,15 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     config: LlamaConfig
-    kernel: str  # among `attention.KERNELS`
+    kernel: str | Kernel
+    settle: Settle
 
     @nn.compact
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        dense = partial(Dense, use_bias=c.attention_bias)
+        dense = partial(Dense, use_bias=c.attention_bias, settle=self.settle)
 
         def project(name: str, features: int, y: Array) -> Any:
             return dense(name, features, name=name)(y, layer, dropout)
@@ -161,7 +169,7 @@ class Attention(nn.Module):
         values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
         q, keys = rotate(q, *place.rope), rotate(keys, *place.rope)
         if cache is None:
-            mixed = attention.KERNELS[self.kernel](q, keys, values, place.segments)
+            mixed = attention.kernel(self.kernel)(q, keys, values, place.segments)
         else:
             at = (0, 0, cache.slot, 0)
             keys = jax.lax.dynamic_update_slice(cache.k, keys, at)
@@ -176,16 +184,21 @@ class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
     config: LlamaConfig
+    settle: Settle
 
     @nn.compact
     def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
         c = self.config
-        dense = partial(Dense, use_bias=c.mlp_bias)
+        dense = partial(Dense, use_bias=c.mlp_bias, settle=self.settle)
         gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
         up = dense("up_proj", c.intermediate_size, name="up_proj")(x, layer, dropout)
         return dense("down_proj", c.hidden_size, name="down_proj")(
             nn.silu(gate) * up, layer, dropout
         )
+
+
+def _settled(x: Array, cut: bool) -> Array:
+    return x
 
 
 class Block(nn.Module):
@@ -196,18 +209,19 @@ class Block(nn.Module):
 
     config: LlamaConfig
     keep_kv: bool
-    attention: str = "xla"
+    attention: str | Kernel = "xla"
+    settle: Settle = _settled
 
     @nn.compact
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attended, kv = Attention(c, self.attention, name="self_attn")(
+        attended, kv = Attention(c, self.attention, self.settle, name="self_attn")(
             normed, layer, place, cache, dropout
         )
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        x = x + MLP(c, name="mlp")(normed, layer, dropout)
+        x = x + MLP(c, self.settle, name="mlp")(normed, layer, dropout)
         return x, kv if self.keep_kv else None
 
 
@@ -228,17 +242,19 @@ class Llama(nn.Module):
       config: its shape.
       dtype: of the activations and matrix products; parameters keep their own.
       remat: what the backward pass recomputes, see `REMAT`.
-      attention: the kernel of prefill and training, see `attention.KERNELS`.
+      attention: the kernel of prefill and training, among `attention.KERNELS`; or one itself.
       unroll: layers a step of the scan; more compiles longer and, on a CPU, runs faster.
       keep_kv: `hidden` also returns the keys and values of all layers (for a prefill).
+      settle: where activations lie on many devices, see `jax_lora.sharding.Activations`.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.bfloat16
     remat: str = "none"
-    attention: str = "xla"
+    attention: str | Kernel = "xla"
     unroll: int = 1
     keep_kv: bool = False
+    settle: Settle = _settled
 
     if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
 
@@ -262,14 +278,14 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=c.num_hidden_layers,
             unroll=self.unroll,
-        )(c, self.keep_kv, self.attention)
+        )(c, self.keep_kv, self.attention, self.settle)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = _Head(c.vocab_size)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""
-        return self.embed_tokens(tokens).astype(self.dtype)
+        return self.settle(self.embed_tokens(tokens).astype(self.dtype), False)
 
     def hidden(
         self,

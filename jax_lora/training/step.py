@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora import sharding
-from jax_lora.model import lora
+from jax_lora.model import attention, lora
 from jax_lora.model.llama import Dropout, Llama, positions
 from jax_lora.model.products import sliceable
 from jax_lora.training.masks import combine, leaf_name
@@ -156,7 +156,8 @@ def token_losses(
     order = jnp.argsort(weights.reshape(groups, count) == 0, axis=1, stable=True)
 
     def losses(h, target, weight):
-        logits = model.apply(variables, h.reshape(groups, size, d), method="head")
+        h = model.settle(h.reshape(groups, size, d), False)
+        logits = model.settle(model.apply(variables, h, method="head"), True)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         return jnp.sum(each * weight)
 
@@ -223,7 +224,10 @@ def make_step(
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"lora dropout: found {dropout_rate}, expected 0 <= rate < 1")
 
-    groups = 1 if mesh is None else sharding.row_parts(mesh)
+    groups = sharding.row_parts(mesh)
+    if mesh is not None:
+        local = sharding.LocalAttention(attention.kernel(model.attention), mesh)
+        model = model.clone(settle=sharding.Activations(mesh), attention=local)
 
     def kept(tree):
         return tree if mesh is None else sharding.constrain(tree, mesh)

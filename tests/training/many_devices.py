@@ -1,0 +1,226 @@
+"""What test_many_devices.py runs in processes of its own: a step on many devices and on one.
+
+    python -m tests.training.many_devices FOLDER MESH … [--coordinator HOST:PORT --processes N
+        --process I]
+
+A MESH is such as 2,2,2. FOLDER/I.json gets, for each, how far loss and gradients are from those of
+one device; FOLDER/checkpoints and state.npz the state after the last one's step.
+"""
+
+import argparse
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_lora import sharding
+from jax_lora.data.batches import Batch
+from jax_lora.model.config import GROUP, LlamaConfig
+from jax_lora.model.llama import Llama
+from jax_lora.training import loop, masks
+from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.step import Micro, State, make_step
+from jax_lora.weights.tree import leaves
+
+CONFIG = LlamaConfig(61, 32, 80, 3, 4, 2, 12, attention_bias=True)  # a vocabulary that is odd
+RANKS = dict(q_proj=40, k_proj=8, v_proj=3, down_proj=1)  # 40 is above D, v_proj's a DoRA
+CONTRACTED = ("q_proj",)
+# Everything trains at once: one compilation shows the gradient of every kind of leaf.
+EVERYTHING = ((r"params/.*", r"lora/.*/[abm]"), (r"lora/.*/scale",))
+GRADIENT = optax.chain(optax.trace(0.0), optax.scale(-1e-3))  # its state is the last gradient
+ROWS, TOKENS = 8, 20
+
+
+@functools.cache
+def variables():
+    """Base and adapters, numpy, no leaf zero."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return rng.normal(0, 0.2, shape).astype(np.float32)
+
+    params, layers = {}, {}
+    for leaf in leaves(CONFIG):
+        node = params
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = drawn(*leaf.leaf_shape)
+    for name, rank in RANKS.items():
+        size_in, size_out = CONFIG.linear_shapes()[name]
+        adapter = {"a": drawn(3, size_in, rank), "b": drawn(3, rank, size_out)}
+        adapter["scale"] = np.full(3, 1.5, np.float32)
+        layers.setdefault(GROUP[name], {})[name] = adapter
+    layers["self_attn"]["v_proj"]["m"] = 1 + drawn(3, CONFIG.linear_shapes()["v_proj"][1])
+    return {"params": params, "lora": {"layers": layers}}
+
+
+def packed_batch(seed, rows=ROWS):
+    """Rows of two examples and some padding."""
+    rng = np.random.default_rng(seed)
+    ends = rng.integers(5, 9, (rows, 2)).cumsum(axis=1)
+    place = np.arange(TOKENS)
+    second = place >= ends[:, :1]
+    example = np.where(place < ends[:, 1:], second + 2 * np.arange(rows)[:, None], -1)
+    since = place - np.where(second, ends[:, :1], 0)
+    tokens = np.where(example >= 0, rng.integers(1, 61, (rows, TOKENS)), 0)
+    loss_mask = (example >= 0) & (since >= 2)
+    return Batch(tokens.astype(np.int32), loss_mask, example.astype(np.int32))
+
+
+def cut(batch, rows, parts):
+    """Micro-batches of so many rows, each filled with empty ones up to a multiple of `parts`."""
+    empty = Batch(np.zeros_like(batch.tokens), batch.loss_mask & False, batch.example * 0 - 1)
+    for start in range(0, len(batch.tokens), rows):
+        yield Batch(
+            **{
+                name: np.concatenate([x[start : start + rows], vars(empty)[name][: -rows % parts]])
+                for name, x in vars(batch).items()
+            }
+        )
+
+
+def functions_on(mesh, remat):
+    """The functions of a step; dropout is on, rows are packed."""
+    return make_step(
+        Llama(CONFIG, dtype=jnp.float32, remat=remat),
+        GRADIENT,
+        seed=3,
+        dropout_rate=0.2,
+        packed=True,
+        contracted=CONTRACTED,
+        loss_chunk=8,
+        mesh=mesh,
+    )
+
+
+def step_on(mesh, batch=None):
+    """Loss, gradients and state after one step of two micro-batches, or of the given ones."""
+    tree = variables()
+    trainable, frozen = masks.partition(tree, masks.mask(tree, *EVERYTHING))
+
+    def begin(trainable):
+        return State(jnp.zeros((), jnp.int32), trainable, GRADIENT.init(trainable))
+
+    if mesh is None:
+        state, frozen = begin(jax.tree.map(jnp.array, trainable)), jax.tree.map(jnp.array, frozen)
+        place = None
+    else:
+        state = sharding.make(begin, mesh, sharding.place(trainable, mesh))
+        frozen = sharding.place(frozen, mesh)
+        place = functools.partial(sharding.place_rows, mesh=mesh)
+    functions = functions_on(mesh, "none")
+    batch = batch or [packed_batch(1), packed_batch(2)]
+    ((state, report),) = loop.train(state, frozen, [batch], functions, place)
+    assert functions.accumulate._cache_size() == 1, "the second micro-batch was compiled again"
+    if mesh is not None:
+        places = jax.tree.map(
+            lambda x, where: x.sharding.is_equivalent_to(where, x.ndim),
+            state,
+            sharding.shardings(state, mesh),
+        )
+        assert all(jax.tree.leaves(places)), "the new state is not where the table has it"
+    return float(report.loss), sharding.whole(state.optimizer[0].trace), state
+
+
+def deviation(found, expected):
+    """Of the loss, and of the gradients the worst leaf's relative norm."""
+    each = jax.tree.map(
+        lambda x, y: float(np.linalg.norm(x - y) / np.linalg.norm(y)), found[1], expected[1]
+    )
+    return {"loss": abs(found[0] - expected[0]), "gradient": max(jax.tree.leaves(each))}
+
+
+def cuts():
+    """How far 128 rows go apart on 1 and on 8 devices as 1 × 128, 4 × 32 and 128 × 1."""
+    batch, found = packed_batch(4, 128), {}
+    expected = step_on(None, [batch])
+    for devices, sizes in {1: None, 8: (1, 8, 1)}.items():
+        mesh = sizes and sharding.make_mesh(sizes)
+        for rows in (128, 32, 1):
+            micros = list(cut(batch, rows, sharding.row_parts(mesh)))
+            found[f"{128 // rows} × {rows} on {devices}"] = deviation(
+                step_on(mesh, micros), expected
+            )
+    return found
+
+
+def compiled(mesh):
+    """`accumulate`, and the bytes that its arguments should take on a device."""
+    tree = variables()
+    trainable, frozen = masks.partition(tree, masks.mask(tree, *EVERYTHING))
+    functions = functions_on(mesh, "full")
+    state = State(np.zeros((), np.int32), trainable, None)
+    working = sharding.abstract(jax.eval_shape(functions.begin, state, frozen), mesh)
+    micro = sharding.place_rows(Micro(**vars(packed_batch(1))), mesh)
+    number = np.zeros((), np.float32)
+    program = functions.accumulate.lower(
+        working, number, working, state.step, sharding.abstract(frozen, mesh), micro, number
+    ).compile()
+    held = 2 * sharding.local_bytes(working, mesh) + sharding.local_bytes(frozen, mesh)
+    unused = sum(3 * 4 for _ in CONTRACTED)  # their scales
+    rows = ROWS // sharding.row_parts(mesh) * TOKENS * (4 + 1 + 4)
+    return program, held - unused + rows + 3 * 4
+
+
+def communication(program):
+    """(operation, where it comes from, the shapes that it returns) of every collective."""
+    found = []
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for line in program.as_text().splitlines():
+        if match := re.match(rf"\s*(?:ROOT )?\S+ = (.*?) ({kinds})(?:-start)?\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            (origin,) = re.findall(r'op_name="([^"]*)"', line) or [""]
+            sizes = [[int(n) for n in shape.split(",") if n] for shape in shapes]
+            found.append((match[2], origin, sizes))
+    return found
+
+
+def saved_and_restored(state, folder):
+    """Whether the state of one mesh comes back on another, bit for bit."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(state)
+    checkpoints.close()
+    values = sharding.whole(state)
+    if jax.process_index() == 0:
+        np.savez(folder / "state.npz", *jax.tree.leaves(values))
+    checkpoints = Checkpoints(folder / "checkpoints")
+    like = sharding.abstract(state, sharding.make_mesh((1, 8, 1)))
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    placed = jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)
+    equal = jax.tree.map(np.array_equal, sharding.whole(restored), values)
+    return all(jax.tree.leaves((placed, equal)))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("mesh", nargs="+")
+    parser.add_argument("--coordinator", default="")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0)
+    given = parser.parse_args()
+    sharding.join(given.coordinator, given.processes, given.process)
+
+    expected = step_on(None)
+    results, state = {}, None
+    for name in given.mesh:
+        *found, state = step_on(sharding.make_mesh([int(n) for n in name.split(",")]))
+        results[name] = deviation(found, expected)
+    results["restored"] = saved_and_restored(state, given.folder)
+    results["anywhere"] = [sharding.anywhere(jax.process_index() == i) for i in range(3)]
+    if given.processes == 1:
+        program, planned = compiled(sharding.make_mesh((2, 2, 2)))
+        results["bytes"] = [program.memory_analysis().argument_size_in_bytes, planned]
+        results["communication"] = communication(program)
+        results["cuts"] = cuts()
+    (given.folder / f"{given.process}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

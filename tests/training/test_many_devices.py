@@ -1,0 +1,136 @@
+"""Many devices do what one does: on 8 fake ones in every mesh, and in 2 processes of 4 each."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.training import masks
+from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.step import State
+from tests.training import many_devices
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+NAMES = [",".join(map(str, mesh)) for mesh in MESHES]
+PATIENCE = 600  # seconds, for a hang to become a failure
+
+
+def start(devices, *arguments):
+    # Less optimisation of the code for a core, which makes compiling the larger part cheaper.
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.many_devices", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes):
+    """What the processes wrote, all of them well."""
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        written = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    for process, text in zip(processes, written, strict=True):
+        assert process.returncode == 0, text
+    return written
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """The results of a process with 8 devices, the folder it wrote and what it said."""
+    folder = tmp_path_factory.mktemp("eight")
+    (said,) = finish(start(8, folder, *NAMES))
+    return json.loads((folder / "0.json").read_text()), folder, said
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The results of two processes with 4 devices each, and the folder they wrote."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # 1,2,4: parameters and rows are cut between the processes, heads within each.
+    common = (folder, "1,2,4", "--coordinator", address, "--processes", 2)
+    finish(*(start(4, *common, "--process", i) for i in (0, 1)))
+    return [json.loads((folder / f"{i}.json").read_text()) for i in (0, 1)], folder
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_every_mesh_equals_one_device(eight, mesh, promise):
+    what = "a step on 8 devices instead of 1, any mesh, ranks 1, 3, 8 and above D"
+    promise(f"{what}: loss", eight[0][mesh]["loss"], 1e-5)
+    promise(f"{what}: ‖g - g'‖ / ‖g'‖ of all weights, A, B and m", eight[0][mesh]["gradient"], 1e-5)
+
+
+def test_a_device_holds_its_part_to_the_byte(eight):
+    found, planned = eight[0]["bytes"]
+    assert found == planned
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("how", ["1 × 128", "4 × 32", "128 × 1"])
+def test_the_cut_does_not_matter(eight, how, devices, promise):
+    what = f"128 packed rows as {how} on {devices} devices instead of 1 × 128 on 1, dropout on"
+    found = eight[0]["cuts"][f"{how} on {devices}"]
+    promise(f"{what}: loss", found["loss"], 1e-5)
+    promise(f"{what}: ‖g - g'‖ / ‖g'‖ of all weights, A, B and m", found["gradient"], 1e-5)
+
+
+def test_only_weights_are_gathered_and_a_layer_at_a_time(eight):
+    results, _, said = eight
+    assert "Involuntary full rematerialization" not in said
+    for kind, origin, shapes in results["communication"]:
+        assert kind != "all-to-all", origin
+        for shape in shapes:
+            if kind != "all-reduce":  # neither activations (B, T, ·) nor a stack of layers
+                assert len([n for n in shape if n > 1]) <= 2, (origin, shape)
+            if many_devices.TOKENS in shape:  # sums over `tensor` of a device's own rows
+                assert shape[0] == many_devices.ROWS // 4, (origin, shape)
+
+
+def test_two_processes_equal_one_device(two, promise):
+    what = "a step in 2 processes of 4 devices instead of on 1"
+    for results in two[0]:
+        found = results["1,2,4"]
+        promise(f"{what}: loss", found["loss"], 1e-5)
+        promise(f"{what}: ‖g - g'‖ / ‖g'‖ of all weights, A, B and m", found["gradient"], 1e-5)
+
+
+def test_a_flag_in_one_process_is_known_to_both(two):
+    assert [results["anywhere"] for results in two[0]] == [[True, True, False]] * 2
+
+
+@pytest.mark.parametrize("which", ["eight", "two"])
+def test_a_checkpoint_knows_no_mesh(which, request):
+    # Saved by 8 devices or 2 processes, restored there on another mesh, and here on one device.
+    results, folder, *_ = request.getfixturevalue(which)
+    assert all(result["restored"] for result in (results if which == "two" else [results]))
+    tree = many_devices.variables()
+    trainable, _ = masks.partition(tree, masks.mask(tree, *many_devices.EVERYTHING))
+    zero = jax.tree.map(jnp.zeros_like, trainable)
+    like = State(jnp.zeros((), jnp.int32), zero, many_devices.GRADIENT.init(zero))
+    checkpoints = Checkpoints(folder / "checkpoints")
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    with np.load(folder / "state.npz") as saved:
+        for found, name in zip(jax.tree.leaves(restored), saved.files, strict=True):
+            np.testing.assert_array_equal(found, saved[name])
