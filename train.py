@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import tqdm
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from jax_lora import cli, inputs
+from jax_lora import cli, inputs, sharding
 from jax_lora.data.batches import Batches, bucket_for
 from jax_lora.data.prompts import Row
 from jax_lora.model import attention, lora, variants
@@ -53,6 +54,11 @@ if __name__ == "__main__":  # study.py, which imports this file, has flags of it
     _VERIFY = flags.DEFINE_boolean(
         "verify", False, "read every file of a large checkout, whatever its size and time say"
     )
+    _COORDINATOR = flags.DEFINE_string(
+        "coordinator", "", "of many processes: host:port of the first; auto where a cluster knows"
+    )
+    _PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes there are")
+    _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 
 
 def main(_):
@@ -61,11 +67,12 @@ def main(_):
             raise ValueError("--config: found none, expected a file such as configs/lora.py")
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected the run's folder")
+        sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     run(_CONFIG.value, Path(_WORKDIR.value), verify=_VERIFY.value)
 
 
 def run(config: Any, workdir: Path, verify: bool = False) -> None:
-    """Train a run to its end, or go on with it.
+    """Train a run to its end, or go on with it, on all devices of all processes.
 
     Args:
       config: a ConfigDict like that of configs/base.py.
@@ -73,6 +80,8 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
       verify: see `instructions.read_checkout`.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    first = jax.process_index() == 0  # of all processes, the one that writes and talks
+    say, tell = (said, print) if first else (silent, silent)
     with cli.input_errors():
         # -------------------------------------------------------------- input, before any compute
         for key in ("model", "data.path"):
@@ -91,6 +100,13 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
                 "expected 0 or more and three sizes"
             )
         bucket_for(config.data.source_length, config.eval.buckets)
+        mesh = sharding.make_mesh([config.mesh[axis] for axis in sharding.AXES])
+        mesh = mesh if mesh.size > 1 else None
+        if config.lora.init == "pissa" and jax.process_count() > 1:
+            raise ValueError(
+                f"--config.lora.init: found pissa in {jax.process_count()} processes, expected one "
+                "that has the whole base"
+            )
         o = config.optim
         model_config = base_weights.read_config(config.model)
         platform = jax.default_backend()
@@ -100,9 +116,13 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
         attention.check(attend, platform, config.dtype, model_config.head_dim)
         shapes = {"params": counts.base_shapes(model_config)}
         if config.method == "lora":
-            shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
+            draw = functools.partial(
+                inputs.new_adapters, model_config, **cli.adapter_options(config)
+            )
+            drawn = config.lora.init in (*lora.INITS, "pissa")  # else read
+            shapes["lora"] = sharding.make(draw, mesh) if drawn else draw()
         trains = masks.mask(shapes, config.trainable, config.frozen)
-        said("reading tasks")
+        say("reading tasks")
         checkout = inputs.open_checkout(config.data.path, config.data.categories, verify)
         resolved = {
             "config": json.loads(config.to_json_best_effort()),
@@ -116,15 +136,16 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             )
         taskset = sets[config.data.set]
 
-        said("encoding examples")
+        say("encoding examples")
         encoder = inputs.encoder(*cli.encoder_options(config))
         rows = inputs.training_rows(encoder, taskset, config.data.answer, config.seed)
-        batches, total = batches_of(config, rows)
+        batches, total = batches_of(config, rows, mesh)
         rate = schedule(o.schedule, o.learning_rate, o.warmup_steps, total)
 
         # -------------------------------------------------------------- model, adapters, mask
-        said("loading the base model")
-        params = inputs.load_base(config.model, config.dtype, trains["params"])
+        say("loading the base model")
+        place = sharding.placer(mesh) if mesh else None
+        params = inputs.load_base(config.model, config.dtype, trains["params"], place)
         model = Llama(
             model_config,
             dtype=jnp.dtype(config.dtype),
@@ -153,6 +174,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             packed=config.data.packed,
             contracted=contracted,
             loss_chunk=config.loss_chunk,
+            mesh=mesh,
         )
         # -------------------------------------------------------------- the folder
         parameters = counts.table(shapes, trains)
@@ -163,17 +185,18 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             int(parameters[k].to_numpy().sum()) for k in ("frozen", "trainable")
         )
         share = 100 * trainable_count / (frozen_count + trainable_count)
-        with cli.all_or_nothing(workdir):
-            cli.write_json(workdir / "config.json", resolved)
-            cli.write_json(
-                workdir / "parameters.json",
-                {
-                    "frozen": frozen_count,
-                    "trainable": trainable_count,
-                    "trainable_percent": share,
-                    "modules": parameters.to_dict("records"),
-                },
-            )
+        with cli.all_or_nothing(workdir, mine=first):
+            if first:
+                cli.write_json(workdir / "config.json", resolved)
+                cli.write_json(
+                    workdir / "parameters.json",
+                    {
+                        "frozen": frozen_count,
+                        "trainable": trainable_count,
+                        "trainable_percent": share,
+                        "modules": parameters.to_dict("records"),
+                    },
+                )
             variables = {"params": params}
             if config.method == "lora":
                 variables["lora"], variables["params"] = inputs.on_base(
@@ -184,18 +207,19 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
                     variant=config.lora.variant,
                     folder=workdir / "pissa",
                 )
+            start, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
             trainable, frozen = masks.partition(variables, trains)
             frozen = sliceable(frozen)
-            state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+            state = State(start, trainable, sharding.make(optimizer.init, mesh, trainable))
             del shapes, params, variables, trainable  # a resumed run holds one copy of what trains
             checkpoints = Checkpoints(workdir / "checkpoints")
             start = checkpoints.latest() or 0
             if start:
                 state = checkpoints.restore(state)
-            metrics = cli.MetricsLog(workdir, start)
+            metrics = cli.MetricsLog(workdir, start) if first else None
 
     # ------------------------------------------------------------------ what will happen
-    print(
+    tell(
         cli.table(
             ("module", "shape", "frozen", "trainable"),
             [
@@ -206,15 +230,15 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
         )
     )
     cut = sum(row.truncated for row in rows)
-    print(
+    tell(
         f"trainable {share:.3f}% of the parameters; {taskset.name}: {len(taskset.tasks)} tasks, "
         f"{len(rows)} examples, {cut} inputs cut to fit; {total} steps of {config.batch_size}"
     )
 
     # ------------------------------------------------------------------ training
     if start:
-        print(f"going on from step {start}")
-    bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+        tell(f"going on from step {start}")
+    bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not first)
     began, tokens, padded = time.perf_counter(), 0, 0
     before = None  # the step before: read only once the next one is on its way
     last = start
@@ -235,7 +259,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             "examples": batches.examples_until(report.step),
             "loss_tokens": report.loss_tokens,
         }
-        if report.step % config.log_every == 0 or report.step == total:
+        if metrics and (report.step % config.log_every == 0 or report.step == total):
             metrics.write(report.step, values)
         bar.set_postfix_str(
             f"loss {loss:.3f}, lr {values['learning_rate']:.1e}, "
@@ -250,13 +274,14 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
         return f"the last checkpoint is step {step}, the same command goes on there"
 
     with cli.running(what_stays), StopRequest() as stop:
-        steps = loop.train(state, frozen, batches.stream(start, total), functions)
+        put = functools.partial(sharding.place_rows, mesh=mesh)
+        steps = loop.train(state, frozen, batches.stream(start, total), functions, put)
         for state, report in steps:
             if before is not None:
                 log(before)
             before, last = report, report.step
             tokens, padded = tokens + report.tokens, padded + report.padded
-            stopping = stop.asked
+            stopping = sharding.anywhere(stop.asked)
             if last == total or last % config.checkpoint_every == 0 or stopping:
                 log(before)
                 before = None
@@ -264,36 +289,38 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             if stopping:
                 break
         bar.close()
-        metrics.close()
+        if metrics:
+            metrics.close()
         checkpoints.close()
         if last < total:
             raise SystemExit(f"stopped at step {last} of {total}; the same command goes on there")
 
         # -------------------------------------------------------------- the adapter
         if config.method == "lora":
-            adapters = masks.combine(state.trainable, frozen)["lora"]
+            adapters = sharding.whole(masks.combine(state.trainable, frozen)["lora"])
             rank, alpha = config.lora.rank, config.lora.alpha_per_rank * config.lora.rank
             rslora = config.lora.scaling == "alpha/sqrt(r)"
             if config.lora.init == "pissa":
                 # For the whole base, whose principal part the adapters held at the start.
                 adapters = variants.since(adapters, peft.load(workdir / "pissa").adapters)
                 rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
-            peft.save(
-                workdir / "adapter",
-                jax.device_get(adapters),
-                rank=rank,
-                alpha=alpha,
-                dropout=config.lora.dropout,
-                base_name=config.model,
-                use_rslora=rslora,
-            )
-            print(f"adapter: {workdir / 'adapter'}")
+            if first:
+                peft.save(
+                    workdir / "adapter",
+                    jax.device_get(adapters),
+                    rank=rank,
+                    alpha=alpha,
+                    dropout=config.lora.dropout,
+                    base_name=config.model,
+                    use_rslora=rslora,
+                )
+            tell(f"adapter: {workdir / 'adapter'}")
             if any(jax.tree.leaves(trains["params"])):
-                print("it holds A and B alone; what else trained is in the checkpoint")
-    print(f"{time.perf_counter() - began:.0f} s of training, {tokens:,} tokens; {workdir}")
+                tell("it holds A and B alone; what else trained is in the checkpoint")
+    tell(f"{time.perf_counter() - began:.0f} s of training, {tokens:,} tokens; {workdir}")
 
 
-def batches_of(config: Any, rows: Sequence[Row]) -> tuple[Batches, int]:
+def batches_of(config: Any, rows: Sequence[Row], mesh: Mesh | None = None) -> tuple[Batches, int]:
     """The batches of a run and the number of its steps."""
     batches = Batches(
         rows,
@@ -305,6 +332,7 @@ def batches_of(config: Any, rows: Sequence[Row]) -> tuple[Batches, int]:
         by_example=config.data.loss_mean == "examples",
         pad_id=0,
         packed=config.data.packed,
+        row_parts=sharding.row_parts(mesh),
     )
     total = batches.steps_per_epoch * config.epochs
     return batches, min(total, config.max_steps) if config.max_steps else total
@@ -333,6 +361,10 @@ class StopRequest:
 def said(text: str) -> None:
     """A line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def silent(_: str) -> None:
+    """What all processes but the first say."""
 
 
 if __name__ == "__main__":

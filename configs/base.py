@@ -83,8 +83,8 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.eval = ConfigDict()
     config.eval.max_new_tokens = 128
     config.eval.buckets = (128, 256, 384, 512, 768, 1024)  # prompt lengths
-    config.eval.batch_tokens = 16384  # prompt tokens of a batch, padding included
-    config.eval.max_batch = 64  # rows of a batch
+    config.eval.batch_tokens = 16384  # prompt tokens of a batch on a device, padding included
+    config.eval.max_batch = 64  # rows of a batch on a device
     return config
 
 

@@ -47,9 +47,12 @@ def running(what_stays: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def all_or_nothing(folder: Path) -> Iterator[None]:
-    """Remove a folder that the enclosed block made and could not fill (a full disk)."""
-    there = folder.exists()
+def all_or_nothing(folder: Path, mine: bool = True) -> Iterator[None]:
+    """Remove a folder that the enclosed block made and could not fill (a full disk).
+
+    `mine` is False where another process makes it.
+    """
+    there = folder.exists() or not mine
     try:
         yield
     except OSError:
@@ -143,13 +146,16 @@ def encoder_options(config: Any) -> tuple[Any, ...]:
 
 
 def check_same_run(path: Path, resolved: dict[str, Any]) -> None:
-    """Raise ValueError where a run's config.json says another config or other data."""
+    """Raise ValueError where a run's config.json says another config or other data.
+
+    The mesh may be another one: no result depends on it.
+    """
     if not path.is_file():
         return
     found = dict(_flat(read_json(path)))
     for key, value in _flat(resolved):
         there = found.get(key)
-        if there != value:
+        if there != value and not key.startswith("config.mesh."):
             raise ValueError(
                 f"{path} belongs to another run: {key} is {there!r} there and {value!r} here; "
                 "expected the same config, or an empty --workdir"

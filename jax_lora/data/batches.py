@@ -74,9 +74,11 @@ class Batches:
       by_example: an example's losses weigh 1 together, however long its answer; otherwise each
         token's does.
       packed: lay several examples into a row of the largest bucket, the only shape then.
-      micro_tokens: most tokens (padding included) of a micro-batch, unless one row has more.
+      micro_tokens: most tokens (padding included) of a micro-batch in each of its `row_parts`,
+        unless one row has more.
       answer_only: loss on the answer and its end token only; otherwise on the prompt too.
       pad_id: fills the rows. It is never a loss token, so it may equal the end token.
+      row_parts: devices that rows are dealt out to, each as many; `sharding.row_parts` of a mesh.
     """
 
     rows: Sequence[Row]
@@ -88,6 +90,7 @@ class Batches:
     pad_id: int
     packed: bool = False
     by_example: bool = False
+    row_parts: int = 1
 
     def __post_init__(self):
         if not self.rows:
@@ -140,7 +143,8 @@ class Batches:
 
     def rows_of(self, bucket: int) -> int:
         """Rows of a micro-batch of this bucket."""
-        return min(self.batch_size, max(1, self.micro_tokens // bucket))
+        each = min(-(-self.batch_size // self.row_parts), max(1, self.micro_tokens // bucket))
+        return self.row_parts * each
 
     def _fill(self, laid: list[list[int]], chosen: np.ndarray, size: int, bucket: int) -> Batch:
         tokens = np.full((size, bucket), self.pad_id, np.int32)

@@ -53,6 +53,15 @@ def test_an_epoch_holds_every_row_once(lengths, size, micro_tokens, answer_only)
     assert sorted(seen) == list(range(len(lengths)))
 
 
+@given(st.integers(1, 40), st.integers(1, 200), st.sampled_from([1, 2, 3, 8]))
+@settings(deadline=None, max_examples=60)
+def test_every_device_has_as_many_rows(size, micro_tokens, parts):
+    dealt = batches([5] * 40, batch_size=size, micro_tokens=micro_tokens, row_parts=parts)
+    alone = batches([5] * 40, batch_size=-(-size // parts), micro_tokens=micro_tokens)
+    assert dealt.rows_of(8) == parts * alone.rows_of(8)
+    assert sum(int((batch.example[:, 0] >= 0).sum()) for batch in dealt.at(0)) == size
+
+
 def test_the_order_is_a_function_of_seed_and_step():
     lengths = list(range(3, 16)) * 3
     one, same, other = (batches(lengths, seed=seed) for seed in (1, 1, 2))
