@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from jax_lora import sharding
 from jax_lora.data.batches import Batches, bucket_for
 from jax_lora.data.prompts import Row
 from jax_lora.model.llama import Llama
@@ -25,14 +27,15 @@ Generate = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
 
 
 def answers(
-    generate: Generate, rows: Sequence[Row], buckets: Sequence[int]
+    rows: Sequence[Row], buckets: Sequence[int], generate: Generate, many: Generate | None = None
 ) -> Iterator[tuple[str, int]]:
     """How many answers change with their arrangement.
 
     Args:
-      generate: (tokens (B, P), lengths (B,)) → (new tokens (B, N), their number (B,)).
       rows: prompts.
       buckets: prompt lengths that are padded to.
+      generate: (tokens (B, P), lengths (B,)) → (new tokens (B, N), their number (B,)).
+      many: the same on all devices, where there are several.
 
     Yields:
       An arrangement and the number of rows whose ids differ from those of batches of 8 in order
@@ -49,9 +52,12 @@ def answers(
         "shuffled": (_cut(shuffled, 8), 8, widest),
         "beside the longest prompt": (beside, 8, widest),
     }
+    ways = [(name, generate, arrangement) for name, arrangement in arrangements.items()]
+    if many:
+        ways.append((f"on {jax.device_count()} devices", many, arrangements["batches of 64"]))
     expected = _answer(generate, rows, *arrangements["the same again"])
-    for name, arrangement in arrangements.items():
-        found = _answer(generate, rows, *arrangement)
+    for name, way, arrangement in ways:
+        found = _answer(way, rows, *arrangement)
         yield name, sum(found[i] != expected[i] for i in expected)
 
 
@@ -78,7 +84,13 @@ def _answer(
 
 
 def updates(
-    model: Llama, variables: Any, trains: Any, rows: Sequence[Row], *, dropout_rate: float
+    model: Llama,
+    variables: Any,
+    trains: Any,
+    rows: Sequence[Row],
+    *,
+    dropout_rate: float,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[str, float, float]]:
     """How far a step's loss and gradient move when its batch is cut, padded or packed otherwise.
 
@@ -88,6 +100,7 @@ def updates(
       trains: the mask's boolean tree.
       rows: training rows of one global batch.
       dropout_rate: on the input of A; its masks must not change either.
+      mesh: of several devices, to cut the batch by too.
 
     Yields:
       A way to cut, the relative difference of the loss, and the largest relative norm of a
@@ -95,10 +108,13 @@ def updates(
     """
     longest = max(len(row.ids) for row in rows)
     width = -(-longest // 128) * 128
-    trainable, frozen = masks.partition(variables, trains)
-    state = State(jnp.zeros((), jnp.int32), trainable, None)
 
-    def run(micro_rows: int, width: int, packed: bool) -> tuple[float, Any]:
+    def run(
+        micro_rows: int, width: int, packed: bool, mesh: Mesh | None = None
+    ) -> tuple[float, Any]:
+        step, placed = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
+        trainable, frozen = masks.partition(placed, trains)
+        state = State(step, trainable, None)
         batch = Batches(
             rows,
             batch_size=len(rows),
@@ -108,30 +124,34 @@ def updates(
             answer_only=True,
             pad_id=0,
             packed=packed,
+            row_parts=sharding.row_parts(mesh),
         ).at(0)
-        options: Any = dict(seed=0, dropout_rate=dropout_rate, packed=packed)
+        options: Any = dict(seed=0, dropout_rate=dropout_rate, packed=packed, mesh=mesh)
         functions = make_step(model, optax.sgd(0.0), **options)
         working = functions.begin(state, frozen)
         gradients, loss = zeros(working)
         count = np.float32(sum(int(micro.loss_mask[:, 1:].sum()) for micro in batch))
         for micro in batch:
-            moved = Micro(*map(jnp.asarray, (micro.tokens, micro.loss_mask, micro.example)))
+            moved = sharding.place_rows(Micro(**vars(micro)), mesh)
             gradients, loss = functions.accumulate(
                 gradients, loss, working, state.step, frozen, moved, count
             )
-        return float(loss), gradients
+        return float(loss), sharding.whole(gradients)
 
     whole, expected = run(len(rows), width, False)
     n = len(rows)
-    for name, arrangement in {
+    arrangements: dict[str, Any] = {
         f"{n // 4} × {min(4, n)}": (4, width, False),
         f"{n} × 1": (1, width, False),
         "padded to twice the length": (4, 2 * width, False),
         "packed": (2, 2 * width, True),
-    }.items():
+    }
+    if mesh is not None:
+        arrangements[f"on {mesh.size} devices"] = (1, width, False, mesh)
+    for name, arrangement in arrangements.items():
         loss, gradients = run(*arrangement)
         apart = jax.tree.map(
-            lambda x, y: float(jnp.linalg.norm(x - y) / (jnp.linalg.norm(y) + 1e-30)),
+            lambda x, y: float(np.linalg.norm(x - y) / (np.linalg.norm(y) + 1e-30)),
             gradients,
             expected,
         )
