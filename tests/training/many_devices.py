@@ -1,10 +1,11 @@
 """What test_many_devices.py runs in processes of its own: a step on many devices and on one.
 
-    python -m tests.training.many_devices FOLDER MESH … [--coordinator HOST:PORT --processes N
-        --process I]
+    python -m tests.training.many_devices FOLDER MESH … [--more] [--coordinator HOST:PORT
+        --processes N --process I]
 
 A MESH is such as 2,2,2. FOLDER/I.json gets, for each, how far loss and gradients are from those of
-one device; FOLDER/checkpoints and state.npz the state after the last one's step.
+one device; with --more, what else is asked of 8 devices. With it or in many processes,
+FOLDER/checkpoints and state.npz get the state after the last one's step.
 """
 
 import argparse
@@ -201,6 +202,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("mesh", nargs="+")
+    parser.add_argument("--more", action="store_true")
     parser.add_argument("--coordinator", default="")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
@@ -212,9 +214,10 @@ def main():
     for name in given.mesh:
         *found, state = step_on(sharding.make_mesh([int(n) for n in name.split(",")]))
         results[name] = deviation(found, expected)
-    results["restored"] = saved_and_restored(state, given.folder)
-    results["anywhere"] = [sharding.anywhere(jax.process_index() == i) for i in range(3)]
-    if given.processes == 1:
+    if given.more or given.processes > 1:
+        results["restored"] = saved_and_restored(state, given.folder)
+        results["anywhere"] = [sharding.anywhere(jax.process_index() == i) for i in range(3)]
+    if given.more:
         program, planned = compiled(sharding.make_mesh((2, 2, 2)))
         results["bytes"] = [program.memory_analysis().argument_size_in_bytes, planned]
         results["communication"] = communication(program)

@@ -1,0 +1,124 @@
+"""train.py and eval.py on 8 devices, of one process or of two, do what they do on one."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jax_lora.data.toy import write_checkout
+from tests.conftest import REPOSITORY
+from tests.test_scripts import command, lines, training
+
+pytestmark = pytest.mark.parity  # minutes
+STEPS = 12
+
+
+def start(arguments, devices=1):
+    # Less optimisation of the code for a core, which makes compiling the larger part cheaper.
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    return subprocess.Popen(
+        arguments,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """What it printed, on stdout and stderr."""
+    said = process.communicate()
+    assert process.returncode == 0, said[1]
+    return said
+
+
+@pytest.fixture(scope="module")
+def train(tiny_model, tmp_path_factory):
+    """(folder, flags) → the command."""
+    toy = write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
+
+    def arguments(workdir, *more):
+        steps = f"--config.max_steps={STEPS}"
+        return training(tiny_model, toy, workdir, steps, "--config.data.buckets=(768,)", *more)
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def one(train, tmp_path_factory):
+    """The folder of a run on one device."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    finish(start(train(workdir)))
+    return workdir
+
+
+def same(promise, what, workdir, one):
+    """The losses and the adapter of two runs are equal but for rounding."""
+    found, wanted = lines(workdir), lines(one)
+    assert [m["step"] for m in found] == list(range(1, STEPS + 1))
+    worst = max(abs(x["loss"] - y["loss"]) for x, y in zip(found, wanted, strict=True))
+    promise(f"train.py {what} instead of 1: losses of {STEPS} steps", worst, 1e-5)
+    found, wanted = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (workdir, one)
+    )
+    worst = max(
+        np.linalg.norm(found[name] - leaf) / np.linalg.norm(leaf) for name, leaf in wanted.items()
+    )
+    promise(f"train.py {what} instead of 1: ‖θ - θ'‖ / ‖θ'‖ of every A and B", worst, 1e-3)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
+def test_eight_devices(train, one, tmp_path, promise, mesh):
+    axes = zip(("data", "fsdp", "tensor"), mesh, strict=True)
+    workdir = tmp_path / "run"
+    finish(start(train(workdir, *(f"--config.mesh.{axis}={n}" for axis, n in axes)), devices=8))
+    assert "8 × cpu" in json.loads((workdir / "config.json").read_text())["device"]
+    same(promise, f"on 8 devices, mesh {mesh}", workdir, one)
+
+
+def test_two_processes_stop_together_and_one_device_goes_on(train, one, tmp_path, promise):
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    many = (f"--coordinator={address}", "--processes=2")
+    both = [start(train(workdir, *many, f"--process={i}"), devices=4) for i in (0, 1)]
+    while not (workdir / "metrics.jsonl").is_file() or len(lines(workdir)) < 2:
+        assert all(process.poll() is None for process in both), both[0].communicate()
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate() for process in both]
+    for (_, stderr), process in zip(said, both, strict=True):
+        assert process.returncode == 1 and "the same command goes on there" in stderr, stderr
+    assert "trainable" in said[0][0] and "trainable" not in said[1][0]
+    stdout, _ = finish(start(train(workdir)))
+    assert "going on from step" in stdout
+    same(promise, "in 2 processes of 4 devices, then on 1,", workdir, one)
+
+
+def test_answers_of_eight_devices(one, tmp_path):
+    answers = []
+    for devices in (1, 8):
+        workdir = tmp_path / str(devices)
+        shutil.copytree(one, workdir)
+        finish(start(command("eval.py", f"--workdir={workdir}", "--sets=unseen"), devices))
+        answers.append((workdir / "eval" / "unseen" / "predictions.jsonl").read_text())
+    assert sorted(answers[0].splitlines()) == sorted(answers[1].splitlines())
+
+
+def test_the_check_tries_all_devices(one):
+    check = command("eval.py", f"--workdir={one}", "--check", "--check_prompts=16")
+    stdout, _ = finish(start(check, devices=8))
+    assert stdout.count("on 8 devices") == 2
