@@ -1,0 +1,181 @@
+"""A training step compiled ahead of time for devices that are not here.
+
+It is the step that training runs, with its shardings, on abstract arrays: the compiler of the
+target says how much memory each of its functions takes. No accelerator is needed, and nothing is
+allocated; the default backend should be the CPU (JAX_PLATFORMS=cpu, before JAX starts).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_lora import sharding
+from jax_lora.model.products import compiling_for
+from jax_lora.planning.memory import memory
+from jax_lora.planning.setup import Setup, functions, trees
+from jax_lora.planning.targets import Target
+
+# What XLA's CUDA compiler asks of a card, after openxla/xla, backends/gpu/target_config/specs.
+_CARD = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
+  device_memory_size: {bytes} memory_bandwidth: {bandwidth} {chip}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 8 }} device_description_str: "{name}"
+"""
+_AMPERE = """cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64
+  clock_rate_ghz: 1.41 l2_cache_size: 41943040
+  shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912"""
+_HOPPER = """cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448"""
+_CARDS = {
+    "a100-40gb": (_AMPERE, "NVIDIA A100-SXM4-40GB"),
+    "a100-80gb": (_AMPERE, "NVIDIA A100-SXM4-80GB"),
+    "h100": (_HOPPER, "NVIDIA H100 80GB HBM3"),
+    "h200": (_HOPPER, "NVIDIA H200 141GB HBM3e"),
+}
+# Chips → the slice that has as many.
+_SLICES = {
+    "v5e": {
+        1: "1x1",
+        4: "2x2",
+        8: "2x4",
+        16: "4x4",
+        32: "4x8",
+        64: "8x8",
+        128: "8x16",
+        256: "16x16",
+    },
+    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"},
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the compiler says of one function, bytes on one device.
+
+    `peak` is what the run needs while it runs: what it holds besides the function's arguments,
+    and what the function adds to them.
+    """
+
+    arguments: int
+    temporary: int
+    peak: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`programs` by name; `refused` is the compiler's own line where it refused one."""
+
+    programs: dict[str, Program]
+    refused: str | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes on one device at the worst moment of a step."""
+        return max(program.peak for program in self.programs.values())
+
+
+def devices(target: Target, count: int) -> Sequence[Any]:
+    """Devices to compile for.
+
+    Raises:
+      ValueError: an extra that is not installed, or a number of chips that no slice has.
+    """
+    kind, platform = target.kind, target.device.platform
+    if platform == "cpu":
+        found = jax.devices("cpu")
+        if len(found) < count:
+            raise ValueError(
+                f"--target: found cpu-{count}, expected at most {len(found)} devices; set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            )
+        return found[:count]
+    if platform == "tpu":
+        if find_spec("libtpu") is None:
+            raise ValueError(f"{kind}: compiling needs the tpu extra: pip install -e '.[tpu]'")
+        if count not in _SLICES[kind]:
+            known = ", ".join(map(str, _SLICES[kind]))
+            raise ValueError(f"{kind}: found {count} chips, expected a slice of {known}")
+        # There is no metadata server to ask, and another process may hold the library.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        name = f"{kind}:{_SLICES[kind][count]}"
+        host = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}  # by default 2x2x1
+        return topologies.get_topology_desc(name, platform="tpu", **host).devices
+    if not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        raise ValueError(f"{kind}: compiling needs the cuda12 extra: pip install -e '.[cuda12]'")
+    chip, name = _CARDS[kind]
+    card = _CARD.format(
+        bytes=target.device.bytes, bandwidth=int(target.device.bandwidth or 0), chip=chip, name=name
+    )
+    return topologies.get_topology_desc(
+        kind, platform="cuda", target_config=card, topology=f"1x1x{count}"
+    ).devices
+
+
+def compile_step(setup: Setup, target: Target) -> Verdict:
+    """Compile the functions of a step for the target's devices.
+
+    Args:
+      setup: the step; its mesh says how many devices.
+      target: the kind of device; its count is not looked at.
+
+    Raises:
+      ValueError: as `devices`, and a mesh that the devices do not fill.
+    """
+    mesh = sharding.make_mesh(setup.mesh, devices(target, setup.devices))
+    frozen, state, working, micro = trees(setup, mesh)
+    step, _ = functions(setup, mesh if setup.devices > 1 else None)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
+    with compiling_for(target.device.platform):
+        lowered = {
+            "accumulate": step.accumulate.lower(  # pyright: ignore[reportFunctionMemberAccess]
+                working, scalar, working, state.step, frozen, micro, scalar
+            ),
+            "update": step.update.lower(state, frozen, working),  # pyright: ignore
+        }
+        if setup.contracted:
+            lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
+    held = memory(setup).held
+    programs, refused = {}, None
+    for name, program in lowered.items():
+        start = time.perf_counter()
+        try:
+            found = program.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refused = _reason(str(error))
+            continue
+        assert found is not None
+        arguments = found.argument_size_in_bytes
+        added = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        if target.device.platform != "cpu":
+            added = found.peak_memory_in_bytes - arguments
+        programs[name] = Program(
+            arguments, found.temp_size_in_bytes, held + added, time.perf_counter() - start
+        )
+    return Verdict(programs, refused)
+
+
+def _reason(text: str) -> str:
+    # The compiler's own sentence, such as "Used 19.38G of 15.75G hbm. Exceeded … by 3.63G."
+    at = text.find("Used ")
+    return " ".join((text[at:] if at >= 0 else text).split("\n")[0].split())[:200]

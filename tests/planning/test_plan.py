@@ -1,0 +1,99 @@
+"""plan.py: the verdicts it prints, and its one-line errors."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import plan
+from tests.conftest import REPOSITORY
+
+
+def config(name, argument=None, **keys):
+    found = importlib.import_module(f"configs.{name}").get_config(argument)
+    found.update_from_flattened_dict({key.replace("__", "."): x for key, x in keys.items()})
+    return found
+
+
+def lora(rank, **keys):
+    return config("lora_7b_a100", f"rank={rank}", **keys)
+
+
+def full(**keys):
+    return config("full_7b_8xa100", **keys)
+
+
+def test_the_papers_claim_and_what_a_run_needs(capsys):
+    plan.run(lora(2048), "a100-80gb")
+    text = capsys.readouterr().out
+    assert "2,147,483,648 trainable (24.167%)" in text
+    assert re.search(r"by formula it fits: [\d.]+ GiB of 75\.3 usable", text)
+    assert re.search(r"^base +12\.55$", text, re.M)
+    assert re.search(r"^optimizer +16\.00$", text, re.M)
+    assert re.search(r"ceiling [\d,]+ tokens/s", text)
+    assert re.search(r"T100, 474 steps: 0\.12 days", text)
+    assert re.search(r"largest micro-batch that fits: (\d+) × 1152 tokens", text)
+
+
+@pytest.mark.parametrize(
+    ("made", "target", "line"),
+    [
+        (lora(4096), "a100-80gb", "2 devices would do, mesh.fsdp=2"),
+        (lora(4096, mesh__fsdp=2), "a100-80gb", "it fits"),
+        (lora(4096), "a100-80gb-2", "it fits"),
+        (lora(16), "a100-80gb", "it fits"),
+        (full(mesh__fsdp=1), "a100-80gb", "it does not fit"),
+        (full(), "a100-80gb-8", "it fits"),
+        (full(), "a100-80gb", "8 × a100-80gb"),  # as many as the config's mesh
+        (config("full"), "v5e-8", "it does not fit"),
+        (config("lora", model="llama-3-70b"), "v5p-8", "4 × v5p"),
+        (config("lora", model="smollm2-135m"), "cpu", "it fits"),
+    ],
+)
+def test_verdicts(capsys, made, target, line):
+    plan.run(made, target)
+    assert line in capsys.readouterr().out
+
+
+def test_shorter_examples_take_less_time(capsys):
+    def days(tokens):
+        plan.run(lora(16), "h100", tokens)
+        return float(re.search(r"([\d.]+) days", capsys.readouterr().out)[1])
+
+    assert days(288) < 0.3 * days(1152)
+    with pytest.raises(ValueError, match="--tokens: found 1153, expected 1 to 1152"):
+        plan.run(lora(16), "h100", 1153)
+
+
+@pytest.mark.parametrize(
+    ("made", "target", "line"),
+    [
+        (lora(16), "a101", "--target: found 'a101', expected one of"),
+        (full(), "a100-80gb-6", "--config.mesh: found 1 × 8 × 1, expected sizes that"),
+        (lora(0), "h100", "lora rank: found 0"),
+        (lora(16, data__set="T7"), "h100", "--config.data.set: found 'T7'"),
+        (lora(16, attention="cudnn"), "v5e-8", "attention: 'cudnn' needs"),
+        (lora(16, remat="fully"), "h100", "--config.remat: found 'fully', expected one of"),
+        (lora(16, batch_size=0), "h100", "--config.batch_size: found 0, expected at least 1"),
+    ],
+)
+def test_wrong_input_is_refused(made, target, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        plan.run(made, target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--target=h100"], "--config: found none"),
+        (["--config=configs/lora.py", "--target=h100", "--config.model=nowhere"], "nowhere"),
+    ],
+)
+def test_an_error_is_a_line_and_exit_code_2(arguments, line):
+    done = subprocess.run(
+        [sys.executable, "plan.py", *arguments], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and line in done.stderr
