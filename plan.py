@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: take no accelerator
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -55,6 +56,7 @@ if __name__ == "__main__":  # the tests and study.py import this file and have f
 
 
 def main(_):
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
     with cli.input_errors():
         if _CONFIG.value is None:
             raise ValueError("--config: found none, expected a file such as configs/lora.py")

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 
 from jax_lora.planning.setup import Setup, trees, variables
@@ -71,6 +70,9 @@ def memory(setup: Setup) -> Memory:
     adapters = local_bytes(variables(setup)[0].get("lora", {}), mesh)
     gradients = local_bytes(working, mesh)
     deltas = local_bytes(working["deltas"], mesh)
+    forming = _forming(setup)
+    # Taking the gradient of A B apart, XLA never has more than so much of A's and B's at once.
+    update = local_bytes(state.trainable, mesh) * 3 // 8 + forming if setup.contracted else 0
     return Memory(
         base=local_bytes((frozen, state.trainable), mesh) - adapters,
         adapters=adapters,
@@ -81,9 +83,8 @@ def memory(setup: Setup) -> Memory:
         kept=_kept(setup),
         layer=_layer(setup),
         logits=_logits(setup),
-        forming=_forming(setup),
-        # Taking the gradient of A B apart, XLA never has more than so much of A's and B's at once.
-        update=local_bytes(state.trainable, mesh) * 3 // 8 if setup.contracted else 0,
+        forming=forming,
+        update=update,
     )
 
 
@@ -121,15 +122,12 @@ def _numbers(setup: Setup) -> tuple[float, float]:
 
 def _borrowed(setup: Setup) -> float:
     # What `fsdp` gathers: the layer a second time (one is on its way while one computes), its
-    # adapters in float32, a vocabulary table; and where the base trains, the gradients of them
-    # that are not yet scattered.
+    # adapters in float32, a vocabulary table.
     if setup.mesh[1] == 1:
         return 0.0
     kernels, adapters = _numbers(setup)
     table = setup.config.vocab_size * setup.config.hidden_size / setup.mesh[2]
-    _, trains = variables(setup)
-    trained = any(jax.tree.leaves(trains["params"]["layers"]))
-    return (kernels + table) * (2 * 4 if trained else _width(setup)) + adapters * 4
+    return (kernels + table) * _width(setup) + adapters * 4
 
 
 def _forming(setup: Setup) -> int:
