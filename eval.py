@@ -54,6 +54,7 @@ if __name__ == "__main__":  # study.py, which imports this file, has flags of it
 
 
 def main(_):
+    cli.keep_programs()
     with cli.input_errors():
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected a folder that train.py made")

@@ -7,12 +7,14 @@ import os
 import platform
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jax_lora.data.cache import cache_folder
 from jax_lora.weights.hf import read_json
 
 
@@ -44,6 +46,23 @@ def running(what_stays: Callable[[], str]) -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"\nerror: {text}; {what_stays()}\n")
         raise SystemExit(1) from error
+
+
+def keep_programs() -> None:
+    """Keep what is compiled for the next process of this machine or of one like it.
+
+    In a folder of the user's cache, unless JAX's own settings name another one.
+    """
+    import jax
+
+    folder = cache_folder()
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    info = Path("/proc/cpuinfo")  # a program for a processor may not run on another one
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    kind = "".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
+    programs = folder / f"programs-{zlib.crc32(kind.encode()):08x}"
+    jax.config.update("jax_compilation_cache_dir", str(programs))
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""SmolLM2-135M on a real checkout of Natural Instructions, about an hour on one GPU.
+
+    make base
+    python study.py --config=configs/study_smollm2.py:data=natural-instructions \\
+        --workdir=studies/smollm2
+"""
+
+from configs import base, study_base
+
+
+def get_config(arg=None):
+    config = study_base.get_config()
+    config.ranks = (4, 16, 64, 256, "full")
+    config.sets = ("T100", "T250", "T500")
+    config.rounds = (0,)
+    config.learning_rates.lora = (5e-4,)
+    config.learning_rates.full = (1e-4,)
+
+    run = config.run
+    run.model = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
+    run.epochs = 2
+    run.batch_size = 64
+    run.micro_tokens = 32768
+    run.optim.warmup_steps = 30
+    run.data.test_per_task = 20
+    run.data.answer_only = True
+    run.data.source_length = 512
+    run.data.target_length = 128
+    run.data.buckets = (640,)
+    run.data.packed = True
+    run.eval.max_new_tokens = 32
+    run.eval.buckets = (128, 256, 384, 512)
+    run.eval.batch_tokens = 65536
+    run.eval.max_batch = 256
+    return base.override(config, arg, **study_base.SHORT)

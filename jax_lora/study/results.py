@@ -1,0 +1,156 @@
+"""What the cells of a study came to: their rows, and the files that gather them."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jax_lora.evaluation import behaviour
+from jax_lora.evaluation.evaluate import read_jsonl
+from jax_lora.evaluation.metrics import normalize
+from jax_lora.study import COLUMNS, TESTS, set_order
+from jax_lora.study.grid import Cell
+from jax_lora.study.runner import place, whole
+from jax_lora.weights.hf import read_json
+
+_TYPES = {"text": "str", "rank": "Int64", "count": "int64", "flag": "bool"}  # others are floats
+
+
+def rows(cell: Cell, folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a scored cell, from the files of its evaluation.
+
+    Args:
+      cell: which one.
+      folder: its own.
+      facts: the other columns that are the same in all of its rows.
+
+    Returns:
+      A row a test set × task, with the keys of `COLUMNS` and values that JSON can hold.
+    """
+    found = []
+    for test in TESTS:
+        there = folder / "eval" / test
+        answers = {(p["task"], p["id"]): p for p in read_jsonl(there / "predictions.jsonl")}
+        labels = read_json(there / "labels.json")
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for example in read_jsonl(there / "examples.jsonl"):
+            answer = answers[example["task"], example["id"]]
+            by_task.setdefault(example["task"], []).append(example | answer)
+        for task, scores in read_json(there / "scores.json")["tasks"].items():
+            row = asdict(cell) | {**facts} | {"cell": cell.id, "test": test, "task": task} | scores
+            row |= behaviour.describe(by_task[task], labels.get(task))
+            found.append({name: row[name] for name in COLUMNS})
+    return found
+
+
+def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
+    """Keep what was asked once a round: the cells' examples.jsonl become one file of many names.
+
+    Args:
+      cell: which one.
+      folder: its own.
+      shared: folder of the files of all rounds, made if need be.
+    """
+    shared.mkdir(parents=True, exist_ok=True)
+    for test in TESTS:
+        own, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
+        with suppress(FileExistsError):
+            os.link(own, one)
+        if not own.samefile(one) and filecmp.cmp(own, one, shallow=False):
+            with whole(own) as fresh:
+                os.link(one, fresh)
+
+
+def gather(cells: Sequence[Cell], folder: Path) -> None:
+    """Write results.parquet and timings.parquet from the done.json of `cells`, in their order.
+
+    Times are in the second file alone: the first one is a function of the study's config.
+    """
+
+    def done() -> dict[str, Path]:
+        paths = {cell.id: place(folder, cell) / "done.json" for cell in cells}
+        return {name: path for name, path in paths.items() if path.is_file()}
+
+    found: dict[str, Path] = {}
+    # Another process may finish a cell, and write these files, while we do.
+    while found.keys() != (now := done()).keys():
+        found = now
+        said = {name: read_json(path) for name, path in found.items()}
+        results = pd.DataFrame([row for one in said.values() for row in one["rows"]])
+        kinds = COLUMNS | {"round": "count"}
+        types = {name: _TYPES.get(kind, "float64") for name, kind in kinds.items()}
+        timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in said.items()])
+        for name, table in (("results", results.astype(types)), ("timings", timings)):
+            with whole(folder / f"{name}.parquet") as fresh:
+                table.to_parquet(fresh, index=False)
+
+
+def write_cases(cells: Sequence[Cell], folder: Path) -> None:
+    """Write cases.jsonl: of every test task the first example that models answer differently.
+
+    The models are those of the largest set and the first round, one a method, rank and variant;
+    a task that all of them answer alike has no case.
+
+    Args:
+      cells: of the study.
+      folder: of the study.
+    """
+    found = [cell for cell in cells if (place(folder, cell) / "done.json").is_file()]
+    if not found:
+        return
+    largest = max((cell.set for cell in found), key=lambda name: ("*" not in name, set_order(name)))
+    first = min(cell.round for cell in found if cell.set == largest)
+    models: dict[str, Path] = {}
+    for cell in found:
+        if (cell.set, cell.round) == (largest, first):
+            name = "full" if cell.rank is None else f"rank {cell.rank}"
+            models.setdefault(" ".join(filter(None, (name, cell.variant))), place(folder, cell))
+
+    lines = []
+    for test in TESTS:
+        files = {name: own / "eval" / test / "predictions.jsonl" for name, own in models.items()}
+        answers = {
+            name: {(p["task"], p["id"]): p["prediction"] for p in read_jsonl(path)}
+            for name, path in files.items()
+        }
+        shown: set[str] = set()
+        for example in read_jsonl(next(iter(files.values())).with_name("examples.jsonl")):
+            own = {name: by_id[example["task"], example["id"]] for name, by_id in answers.items()}
+            if example["task"] in shown or len(set(map(normalize, own.values()))) < 2:
+                continue
+            shown.add(example["task"])
+            case = {name: example[name] for name in ("task", "input", "references")}
+            case["task"] += f", {test}: trained on {largest}, round {first}"
+            lines.append(json.dumps(case | {"answers": own}, ensure_ascii=False) + "\n")
+    with whole(folder / "cases.jsonl") as fresh:
+        fresh.write_text("".join(lines), encoding="utf-8")
+
+
+def seconds(wanted: Sequence[float], known: Sequence[tuple[float, float]]) -> list[float] | None:
+    """How long cells take, by what others took.
+
+    Args:
+      wanted: their operations.
+      known: operations and seconds of finished cells; a straight line is laid through them.
+
+    Returns:
+      Seconds of each; None where nothing is known.
+    """
+    if not known:
+        return None
+    x, y = np.array(known).T
+    slope, start = np.polyfit(x, y, 1) if np.ptp(x) else (0.0, y.mean())
+    if slope < 0:
+        slope, start = 0.0, y.mean()
+    elif start < 0:
+        slope, start = y.sum() / x.sum(), 0.0
+    return [float(start + slope * operations) for operations in wanted]

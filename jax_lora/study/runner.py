@@ -1,0 +1,178 @@
+"""Pulling the cells of a study from a folder, by any number of processes.
+
+    <folder>/cells/<id>/             a run's folder
+             cells/<id>/done.json    rows of results and timings of a finished cell
+             cells/<id>/failed.json  why a cell could not be finished
+             locks/                  who works on what (see `locks`)
+
+A cell is over with either of the two files, which appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax_lora.study import locks
+from jax_lora.study.grid import Cell
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Cell, Path], dict[str, Any]]
+Tell = Callable[[Cell, str], None]
+STATES = ("done", "failed", "running", "waiting")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` at the end; several processes may be at it at once."""
+    fresh = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with whole(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def place(folder: Path, cell: Cell) -> Path:
+    """A cell's own folder."""
+    return folder / "cells" / cell.id
+
+
+def states(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
+    """By cell one of STATES."""
+    found = {}
+    for cell in cells:
+        kinds = [k for k in ("done", "failed") if (place(folder, cell) / f"{k}.json").is_file()]
+        sign = locks.last_sign(folder / "locks", cell.id)
+        running = time.time() - sign < locks.SILENCE
+        found[cell.id] = kinds[0] if kinds else "running" if running else "waiting"
+    return found
+
+
+def pull(
+    cells: Sequence[Cell],
+    folder: Path,
+    run: Run,
+    *,
+    retry_failed: bool = False,
+    tell: Tell = lambda cell, what: None,
+    beat: float = locks.BEAT,
+    silence: float = locks.SILENCE,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Run cells one after the other, the first that is free each time, until none is left.
+
+    What `run` raises is written to the cell's failed.json, and the next cell is taken. Before
+    this returns, every process that still holds a cell has given a sign of life: what a dead one
+    left is taken over.
+
+    Args:
+      cells: in the order of preference.
+      folder: of the study.
+      run: (cell, its folder) → what goes into done.json.
+      retry_failed: take cells that failed, once.
+      tell: called with a cell and "begins", "done" or "failed: …".
+      beat, silence: see `locks.take`.
+      sleep: waits so many seconds.
+    """
+    tried: set[str] = set()
+    signs: dict[str, float] = {}
+    _drop_damaged(cells, folder)
+
+    def is_open(cell: Cell) -> bool:
+        again = retry_failed and cell.id not in tried
+        kinds = ("done",) if again else ("done", "failed")
+        return not any((place(folder, cell) / f"{kind}.json").is_file() for kind in kinds)
+
+    def attempt(cell: Cell) -> bool:
+        lock = locks.take(folder / "locks", cell.id, beat=beat, silence=silence)
+        if lock is None:
+            return False
+        with lock:
+            if is_open(cell):  # nobody finished it since we looked
+                tried.add(cell.id)
+                _attempt(cell, place(folder, cell), run, tell)
+        return True
+
+    def lives(cell: Cell) -> bool:
+        sign = locks.last_sign(folder / "locks", cell.id)
+        return sign == math.inf or sign > signs.setdefault(cell.id, sign)
+
+    while left := list(filter(is_open, cells)):
+        if not any(map(attempt, left)):
+            if all(map(lives, left)):
+                return
+            sleep(beat / 3)
+
+
+def _attempt(cell: Cell, own: Path, run: Run, tell: Tell) -> None:
+    tell(cell, "begins")
+    name, end = "done", "done"
+    try:
+        found = run(cell, own)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        found = locks.owner() | {"reason": reason, "traceback": traceback.format_exc()}
+        name, end = "failed", f"failed: {reason}"
+    own.mkdir(parents=True, exist_ok=True)
+    write_json(own / f"{name}.json", found)
+    if name == "done":
+        (own / "failed.json").unlink(missing_ok=True)
+    tell(cell, end)
+
+
+def _drop_damaged(cells: Sequence[Cell], folder: Path) -> None:
+    # No process leaves a file in halves, but a disk may: the cell is finished anew.
+    for cell in cells:
+        path = place(folder, cell) / "done.json"
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            logger.warning("%s: damaged, the cell is finished anew", path)
+            path.unlink(missing_ok=True)
+
+
+def once(
+    folder: Path,
+    name: str,
+    finished: Callable[[], bool],
+    make: Callable[[], None],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Make something that all processes need and one is to make; the others wait for it.
+
+    Args:
+      folder: of the study.
+      name: of the lock, no cell's.
+      finished: whether it is there.
+      make: makes it, or goes on where a dead process stopped.
+      sleep: waits so many seconds.
+    """
+    while not finished():
+        lock = locks.take(folder / "locks", name)
+        if lock is None:
+            sleep(locks.BEAT / 3)
+            continue
+        with lock:
+            if not finished():
+                make()

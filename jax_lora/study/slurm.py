@@ -1,0 +1,49 @@
+"""A SLURM job array whose tasks are the workers of a study."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def script(command: Sequence[str], workers: int, options: Sequence[str], folder: Path) -> str:
+    """A batch script; every task of its array runs `command`, whose workers share the cells.
+
+    Args:
+      command: what a worker runs.
+      workers: tasks of the array.
+      options: further options of sbatch, such as "--gres=gpu:1".
+      folder: of the study; what workers print goes below it.
+
+    Raises:
+      ValueError: fewer than one worker, or an option that is none.
+    """
+    if workers < 1:
+        raise ValueError(f"--workers: found {workers}, expected at least 1")
+    for option in options:
+        if not option.startswith("-") or "\n" in option:
+            raise ValueError(f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1")
+    own = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
+    own += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
+    lines = [f"#SBATCH {option}" for option in [*own, *options]]
+    # exec: the signals of SLURM reach the worker itself.
+    return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(command)}", ""])
+
+
+def submit(text: str, folder: Path) -> str:
+    """Hand a batch script to SLURM; the array's job number.
+
+    Raises:
+      FileNotFoundError: there is no sbatch here.
+      ValueError: sbatch refuses the script.
+    """
+    (folder / "slurm").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=text, text=True, capture_output=True)
+    except FileNotFoundError:
+        raise FileNotFoundError("sbatch: no such program here, expected SLURM") from None
+    if done.returncode:
+        raise ValueError(f"sbatch: {done.stderr.strip()}")
+    return done.stdout.strip()

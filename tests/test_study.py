@@ -1,0 +1,224 @@
+"""study.py as a user runs it: a whole study, broken off three times; its refusals; its launcher."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# The smoke study at a third of its cells, behind a base that hardly trained.
+SMOKE = [
+    f"--config={REPOSITORY}/configs/study_smoke.py",
+    "--config.toy.run.epochs=2",
+    "--config.ranks=(2,'full')",
+    "--config.sets=('T2',)",
+]
+
+
+def command(workdir: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "study.py"), f"--workdir={workdir}", *arguments]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Compiled programs are kept from one process to the next."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, cwd=REPOSITORY, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory) -> Path:
+    """A study that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("studies") / "unbroken"
+    done = run(command(workdir, *SMOKE), environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 done, 0 failed, 0 running" in done.stdout
+    return workdir
+
+
+def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str]) -> bool:
+    """Run, and SIGKILL when stderr has shown these marks one after the other; False: too late."""
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    ) as process:
+        assert process.stderr
+        seen = ""
+        for mark in marks:
+            while mark not in seen:
+                letter = process.stderr.read(1)
+                if not letter:
+                    return False
+                seen += letter
+            seen = seen.partition(mark)[2]
+        process.kill()
+        return True
+
+
+def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
+    finished, environment, tmp_path
+):
+    workdir = tmp_path / "broken"
+    arguments = command(workdir, *SMOKE)
+    for marks in (
+        [" 14/36"],  # the base's training, behind a checkpoint
+        ["r2-T2-round0 begins", " 14/30"],  # a cell's training
+        ["full-T2-round0 begins", " 30/30", "unseen:"],  # its scoring
+    ):
+        assert killed_at(arguments, environment, marks), marks
+    done = run(arguments, environment)
+    assert done.returncode == 0, done.stderr
+    results = (workdir / "results.parquet").read_bytes()
+    assert results == (finished / "results.parquet").read_bytes()
+    times = [set(pd.read_parquet(w / "timings.parquet")["pid"]) for w in (workdir, finished)]
+    assert len(times[0]) == 2 and len(times[1]) == 1  # the broken one's cells are of two processes
+
+    said = run(command(workdir, "--report"), environment)
+    assert said.returncode == 0, said.stderr
+    report = (workdir / "report" / "report.md").read_text()
+    assert "2 of 2 cells" in report and (workdir / "report" / "figures" / "figure1.png").is_file()
+
+
+def test_the_folder_of_a_study(finished):
+    for name in (
+        "study.json",
+        "results.parquet",
+        "timings.parquet",
+        "toy/toy-llama/model.safetensors",
+        "cells/r2-T2-round0/done.json",
+        "cells/r2-T2-round0/adapter/adapter_model.safetensors",
+        "cells/full-T2-round0/eval/unseen/predictions.jsonl",
+        "examples/unseen-0.jsonl",
+        "logs/r2-T2-round0.txt",
+    ):
+        assert (finished / name).is_file(), name
+    assert not list((finished / "locks").iterdir())
+    results = pd.read_parquet(finished / "results.parquet")
+    assert set(results["cell"]) == {"r2-T2-round0", "full-T2-round0"}
+    assert results.groupby(["cell", "test"]).size().to_list() == [2, 17] * 2
+    outside = {"Program Execution", "Information Extraction"}
+    assert not outside & set(results["category"])
+    lora, full = (results[results["method"] == m].iloc[0] for m in ("lora", "full"))
+    # 2 layers × 4 targets, A and B of rank 2 between 64 and 4 × 32 dimensions.
+    assert lora["trainable"] == 2 * 4 * 2 * (64 + 128) and full["frozen"] == 0
+    assert lora["frozen"] == full["trainable"] and lora["train_tokens"] == full["train_tokens"]
+
+
+def test_a_finished_study_trains_nothing(finished, environment):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "cells").rglob("*")}
+    done = run(command(finished, *SMOKE), environment)
+    assert done.returncode == 0 and "begins" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (finished / "cells").rglob("*")} == before
+
+
+def test_a_dry_run_counts_and_leaves_nothing(finished, environment, tmp_path):
+    done = run(command(tmp_path / "s", *SMOKE, "--dry-run", "--tokens-per-second=100"), environment)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "s").exists()
+    results = pd.read_parquet(finished / "results.parquet").drop_duplicates("cell")
+    for _, cell in results.iterrows():
+        line = next(x for x in done.stdout.splitlines() if x.startswith(cell["cell"]))
+        tokens, operations, hours = line.split()[1:4]
+        assert int(tokens.replace(",", "")) == cell["train_tokens"]
+        assert float(operations) == pytest.approx(cell["train_operations"], rel=5e-3)
+        assert float(hours) > 0
+
+
+# ---------------------------------------------------------------- what is refused, and how
+
+
+def refused(arguments: list[str], environment: dict[str, str], *words: str) -> None:
+    done = run(arguments, environment)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in said[0], said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only=rank<=64 and set=T3"], ("--only", "set is 'T3'")),
+        (["--config.ranks=(2,2)"], ("ranks",)),
+        (["--config.toy.outside=('Cooking',)"], ("toy.outside", "Cooking")),
+        (["--config.toy.unseen=('task999_x',)"], ("toy.unseen", "task999_x")),
+        (["--config.sets=('T3',)"], ("sets", "'T3'", "T2")),
+        (["--config.toy.instances=0"], ("--config.run.model",)),
+        (["--launcher=slurm", "--workers=0"], ("--workers",)),
+    ],
+)
+def test_bad_flags(environment, tmp_path, arguments, words):
+    refused(command(tmp_path / "s", *SMOKE[:1], *arguments, "--dry-run"), environment, *words)
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_folder_of_another_study(finished, environment):
+    refused(command(finished, *SMOKE, "--config.run.epochs=3"), environment, "run.epochs is 2")
+
+
+def test_a_report_of_what_is_not_there(finished, environment, tmp_path):
+    refused(command(tmp_path / "s", "--report"), environment, "study.json")
+    shutil.copy(finished / "study.json", tmp_path)
+    refused(command(tmp_path, "--report"), environment, "results.parquet", "no such file")
+    whole = (finished / "results.parquet").read_bytes()
+    (tmp_path / "results.parquet").write_bytes(whole[: len(whole) // 2])
+    refused(command(tmp_path, "--report"), environment, "results.parquet", "whole parquet file")
+    (tmp_path / "results.parquet").write_bytes(whole)
+    assert run(command(tmp_path, "--report"), environment).returncode == 0  # from it alone
+
+
+def test_cells_whose_checkpoint_is_gone_or_damaged(finished, environment, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "s")
+    cells = [workdir / "cells" / name for name in ("r2-T2-round0", "full-T2-round0")]
+    for cell in cells:
+        (cell / "done.json").unlink()
+    shutil.rmtree(cells[0] / "checkpoints")  # the answers that it gave are not believed
+    (cells[0] / "eval" / "seen" / "predictions.jsonl").write_text("")
+    shutil.rmtree(cells[1] / "checkpoints" / "30" / "trainable")
+    done = run(command(workdir, *SMOKE), environment)
+    assert done.returncode == 1 and "1 of 2 done, 1 failed" in done.stdout, done.stderr
+    assert f"error: {cells[1]}/failed.json: " in done.stderr
+    before, after = (pd.read_parquet(w / "results.parquet") for w in (finished, workdir))
+    assert after.equals(before[before["cell"] == "r2-T2-round0"])
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+def test_the_job_array(environment, tmp_path):
+    only = "rank<=2 and set='T2'"
+    done = run(
+        command(tmp_path / "s", *SMOKE, f"--only={only}", "--launcher=slurm", "--workers", "3")
+        + ["--sbatch=--gres=gpu:1", "--sbatch=--time=8:00:00"],
+        environment,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "#!/bin/bash" and "#SBATCH --array=0-2" in lines
+    assert "#SBATCH --gres=gpu:1" in lines and "#SBATCH --time=8:00:00" in lines
+    words = subprocess.run(
+        ["bash", "-c", f"set -- {lines[-1].removeprefix('exec ')}; printf '%s\\n' \"$@\""],
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert words == command(tmp_path / "s", *SMOKE, f"--only={only}")
+    assert not (tmp_path / "s").exists()
