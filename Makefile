@@ -48,7 +48,7 @@ parity: $(VENV)/parity/ready
 	@echo "[2/3] recorded values, made again"
 	@$(VENV)/parity/bin/python tests/record.py --check
 	@echo "[3/3] parity tests"
-	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity
+	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity -n 2 --dist loadfile
 
 lint: $(VENV)/lint/ready
 	@echo "[2/4] ruff check"

@@ -63,7 +63,8 @@ def promise(request) -> Callable[[str, float, float], None]:
     """promise(text, worst, tolerance): asserts it, and gives it a row in docs/exactness.md."""
 
     def check(text: str, worst: float, tolerance: float) -> None:
-        request.config.stash[LEDGER].record(request.node.nodeid, text, tolerance, float(worst))
+        # A property reaches the main process with the test's report, from another worker too.
+        request.node.user_properties.append(("promise", (text, tolerance, float(worst))))
         assert worst <= tolerance, f"{text}: worst {worst:.2g}, tolerance {tolerance:.2g}"
 
     return check
@@ -75,20 +76,42 @@ def pytest_collection_modifyitems(config, items):
     if config.option.markexpr == "parity":
         for item in promising:  # those that need no torch are in the table too
             item.add_marker("parity")
-    files = set((REPOSITORY / "tests").rglob("test_*.py"))
-    config.stash[LEDGER] = Ledger(
-        wanted={item.nodeid for item in promising}, unread=files - {item.path for item in items}
-    )
+    files = set((REPOSITORY / "tests").rglob("test_*.py")) - {item.path for item in items}
+    ledger = config.stash[LEDGER]
+    ledger.wanted, ledger.unread = {item.nodeid for item in promising}, set(map(str, files))
+    if hasattr(config, "workeroutput"):  # of pytest-xdist, whose workers alone collect
+        config.workeroutput["promises"] = sorted(ledger.wanted), sorted(ledger.unread)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    wanted, unread = getattr(node, "workeroutput", {}).get("promises", ((), ()))
+    ledger = node.config.stash[LEDGER]
+    ledger.wanted, ledger.unread = set(wanted), set(unread)
+
+
+class Measured:
+    """Keeps what the reports of tests say of promises."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "promise":
+                self.ledger.record(report.nodeid, *value)
+
+
+def pytest_configure(config):
+    config.stash[LEDGER] = Ledger()
+    config.pluginmanager.register(Measured(config.stash[LEDGER]))
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    ledger = config.stash.get(LEDGER, None)
-    if exitstatus:
-        gap = "not every test passed"
-    else:
-        gap = ledger.gap() if ledger else "it takes one process, without -n"
+    ledger = config.stash[LEDGER]
+    gap = "not every test passed" if exitstatus else ledger.gap()
     path = REPOSITORY / "docs" / "exactness.md"
-    if ledger and ledger.wanted and gap is None:
+    if ledger.wanted and gap is None:
         path.write_text(ledger.table(), encoding="utf-8")
         terminalreporter.line(f"{path.name}: the promises of {len(ledger.wanted)} tests")
     elif config.option.markexpr == "parity":

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 HEAD = """\
@@ -41,7 +40,7 @@ class Ledger:
     test files of the suite that were not collected."""
 
     wanted: set[str] = field(default_factory=set)
-    unread: set[Path] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
     measured: dict[str, list[Row]] = field(default_factory=dict)
 
     def record(self, test: str, promise: str, tolerance: float, worst: float) -> None:

@@ -47,9 +47,10 @@ def run(suite: Path, *arguments: str) -> tuple[str, str]:
     return done.stdout, (suite / "docs" / "exactness.md").read_text()
 
 
-def test_a_whole_run_writes_the_table(suite):
-    said, table = run(suite, "tests", "-m", "parity")
-    assert "3 passed, 1 deselected" in said and "the promises of 3 tests" in said
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_a_whole_run_writes_the_table(suite, workers):
+    said, table = run(suite, "tests", "-m", "parity", *workers)
+    assert "3 passed" in said and "the promises of 3 tests" in said
     assert table.endswith(
         "| largest \\|bit\\| | 0 | 0 | `test_a.py::test_equal` |\n"
         "| logits | 1e-05 | 2.3e-06 | `test_b.py::test_close` |\n"
