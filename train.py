@@ -282,7 +282,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
                 log(before)
             before, last = report, report.step
             tokens, padded = tokens + report.tokens, padded + report.padded
-            stopping = sharding.anywhere(stop.asked)
+            stopping = sharding.anywhere(stop.asked, report.gradient_norm)
             if last == total or last % config.checkpoint_every == 0 or stopping:
                 log(before)
                 before = None

@@ -326,8 +326,13 @@ def _from_environment(number: int, name: str) -> int:
     return int(text)
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them must ask."""
+def anywhere(flag: bool, after: Any) -> bool:
+    """Whether the flag is set in any process; all of them must ask.
+
+    `after`: a result of what was started last. CPUs run programs that do not depend on each other
+    at once, and two that communicate would take each other's messages.
+    """
     if jax.process_count() == 1:
         return flag
+    jax.block_until_ready(after)
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

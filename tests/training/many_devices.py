@@ -216,7 +216,7 @@ def main():
         results[name] = deviation(found, expected)
     if given.more or given.processes > 1:
         results["restored"] = saved_and_restored(state, given.folder)
-        results["anywhere"] = [sharding.anywhere(jax.process_index() == i) for i in range(3)]
+        results["anywhere"] = [sharding.anywhere(jax.process_index() == i, state) for i in range(3)]
     if given.more:
         program, planned = compiled(sharding.make_mesh((2, 2, 2)))
         results["bytes"] = [program.memory_analysis().argument_size_in_bytes, planned]
