@@ -1,8 +1,11 @@
 """Fixtures shared by the suite."""
 
 import atexit
+import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +56,43 @@ def tiny_model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     builders.write_gguf(path, small, tokenizer=vocabulary)
     return path
+
+
+# The smoke study at a third of its cells, behind a base that hardly trained.
+SMOKE = [
+    f"--config={REPOSITORY}/configs/study_smoke.py",
+    "--config.toy.run.epochs=2",
+    "--config.ranks=(2,'full')",
+    "--config.sets=('T2',)",
+]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For scripts that are started over and over: every compiled program is kept."""
+    return os.environ | {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="session")
+def smoke_study(environment, tmp_path_factory) -> Path:
+    """The folder of a study that nothing interrupted, for reading; all workers share it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in environment else root
+    workdir, log = root / "smoke-study", root / "smoke-study.txt"
+    with (root / "smoke-study.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker runs it, the others wait
+        if not log.is_file():
+            command = [sys.executable, "study.py", f"--workdir={workdir}", *SMOKE]
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=REPOSITORY, env=environment
+            )
+            assert done.returncode == 0, done.stderr
+            assert "2 of 2 done, 0 failed, 0 running" in done.stdout
+            log.write_text(done.stdout)
+    return workdir
 
 
 # ---------------------------------------------------------------- the table of promises

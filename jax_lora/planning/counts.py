@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from jax_lora.model.llama import Llama
 from jax_lora.training import masks
 
 
+@cache
 def base_shapes(config: LlamaConfig) -> Any:
-    """The base tree as `jax.ShapeDtypeStruct`s."""
+    """The base tree as `jax.ShapeDtypeStruct`s; one tree a config, not to be changed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
 
