@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_lora import check as invariance
 from jax_lora import cli, inputs, sharding
 from jax_lora.data.batches import bucket_for
-from jax_lora.decoding.greedy import greedy
+from jax_lora.decoding import batching, greedy
 from jax_lora.evaluation import evaluate
 from jax_lora.model import lora
 from jax_lora.model.llama import Llama
@@ -86,8 +86,7 @@ def run(workdir: Path, names: Sequence[str], adapter: str, max_new_tokens: int |
         bucket_for(longest, config.eval.buckets)
 
         # -------------------------------------------------------------- the model
-        mesh = all_devices()
-        model_config, variables, origin = load_variables(workdir, config, adapter, mesh)
+        model_config, variables, origin = load_variables(workdir, config, adapter)
         model = Llama(model_config, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
         settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": said["config"]}
@@ -98,27 +97,30 @@ def run(workdir: Path, names: Sequence[str], adapter: str, max_new_tokens: int |
             evaluate.write_labels(folder, checkout, sets[name].tasks)
 
     # ------------------------------------------------------------------ answers and scores
-    decode = functools.partial(greedy, model, max_new_tokens=max_new_tokens, end_ids=end_ids)
-    answer = functools.partial(
-        evaluate.predict,
-        spread(decode, variables, mesh),
-        encoder,
-        buckets=tuple(config.eval.buckets),
-        batch_tokens=config.eval.batch_tokens * sharding.row_parts(mesh),
-        max_batch=config.eval.max_batch * sharding.row_parts(mesh),
-        end_ids=end_ids,
-    )
-    with cli.running(lambda: "the same command goes on from the answers that are written"):
+    generate = batching.dealt_out(generators(config, model, variables, max_new_tokens, end_ids))
+    answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
+    del variables  # `generate` has a copy
+
+    def report(name: str) -> None:
+        folder = results / name
+        scores = evaluate.score(folder)
+        cli.write_json(folder / "scores.json", scores)
+        before = None
+        if adapter != "none":
+            before = untuned_scores(workdir / "eval-none" / name, settings)
+        table = f"{name}: {origin}\n{score_table(scores, before)}\n{folder / 'scores.json'}"
+        print(f"\n{table}", flush=True)
+
+    with (
+        cli.running(lambda: "the same command goes on from the answers that are written"),
+        ThreadPoolExecutor(1) as beside,
+    ):
+        reports = []
         for name in names:
-            folder = results / name
-            evaluate.write_predictions(folder, rows[name], answer, settings)
-            scores = evaluate.score(folder)
-            cli.write_json(folder / "scores.json", scores)
-            before = None
-            if adapter != "none":
-                before = untuned_scores(workdir / "eval-none" / name, settings)
-            print(f"\n{name}: {origin}\n{score_table(scores, before)}")
-            print(f"{folder / 'scores.json'}", flush=True)
+            evaluate.write_predictions(results / name, rows[name], answer, settings)
+            reports.append(beside.submit(report, name))  # while the next set is answered
+        for one in reports:
+            one.result()
 
 
 def read_run(workdir: Path) -> tuple[dict, Any]:
@@ -138,26 +140,25 @@ def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None)
         encoder = inputs.encoder(*cli.encoder_options(config))
         # Every so many examples, so that all tasks take part.
         seen = sets["seen"].examples
-        asked = [encoder.prompt_row(e) for e in seen[:: -(-len(seen) // prompts)]]
+        some = seen[:: -(-len(seen) // prompts)]
+        asked, tasks = [encoder.prompt_row(e) for e in some], [e.task for e in some]
         train = sets["T" + str(config.data.sizes[0])].examples
         trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
         dtypes = dict.fromkeys((config.dtype, "float32"))
         max_new_tokens = max_new_tokens or config.eval.max_new_tokens
 
-    bad, mesh = False, all_devices()
-    parts = sharding.make_mesh((1, -1, 1)) if mesh else None  # what trains is cut, not copied
+    bad, several = False, len(jax.devices()) > 1
+    mesh = sharding.make_mesh((1, -1, 1)) if several else None
     for dtype in dtypes:
         config.dtype = dtype
         with cli.input_errors():
             model_config, variables, origin = load_variables(workdir, config, adapter)
         model = Llama(model_config, dtype=jnp.dtype(dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
-        decode = functools.partial(greedy, model, max_new_tokens=max_new_tokens, end_ids=end_ids)
+        one, *others = generators(config, model, variables, max_new_tokens, end_ids)
         print(f"\n{origin}, {dtype}: answers to {len(asked)} prompts that change", flush=True)
-        ways = [spread(decode, variables, None)]
-        if mesh:
-            ways.append(spread(decode, sharding.place(variables, mesh), mesh))
-        for name, changed in invariance.answers(asked, tuple(config.eval.buckets), *ways):
+        many = batching.dealt_out([one, *others]) if others else None
+        for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
             print(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%", flush=True)
             bad |= dtype == "float32" and changed > 0
     if config.method == "lora" and adapter == "last":
@@ -165,14 +166,34 @@ def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None)
         print(f"\nfloat32: a step on {len(trained)} examples at once, and cut otherwise")
         model = model.clone(remat="full")
         for name, loss, gradient in invariance.updates(
-            model, variables, trains, trained, dropout_rate=config.lora.dropout, mesh=parts
+            model, variables, trains, trained, dropout_rate=config.lora.dropout, mesh=mesh
         ):
             print(f"  {name:<32}loss {loss:.1e}  gradient {gradient:.1e}, relative", flush=True)
             bad |= loss > 1e-5 or gradient > 1e-5
-    if mesh is None:
+    if not several:
         print("\non several devices: one device here, not tried")
     if bad:
         raise SystemExit("error: results depend on how work is cut")
+
+
+def generators(
+    config: Any, model: Llama, variables: Any, max_new_tokens: int, end_ids: tuple
+) -> list[Any]:
+    """`batching.answers` on every device, all but the prompts and their groups bound."""
+    weights = greedy.apart(variables)
+    return [
+        functools.partial(
+            batching.answers,
+            model,
+            jax.device_put(weights, device),
+            max_new_tokens=max_new_tokens,
+            end_ids=end_ids,
+            buckets=tuple(config.eval.buckets),
+            batch_tokens=config.eval.batch_tokens,
+            max_batch=config.eval.max_batch,
+        )
+        for device in jax.local_devices()
+    ]
 
 
 def untuned_scores(folder: Path, settings: dict) -> dict | None:
@@ -191,36 +212,17 @@ def folder_name(adapter: str) -> str:
     return f"eval-{Path(adapter).resolve().name if adapter != 'none' else 'none'}"
 
 
-def all_devices() -> Mesh | None:
-    """A mesh on which each device has the whole model and rows of its own; None for one device."""
-    return sharding.make_mesh((-1, 1, 1)) if len(jax.devices()) > 1 else None
-
-
-def spread(decode: Any, variables: Any, mesh: Mesh | None) -> Any:
-    """(tokens (B, P), lengths (B,)) → `decode`'s answers, each device at its part of the rows."""
-
-    def generate(tokens: np.ndarray, lengths: np.ndarray) -> tuple[Any, Any]:
-        rows, empty = len(lengths), -len(lengths) % sharding.row_parts(mesh)
-        batch = np.pad(tokens, ((0, empty), (0, 0))), np.pad(lengths, (0, empty))
-        new, counts = decode(variables, *sharding.place_rows(batch, mesh))
-        return np.asarray(new)[:rows], np.asarray(counts)[:rows]
-
-    return generate
-
-
-def load_variables(workdir: Path, config: Any, adapter: str, mesh: Mesh | None = None):
+def load_variables(workdir: Path, config: Any, adapter: str):
     """(model config, variables to score, what they are: goes into settings.json)."""
-    place = sharding.placer(mesh) if mesh else None
     model_config = base_weights.read_config(config.model)
     frozen = jax.tree.map(lambda _: False, counts.base_shapes(model_config))
     if adapter == "none":
-        params = inputs.load_base(config.model, config.dtype, frozen, place)
+        params = inputs.load_base(config.model, config.dtype, frozen)
         return model_config, {"params": params}, f"{config.model}, untuned"
     if adapter != "last":
         adapters = peft.load_trained(adapter, model_config).adapters
-        params = inputs.load_base(config.model, config.dtype, frozen, place)
-        adapters = sharding.place(jax.tree.map(jnp.asarray, adapters), mesh)
-        variables = {"params": params, "lora": adapters}
+        params = inputs.load_base(config.model, config.dtype, frozen)
+        variables = {"params": params, "lora": jax.tree.map(jnp.asarray, adapters)}
         content = (peft.resolve(adapter) / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(content).hexdigest()[:12]
         return model_config, variables, f"{config.model} with {adapter} ({digest})"
@@ -236,7 +238,7 @@ def load_variables(workdir: Path, config: Any, adapter: str, mesh: Mesh | None =
     if config.method == "lora":
         shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
     trains = masks.mask(shapes, tuple(config.trainable), tuple(config.frozen))
-    variables = {"params": inputs.load_base(config.model, config.dtype, trains["params"], place)}
+    variables = {"params": inputs.load_base(config.model, config.dtype, trains["params"])}
     if config.method == "lora":
         variables["lora"], variables["params"] = inputs.on_base(
             shapes["lora"],
@@ -246,7 +248,7 @@ def load_variables(workdir: Path, config: Any, adapter: str, mesh: Mesh | None =
             variant=config.lora.variant,
             folder=workdir / "pissa",
         )
-    trainable, frozen = masks.partition(sharding.place(variables, mesh), trains)
+    trainable, frozen = masks.partition(variables, trains)
     variables = masks.combine(manager.restore_trainable(trainable), frozen)
     # Master copies of the base are for training; answers are made in the dtype of the arithmetic.
     variables["params"] = jax.tree.map(lambda x: x.astype(config.dtype), variables["params"])

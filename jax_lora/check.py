@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,70 +18,60 @@ import optax
 from jax.sharding import Mesh
 
 from jax_lora import sharding
-from jax_lora.data.batches import Batches, bucket_for
+from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.model.llama import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, State, make_step, zeros
 
-Generate = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
+Generate = Callable[..., Iterable[Sequence[tuple[int, np.ndarray]]]]
 
 
 def answers(
-    rows: Sequence[Row], buckets: Sequence[int], generate: Generate, many: Generate | None = None
+    generate: Generate,
+    rows: Sequence[Row],
+    tasks: Sequence[str],
+    buckets: Sequence[int],
+    many: Generate | None = None,
 ) -> Iterator[tuple[str, int]]:
     """How many answers change with their arrangement.
 
     Args:
+      generate: `decoding.batching.answers`, bound but for the prompts, their groups and what is
+        arranged here.
       rows: prompts.
-      buckets: prompt lengths that are padded to.
-      generate: (tokens (B, P), lengths (B,)) → (new tokens (B, N), their number (B,)).
+      tasks: the task of each; prompts of a task share what they begin with.
+      buckets: prompt lengths that the cache is made for.
       many: the same on all devices, where there are several.
 
     Yields:
-      An arrangement and the number of rows whose ids differ from those of batches of 8 in order
-      of length, the first one of the list included: it is made twice.
+      An arrangement and the number of rows whose ids differ from those of 8 rows at a time, the
+      first one of the list included: it is made twice.
     """
-    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    longest, widest = by_length[0], (max(buckets),)
-    shuffled = np.random.default_rng(0).permutation(len(rows)).tolist()
-    beside = [[longest, *by_length[i : i + 7]] for i in range(0, len(rows), 7)]
-    arrangements: dict[str, tuple[list[list[int]], int, Sequence[int]]] = {
-        "the same again": (_cut(by_length, 8), 8, buckets),
-        "one at a time": (_cut(by_length, 1), 1, widest),
-        "batches of 64": (_cut(by_length, 64), 64, widest),
-        "shuffled": (_cut(shuffled, 8), 8, widest),
-        "beside the longest prompt": (beside, 8, widest),
+    in_order = np.arange(len(rows))
+    shuffled = np.random.default_rng(0).permutation(len(rows))
+    arrangements: dict[str, tuple[np.ndarray, Sequence[str] | range, dict[str, Any]]] = {
+        "the same again": (in_order, tasks, {}),
+        "one at a time": (in_order, tasks, {"max_batch": 1}),
+        "batches of 64": (in_order, tasks, {"max_batch": 64}),
+        "shuffled": (shuffled, tasks, {}),
+        "cache of the longest bucket": (in_order, tasks, {"buckets": (max(buckets),)}),
+        "every prompt read whole": (in_order, range(len(rows)), {}),
     }
+
+    def answer(way: Generate, order: np.ndarray, labels: Any, changed: dict[str, Any]) -> dict:
+        options = {"buckets": tuple(buckets), "max_batch": 8, **changed}
+        prompts, groups = [rows[i].ids for i in order], [labels[i] for i in order]
+        ended = itertools.chain.from_iterable(way(prompts, groups, **options))
+        return {order[i]: ids.tolist() for i, ids in ended}
+
+    expected = answer(generate, *arrangements["the same again"])
     ways = [(name, generate, arrangement) for name, arrangement in arrangements.items()]
     if many:
-        ways.append((f"on {jax.device_count()} devices", many, arrangements["batches of 64"]))
-    expected = _answer(generate, rows, *arrangements["the same again"])
+        ways.append((f"on {jax.device_count()} devices", many, arrangements["the same again"]))
     for name, way, arrangement in ways:
-        found = _answer(way, rows, *arrangement)
+        found = answer(way, *arrangement)
         yield name, sum(found[i] != expected[i] for i in expected)
-
-
-def _cut(order: Sequence[int], size: int) -> list[list[int]]:
-    return [list(order[i : i + size]) for i in range(0, len(order), size)]
-
-
-def _answer(
-    generate: Generate,
-    rows: Sequence[Row],
-    batches: Sequence[Sequence[int]],
-    size: int,
-    buckets: Sequence[int],
-) -> dict[int, tuple[int, ...]]:
-    out: dict[int, tuple[int, ...]] = {}
-    for batch in batches:
-        width = bucket_for(max(len(rows[i].ids) for i in batch), buckets)
-        tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-        for r, i in enumerate(batch):
-            tokens[r, : len(rows[i].ids)], lengths[r] = rows[i].ids, len(rows[i].ids)
-        new, counts = map(np.asarray, generate(tokens, lengths))
-        out |= {i: tuple(new[r, : counts[r]].tolist()) for r, i in enumerate(batch)}
-    return out
 
 
 def updates(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float
 
-from jax_lora.decoding.greedy import greedy
+from jax_lora.decoding import batching, greedy
 from jax_lora.model.config import ATTENTION, CONFIGS, LlamaConfig
 from jax_lora.model.llama import Llama
 from jax_lora.planning import counts
@@ -91,21 +92,20 @@ class LoadedModel:
             raise ValueError("prompts: found an empty one, expected at least one token each")
         # A power of two, so that a session compiles a few shapes and not one a prompt.
         width = 1 << (max(map(len, rows), default=1) - 1).bit_length()
-        tokens = np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        lengths = np.asarray([len(row) for row in rows], np.int32)
-        new, count = greedy(
+        ended = batching.answers(
             self.module,
-            self.variables,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths),
+            greedy.apart(self.variables),
+            rows,
             max_new_tokens=max_new_tokens,
             end_ids=(end,),
+            buckets=(width,),
+            batch_tokens=64 * width,
+            max_batch=64,
         )
+        answers = dict(itertools.chain.from_iterable(ended))
         return [
-            self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True).strip()
-            for row, n in zip(np.asarray(new), np.asarray(count), strict=True)
+            self.tokenizer.decode(answers[i].tolist(), skip_special_tokens=True).strip()
+            for i in range(len(rows))
         ]
 
     def parameters(self) -> pd.DataFrame:

@@ -1,13 +1,12 @@
 """The real base, SmolLM2-135M-Instruct from GGUF, against transformers' own reading of the file."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_lora
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder
-from jax_lora.decoding.greedy import greedy
+from jax_lora.decoding import batching, greedy
 
 NEW_TOKENS = 24
 
@@ -64,18 +63,18 @@ def test_greedy_answers_equal_transformers(ours, theirs, prompts):
     import torch  # pyright: ignore[reportMissingImports]
 
     assert len(prompts) == 20
-    tokens = np.zeros((20, 256), np.int32)
-    for i, ids in enumerate(prompts):
-        tokens[i, : len(ids)] = ids
     end = ours.tokenizer.eos_token_id
-    found, counts = greedy(
+    found = batching.answers(
         ours.module,
-        ours.variables,
-        jnp.asarray(tokens),
-        jnp.asarray([len(ids) for ids in prompts], jnp.int32),
+        greedy.apart(ours.variables),
+        prompts,
         max_new_tokens=NEW_TOKENS,
         end_ids=(end,),
+        buckets=(128, 256),
+        batch_tokens=2048,
+        max_batch=8,
     )
+    answers = {i: ids.tolist() for ended in found for i, ids in ended}
     for i, ids in enumerate(prompts):
         with torch.no_grad():
             out = theirs.generate(
@@ -87,7 +86,7 @@ def test_greedy_answers_equal_transformers(ours, theirs, prompts):
                 pad_token_id=end,
             )
         expected = out[0, len(ids) :].tolist()
-        answer = np.asarray(found[i, : counts[i]]).tolist()
+        answer = answers[i]
         if answer != expected:
             pairs = zip(answer, expected, strict=False)
             at = next(j for j, (one, other) in enumerate(pairs) if one != other)

@@ -1,99 +1,214 @@
-"""Greedy decoding with a key-value cache, compiled whole.
+"""Greedy decoding with a key-value cache: the programs that run on the device.
 
-A batch of prompts is right-padded to a common length P. The prefill computes their keys and
-values once; then every step writes one slot, P, P + 1, …, the same for all rows, while a row's
-rotary position goes on from its own true length and its mask hides the padding between. So the
-cache is written without a scatter, and no row sees what it is batched with.
+B rows go on in lockstep, each from a place of its own: a token's slot in the cache is its place in
+its row. So no row sees what it is batched with, and one that has ended makes room for another
+prompt at any time. `decoding.batching.answers` drives these programs.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from jax_lora.model.llama import Block, Cache, Llama, Place
-from jax_lora.model.products import sliceable
+from jax_lora.model.cache import Cache
+from jax_lora.model.llama import Block, Llama, Place
+from jax_lora.model.products import sliceable, values
 from jax_lora.model.rope import rope_tables
 
+Caches = tuple[tuple[Array, Array], ...]  # k (B, K, H, S) and v (B, K, S, H) of every layer
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids"))
-def greedy(
+
+class Weights(NamedTuple):
+    """A model's variables, as `apart` leaves them: those outside its layers, and each layer's."""
+
+    outside: Any
+    layers: tuple[Any, ...]
+
+
+class Rows(NamedTuple):
+    """B answers in the making.
+
+    `caches`: S slots a row. `prompt`: (B,) tokens of the prompts. `new`: (B, N) the answers, of
+    which `count` (B,) tokens are said; the last one is not in the cache yet. `running`: (B,) those
+    that have not ended; the others are free.
+    """
+
+    caches: Caches
+    prompt: Int[Array, " B"]
+    new: Int[Array, "B N"]
+    count: Int[Array, " B"]
+    running: Bool[Array, " B"]
+
+
+@jax.jit
+def apart(variables: Any) -> Weights:
+    """{"params": base} and perhaps "lora", each layer's part of the stacks in arrays of its own:
+    slices inside the loop would copy the whole model once a token."""
+
+    def layer(i: int) -> Any:
+        stacks = {name: sliceable(tree["layers"]) for name, tree in variables.items()}
+        return jax.tree.map(lambda x: values(x[i]), stacks)
+
+    outside = {k: v for k, v in variables["params"].items() if k != "layers"}
+    depth = len(variables["params"]["layers"]["input_layernorm"]["scale"])
+    return Weights({"params": outside}, tuple(layer(i) for i in range(depth)))
+
+
+@partial(jax.jit, static_argnames=("model", "batch", "slots", "new_tokens"))
+def free(model: Llama, batch: int, slots: int, new_tokens: int) -> Rows:
+    """Rows that wait for prompts."""
+    zeros = jnp.zeros(batch, jnp.int32)
+    new = jnp.zeros((batch, new_tokens), jnp.int32)
+    return Rows(_no_tokens(model, batch, slots), zeros, new, zeros + 1, zeros > 0)
+
+
+@partial(jax.jit, static_argnames=("model", "slots", "chunk"))
+def read(
     model: Llama,
-    variables: Any,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
+    weights: Weights,
+    tokens: Int[Array, "1 P"],
+    length: Int[Array, " 1"],
     *,
-    max_new_tokens: int,
+    slots: int,
+    chunk: int,
+) -> Caches:
+    """The caches of a text that several prompts begin with; see `admit`."""
+    caches = _no_tokens(model, 1, slots)
+    return _read(model, weights, caches, 0 * length, tokens, length, chunk)[1]
+
+
+@partial(jax.jit, donate_argnames=("rows",))
+def begin(rows: Rows, before: Caches, into: Int[Array, " A"]) -> Rows:
+    """Put what `read` returned into the caches of the rows `into`; B stands for none."""
+    put = jax.tree.map(lambda whole, one: whole.at[into].set(one), rows.caches, before)
+    return rows._replace(caches=put)
+
+
+@partial(jax.jit, static_argnames=("model", "end_ids", "chunk"), donate_argnames=("rows",))
+def admit(
+    model: Llama,
+    weights: Weights,
+    rows: Rows,
+    into: Int[Array, " A"],
+    starts: Int[Array, " A"],
+    tokens: Int[Array, "A P"],
+    lengths: Int[Array, " A"],
+    *,
     end_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B new"], Int[Array, " B"]]:
-    """The most likely next token, again and again.
+    chunk: int,
+) -> Rows:
+    """Let A prompts into free rows, and say the first token of their answers.
 
     Args:
-      model: the module; its `keep_kv` is set here.
-      variables: {"params": base} and, for an adapted model, "lora".
-      tokens: (B, P) prompts, right-padded.
-      lengths: (B,) true length of each prompt; 0 marks a row that only fills the batch.
-      max_new_tokens: where to stop a row that does not end.
-      end_ids: any of these ends a row.
-
-    Returns:
-      The new tokens (B, max_new_tokens), and how many of them each row has, its end token
-      included; what follows is the first end id. The loop stops when every row has ended.
+      model: the module.
+      weights: see `apart`.
+      rows: given up.
+      into: the rows; B, one behind the last, is for a prompt that only fills the shape.
+      starts: tokens of each prompt that `begin` has put into its row, or 0.
+      tokens: those that follow, right-padded.
+      lengths: true lengths of these, at least 1.
+      end_ids: any of these ends an answer, and is its last token.
+      chunk: tokens a row that are read at a time, until the longest has been read; divides P.
     """
-    b, p = tokens.shape
-    prefill = model.clone(keep_kv=True)
-    hidden, kv = prefill.apply(sliceable(variables), tokens, method="hidden")
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    first = _most_likely(model, variables, jnp.take_along_axis(hidden, last, axis=1))
-
-    # Layers unrolled and their weights and caches apart: slices of the stacked arrays inside the
-    # loop would copy the whole model once a token.
-    depth = model.config.num_hidden_layers
-    layers = [
-        {
-            name: jax.tree.map(lambda x, i=i: x[i], tree["layers"])
-            for name, tree in variables.items()
-        }
-        for i in range(depth)
-    ]
-    room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
-    caches: Any = [jax.tree.map(lambda x, i=i: jnp.pad(x[i], room), kv) for i in range(depth)]
-    block: Any = Block(model.config, keep_kv=True)
-    slots = jnp.arange(p + max_new_tokens)
-    in_prompt = slots[None, :] < lengths[:, None]
-    ends = jnp.asarray(end_ids, first.dtype)
-
-    def running(state):
-        t, _, _, _, finished = state
-        return (t < max_new_tokens) & ~jnp.all(finished)
-
-    def step(state):
-        t, token, caches, out, finished = state
-        token = jnp.where(finished, ends[0], token)
-        out = out.at[:, t].set(token)
-        finished = finished | jnp.isin(token, ends)
-        visible = in_prompt | ((slots >= p) & (slots <= p + t))[None, :]
-        place = Place(rope_tables(model.config, (lengths + t)[:, None]), None)
-        x = model.apply(variables, token[:, None], method="embed")
-        grown = []
-        for i in range(depth):
-            k, v = caches[i]
-            x, kv = block.apply(layers[i], x, i, place, Cache(k, v, p + t, visible), None)
-            grown.append(kv)
-        return t + 1, _most_likely(model, variables, x), grown, out, finished
-
-    out = jnp.full((b, max_new_tokens), end_ids[0], first.dtype)
-    state = (jnp.zeros((), jnp.int32), first, caches, out, lengths == 0)
-    out = jax.lax.while_loop(running, step, state)[3]
-    ended = jnp.isin(out, ends)
-    count = jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1) + 1, max_new_tokens)
-    return out, jnp.where(lengths == 0, 0, count)
+    own = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
+    last, own = _read(model, weights, own, starts, tokens, lengths, chunk)
+    first = _most_likely(model, weights, last)
+    return Rows(
+        jax.tree.map(lambda whole, part: whole.at[into].set(part), rows.caches, own),
+        rows.prompt.at[into].set(starts + lengths),
+        rows.new.at[into, 0].set(first),
+        rows.count.at[into].set(1),
+        rows.running.at[into].set(_goes_on(first, jnp.ones_like(first), rows, end_ids)),
+    )
 
 
-def _most_likely(model: Llama, variables: Any, hidden: Array) -> Array:
-    logits = model.apply(variables, hidden, method="head")
+@partial(jax.jit, static_argnames=("model", "end_ids"), donate_argnames=("rows",))
+def decode(
+    model: Llama, weights: Weights, rows: Rows, few: Int[Array, ""], *, end_ids: tuple[int, ...]
+) -> Rows:
+    """Go on until at most `few` rows are running; `rows` are given up."""
+    every = jnp.arange(len(rows.new))
+
+    def step(rows: Rows) -> Rows:
+        token = rows.new[every, rows.count - 1]
+        places = (rows.prompt + rows.count - 1)[:, None]
+        rope = rope_tables(model.config, places)
+        hidden, caches = _extend(model, weights, rows.caches, places[:, 0], rope, token[:, None])
+        token = _most_likely(model, weights, hidden)
+        # What a row that has ended goes on to say lies behind its count.
+        new = rows.new.at[every, rows.count].set(token)
+        count = rows.count + rows.running
+        running = rows.running & _goes_on(token, count, rows, end_ids)
+        return Rows(caches, rows.prompt, new, count, running)
+
+    return jax.lax.while_loop(lambda rows: rows.running.sum() > few, step, rows)
+
+
+@partial(jax.jit, static_argnames=("slots",))
+def rearrange(rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
+    """The rows `chosen`, B standing for a free one, with `slots` slots each, which are no more."""
+    rows = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0, mode="fill", fill_value=0), rows)
+    caches = tuple((k[..., :slots], v[:, :, :slots]) for k, v in rows.caches)
+    return rows._replace(caches=caches, count=jnp.maximum(rows.count, 1))
+
+
+def _no_tokens(model: Llama, batch: int, slots: int) -> Caches:
+    c = model.config
+    k = jnp.zeros((batch, c.num_key_value_heads, c.head_dim, slots), model.dtype)
+    return ((k, k.swapaxes(2, 3)),) * c.num_hidden_layers
+
+
+def _read(
+    model: Llama,
+    weights: Weights,
+    caches: Caches,
+    starts: Array,
+    tokens: Array,
+    lengths: Array,
+    chunk: int,
+) -> tuple[Array, Caches]:
+    """The state (A, 1, D) of each row's last token, and the caches after; see `admit`."""
+    # Places stop at a row's last one: dynamic rotary scaling asks how long the whole row is.
+    within = jnp.minimum(jnp.arange(tokens.shape[1]), lengths[:, None] - 1)
+    rope = rope_tables(model.config, starts[:, None] + within)
+
+    def step(state: tuple) -> tuple:
+        done, last, caches = state
+        text, *part = (
+            jax.lax.dynamic_slice_in_dim(x, done, chunk, axis=1) for x in (tokens, *rope)
+        )
+        hidden, caches = _extend(model, weights, caches, starts + done, tuple(part), text)
+        at = lengths - 1 - done
+        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
+        last = jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)
+        return done + chunk, last, caches
+
+    last = jnp.zeros((len(tokens), 1, model.config.hidden_size), model.dtype)
+    return jax.lax.while_loop(
+        lambda state: state[0] < lengths.max(), step, (jnp.zeros((), jnp.int32), last, caches)
+    )[1:]
+
+
+def _extend(
+    model: Llama, weights: Weights, caches: Caches, starts: Array, rope: Any, tokens: Array
+) -> tuple[Array, Caches]:
+    """The states (B, T, D) of tokens whose first stands at `starts` (B,), and the caches after."""
+    place, block = Place(rope, None), Block(model.config)
+    x, grown = model.apply(weights.outside, tokens, method="embed"), []
+    for i, (k, v) in enumerate(caches):
+        x, kv = block.apply(weights.layers[i], x, i, place, Cache(k, v, starts), None)
+        grown.append(kv)
+    return x, tuple(grown)
+
+
+def _most_likely(model: Llama, weights: Weights, hidden: Array) -> Array:
+    logits = model.apply(weights.outside, hidden, method="head")
     return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+
+
+def _goes_on(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
+    return ~jnp.isin(token, jnp.asarray(end_ids)) & (count < rows.new.shape[1])

@@ -4,8 +4,8 @@
     <folder>/predictions.jsonl  task, id, prediction, truncated, finished, new_tokens
     <folder>/labels.json        task → normalised label → count, of its closed-label tasks
 
-Predictions are appended batch by batch to `predictions.jsonl.partial`, which is renamed when it is
-complete; `settings.json` beside it says what made them, and a file made otherwise is redone.
+Predictions are appended as they are made to `predictions.jsonl.partial`, which is renamed when it
+is complete; `settings.json` beside it says what made them, and a file made otherwise is redone.
 Scores are a function of these files alone: they need neither a model nor an accelerator.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jax_lora.data.batches import bucket_for
 from jax_lora.data.instructions import Checkout, Example
 from jax_lora.data.prompts import Encoder, Row
 from jax_lora.evaluation import behaviour, metrics
@@ -44,49 +43,35 @@ class Prediction:
 
 
 def predict(
-    generate: Callable[[np.ndarray, np.ndarray], tuple[Any, Any]],
+    generate: Callable[..., Iterable[Sequence[tuple[int, np.ndarray]]]],
     encoder: Encoder,
     rows: Sequence[tuple[Example, Row]],
     *,
-    buckets: Sequence[int],
-    batch_tokens: int,
-    max_batch: int,
     end_ids: Sequence[int],
 ) -> Iterator[list[Prediction]]:
-    """Answer prompts in batches of few shapes, the longest first.
+    """Answer prompts; those of a task share what they begin with.
 
     Args:
-      generate: (tokens (B, P), lengths (B,)) → (new tokens (B, N), their number (B,)), the rest
-        of its arguments bound.
+      generate: `decoding.batching.answers`, all but the prompts and their groups bound.
       encoder: decodes.
       rows: examples with their prompt rows.
-      buckets: prompt lengths that are padded to, each compiled once.
-      batch_tokens: prompt tokens of a batch, padding included.
-      max_batch: most rows of a batch.
       end_ids: what ends an answer.
 
     Yields:
-      The predictions of each batch.
+      Predictions as they are made.
     """
-    rows = sorted(rows, key=lambda pair: -len(pair[1].ids))
-    while rows:
-        bucket = bucket_for(len(rows[0][1].ids), buckets)
-        size = max(1, min(max_batch, batch_tokens // bucket))
-        batch, rows = rows[:size], rows[size:]
-        tokens, lengths = np.zeros((size, bucket), np.int32), np.zeros(size, np.int32)
-        for i, (_, row) in enumerate(batch):
-            tokens[i, : len(row.ids)], lengths[i] = row.ids, len(row.ids)
-        new, counts = map(np.asarray, generate(tokens, lengths))
+    tasks = [example.task for example, _ in rows]
+    for ended in generate([row.ids for _, row in rows], tasks):
         yield [
             Prediction(
-                task=example.task,
-                id=example.id,
-                prediction=encoder.decode(new[i, : counts[i]].tolist()),
-                truncated=row.truncated,
-                finished=int(new[i, counts[i] - 1]) in end_ids,
-                new_tokens=int(counts[i]),
+                task=rows[i][0].task,
+                id=rows[i][0].id,
+                prediction=encoder.decode(ids.tolist()),
+                truncated=rows[i][1].truncated,
+                finished=int(ids[-1]) in end_ids,
+                new_tokens=len(ids),
             )
-            for i, (example, row) in enumerate(batch)
+            for i, ids in ended
         ]
 
 

@@ -20,10 +20,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
+from jax_lora.model.cache import Cache
 from jax_lora.model.config import LINEAR, LlamaConfig
 from jax_lora.model.products import contract, values
 from jax_lora.model.rope import rope_tables, rotate
@@ -49,19 +50,6 @@ class Place(NamedTuple):
 
     rope: tuple[Array, Array]
     segments: Int[Array, "B T"] | None
-
-
-class Cache(NamedTuple):
-    """Keys and values of earlier tokens, and where the next ones go.
-
-    `k`, `v`: (B, K, S, H) of one layer. `slot`: scalar, the first slot to write. `visible`:
-    (B, S), the slots that each row may attend to, the new one included.
-    """
-
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
-    slot: Int[Array, ""]
-    visible: Bool[Array, "B S"]
 
 
 class Dense(nn.Module):
@@ -169,15 +157,12 @@ class Attention(nn.Module):
         values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
         q, keys = rotate(q, *place.rope), rotate(keys, *place.rope)
         if cache is None:
-            mixed = attention.kernel(self.kernel)(q, keys, values, place.segments)
+            mixed, grown = attention.kernel(self.kernel)(q, keys, values, place.segments), None
         else:
-            at = (0, 0, cache.slot, 0)
-            keys = jax.lax.dynamic_update_slice(cache.k, keys, at)
-            values = jax.lax.dynamic_update_slice(cache.v, values, at)
-            mixed = attention.softmax_mix(q, keys, values, cache.visible[:, None, :])
+            mixed, grown = cache.attend(q, keys, values)
         mixed = checkpoint_name(mixed, "product")
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
-        return project("o_proj", c.hidden_size, mixed), (keys, values)
+        return project("o_proj", c.hidden_size, mixed), grown
 
 
 class MLP(nn.Module):
@@ -202,13 +187,12 @@ def _settled(x: Array, cut: bool) -> Array:
 
 
 class Block(nn.Module):
-    """One layer: the states after it, and the keys and values it attended to if `keep_kv`.
+    """One layer: the states after it, and its cache's arrays, grown, or None without a cache.
 
-    `layer` is its number, `cache` what it attended to before (then T = 1) or None.
+    `layer` is its number.
     """
 
     config: LlamaConfig
-    keep_kv: bool
     attention: str | Kernel = "xla"
     settle: Settle = _settled
 
@@ -216,13 +200,13 @@ class Block(nn.Module):
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attended, kv = Attention(c, self.attention, self.settle, name="self_attn")(
+        attended, grown = Attention(c, self.attention, self.settle, name="self_attn")(
             normed, layer, place, cache, dropout
         )
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         x = x + MLP(c, self.settle, name="mlp")(normed, layer, dropout)
-        return x, kv if self.keep_kv else None
+        return x, grown
 
 
 def positions(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
@@ -244,7 +228,6 @@ class Llama(nn.Module):
       remat: what the backward pass recomputes, see `REMAT`.
       attention: the kernel of prefill and training, among `attention.KERNELS`; or one itself.
       unroll: layers a step of the scan; more compiles longer and, on a CPU, runs faster.
-      keep_kv: `hidden` also returns the keys and values of all layers (for a prefill).
       settle: where activations lie on many devices, see `jax_lora.sharding.Activations`.
     """
 
@@ -253,7 +236,6 @@ class Llama(nn.Module):
     remat: str = "none"
     attention: str | Kernel = "xla"
     unroll: int = 1
-    keep_kv: bool = False
     settle: Settle = _settled
 
     if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
@@ -278,7 +260,7 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=c.num_hidden_layers,
             unroll=self.unroll,
-        )(c, self.keep_kv, self.attention, self.settle)
+        )(c, self.attention, self.settle)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = _Head(c.vocab_size)
@@ -292,7 +274,7 @@ class Llama(nn.Module):
         tokens: Int[Array, "B T"],
         dropout: Dropout | None = None,
         segments: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> Float[Array, "B T D"]:
         """States after the last layer, under a causal mask.
 
         Args:
@@ -303,12 +285,11 @@ class Llama(nn.Module):
             attends to itself alone and counts its positions from 0.
 
         Returns:
-          The states (B, T, D), not yet normed, and where `keep_kv` is set the keys and values of
-          all layers, each (L, B, K, T, H), else None.
+          The states (B, T, D), not yet normed.
         """
         place = Place(rope_tables(self.config, positions(tokens, segments)), segments)
         layers = jnp.arange(self.config.num_hidden_layers)
-        return self.layers(self.embed(tokens), layers, place, None, dropout)
+        return self.layers(self.embed(tokens), layers, place, None, dropout)[0]
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the final norm and the vocabulary product."""
@@ -321,7 +302,7 @@ class Llama(nn.Module):
         self, tokens: Int[Array, "B T"], dropout: Dropout | None = None
     ) -> Float[Array, "B T V"]:
         """Logits in float32 of every position."""
-        return self.head(self.hidden(tokens, dropout)[0])
+        return self.head(self.hidden(tokens, dropout))
 
 
 class _Head(nn.Module):

@@ -184,7 +184,7 @@ def loss_sum(
 ) -> Float[Array, ""]:
     """Sum of the cross-entropy over the micro-batch's loss tokens, float32."""
     segments = micro.example if packed else None
-    hidden = model.apply(variables, micro.tokens, dropout, segments, method="hidden")[0]
+    hidden = model.apply(variables, micro.tokens, dropout, segments, method="hidden")
     # Position t predicts token t + 1. The first token of an example is never a loss token, so
     # none is predicted from the example before it.
     targets = jnp.roll(micro.tokens, -1, axis=1)

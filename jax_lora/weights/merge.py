@@ -98,7 +98,7 @@ def rounding_change(
     @jax.jit
     def through(layer: Any, states: jax.Array) -> jax.Array:
         params = {"embed_tokens": {"embedding": states}, "layers": layer}
-        return one.apply({"params": params}, places, method="hidden")[0][0]
+        return one.apply({"params": params}, places, method="hidden")[0]
 
     tokens = np.arange(TOKENS) * 7919 % config.vocab_size  # a prime, so that they spread
     first = np.asarray(weights["embed_tokens"]["embedding"][tokens], np.float32)

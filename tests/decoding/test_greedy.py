@@ -1,13 +1,24 @@
-"""Greedy decoding against transformers, and its independence of the batch."""
+"""Greedy answers against transformers and the definition, however prompts are batched."""
 
+import functools
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.decoding.greedy import greedy
+from jax_lora.decoding import batching, greedy
 from jax_lora.model.llama import Llama
 from jax_lora.weights import hf
 from tests import reference
+
+DICE = np.random.default_rng(0)
+STEMS = ((), *(tuple(DICE.integers(8, 61, n).tolist()) for n in (18, 33)))
+TEXTS = [  # 24 prompts of 1 to 44 tokens; two in three begin with a stem
+    STEMS[i % 3] + tuple(DICE.integers(0, 61, DICE.integers(1, 12)).tolist()) for i in range(24)
+]
+ENDS = (reference.END, 30)
 
 
 @pytest.fixture(scope="module")
@@ -17,60 +28,152 @@ def model(tmp_path_factory):
     return Llama(config, dtype=jnp.float32), {"params": base}
 
 
-def decode(model, prompts, width, end_ids=(reference.END,), new=reference.NEW_TOKENS):
+def answers(model, prompts, groups=None, **options):
     module, variables = model
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-    lengths = np.asarray([len(p) for p in prompts], np.int32)
-    out, count = greedy(
-        module, variables, tokens, lengths, max_new_tokens=new, end_ids=tuple(end_ids)
-    )
-    return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(count), strict=True)]
+    limits = dict(buckets=(32,), batch_tokens=10_000, max_batch=4)
+    limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,)) | options
+    return batching.answers(module, greedy.apart(variables), prompts, groups, **limits)
 
 
-def expected():
+def decode(*args, **options):
+    ended = list(itertools.chain.from_iterable(answers(*args, **options)))
+    assert sorted(i for i, _ in ended) == list(range(len(ended)))
+    return [ids.tolist() for _, ids in sorted(ended, key=lambda pair: pair[0])]
+
+
+_forward = jax.jit(Llama.apply, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def by_definition(model):
+    """The whole text through the network for every token."""
+    module, variables = model
+
+    @functools.cache
+    def answer(prompt, new, ends=(), adapted=False):
+        text = list(prompt)
+        everything = variables | ({"lora": reference.adapters()} if adapted else {})
+        while len(text) < len(prompt) + new and not (text[len(prompt) :] and text[-1] in ends):
+            padded = np.zeros((1, 64), np.int32)
+            padded[0, : len(text)] = text
+            text.append(int(_forward(module, everything, padded)[0, len(text) - 1].argmax()))
+        return text[len(prompt) :]
+
+    return answer
+
+
+@pytest.mark.parametrize("buckets", [(11,), (1, 8, 32)])
+def test_answers_equal_transformers(model, buckets):
     with np.load(reference.RECORDED) as recorded:
-        return [recorded[f"greedy/{i}"].tolist() for i in range(len(reference.PROMPTS))]
+        expected = [recorded[f"greedy/{i}"].tolist() for i in range(len(reference.PROMPTS))]
+    assert decode(model, reference.PROMPTS, buckets=buckets) == expected
+    assert decode(model, reference.PROMPTS[::-1], buckets=buckets) == expected[::-1]
 
 
-@pytest.mark.parametrize("width", [11, 32])
-def test_answers_equal_transformers_in_any_bucket(model, width):
-    assert decode(model, reference.PROMPTS, width) == expected()
+@pytest.mark.parametrize(
+    "limits",
+    [
+        dict(max_batch=1),
+        dict(max_batch=3, buckets=(8, 24, 48)),
+        dict(max_batch=8, buckets=(24, 48), batch_tokens=192),  # more rows of short prompts
+        dict(max_batch=32),  # halved at the end
+    ],
+    ids=lambda limits: ",".join(f"{key}={value}" for key, value in limits.items()),
+)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_answers_do_not_depend_on_the_batch(model, by_definition, limits, grouped):
+    groups = [i % 3 if grouped else i for i in range(len(TEXTS))]
+    limits = dict(buckets=(48,)) | limits
+    found = decode(model, TEXTS, groups, max_new_tokens=8, end_ids=ENDS, **limits)
+    assert found == [by_definition(text, 8, ENDS) for text in TEXTS]
 
 
-def test_answers_do_not_depend_on_the_batch(model):
-    # Alone, in another order, beside a row that only fills the batch.
-    alone = [decode(model, [prompt], 16)[0] for prompt in reference.PROMPTS]
-    assert alone == expected()
-    assert decode(model, reference.PROMPTS[::-1], 16) == expected()[::-1]
-    filled = decode(model, [*reference.PROMPTS, ()], 16)
-    assert filled == [*expected(), []]
-
-
-def test_the_cache_changes_nothing(model):
-    # The definition of greedy decoding: the whole text through the network for every token.
+def test_adapters_answer_too(model, by_definition):
     module, variables = model
-    text = list(reference.PROMPTS[0])
-    for _ in range(6):
-        text.append(int(module.apply(variables, np.asarray([text]))[0, -1].argmax()))
-    assert decode(model, [reference.PROMPTS[0]], 8, end_ids=(-1,), new=6) == [text[-6:]]
-
-
-def test_adapters_answer_too(model):
-    module, variables = model
+    prompts = [(*STEMS[1], 5), (*STEMS[1], 9, 11), (58,)]
     adapted = module, variables | {"lora": reference.adapters()}
-    text = list(reference.PROMPTS[2])
-    for _ in range(4):
-        text.append(int(module.apply(adapted[1], np.asarray([text]))[0, -1].argmax()))
-    found = decode(adapted, [reference.PROMPTS[2]], 16, end_ids=(-1,), new=4)
-    assert found == [text[-4:]]
-    assert found != decode(model, [reference.PROMPTS[2]], 16, end_ids=(-1,), new=4)
+    found = decode(adapted, prompts, max_new_tokens=6, end_ids=(-1,))
+    assert found == [by_definition(prompt, 6, adapted=True) for prompt in prompts]
+    assert found != [by_definition(prompt, 6) for prompt in prompts]
 
 
-def test_an_answer_ends_with_its_first_end_token(model):
-    free = decode(model, reference.PROMPTS, 16, end_ids=(-1,))
-    ends = (free[0][4], free[1][2])
-    for row, answer in zip(free, decode(model, reference.PROMPTS, 16, end_ids=ends), strict=True):
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
-        assert answer == row[: stop + 1]
+def test_one_token_is_an_answer(model, by_definition):
+    found = decode(model, TEXTS, buckets=(48,), max_new_tokens=1, end_ids=ENDS)
+    assert found == [by_definition(prompt, 1) for prompt in TEXTS]
+
+
+def test_a_row_that_ends_makes_room(model, by_definition):
+    # Of two rows one never ends: the other goes through all the rest meanwhile.
+    prompts = [(i, 2 * i) for i in range(8, 28)]
+    said = [by_definition(prompt, 40) for prompt in prompts]
+    never = next(i for i, answer in enumerate(said) if not {*answer} & {*ENDS})
+    short = [i for i, answer in enumerate(said) if {*answer[:6]} & {*ENDS}][:6]
+    assert len(short) >= 3
+    asked = [prompts[i] for i in (never, *short)]
+    ended = answers(model, asked, max_new_tokens=40, end_ids=ENDS, buckets=(8,), max_batch=2)
+    *before, last = ([i for i, _ in some] for some in ended)
+    assert 0 in last and len(before) >= len(short) - 1
+
+
+def test_what_prompts_share_is_read_once(model, monkeypatch):
+    read, admitted = [], []
+
+    def watch(name, lengths, into):
+        original = getattr(greedy, name)
+
+        def watched(*args, **options):
+            into.append(lengths(*args))
+            return original(*args, **options)
+
+        monkeypatch.setattr(greedy, name, watched)
+
+    watch("read", lambda model, weights, tokens, length: length.tolist(), read)
+    watch(
+        "admit",
+        lambda m, w, rows, into, starts, tokens, n: n[into < len(starts)].tolist(),
+        admitted,
+    )
+    prompts = [stem + (i,) for stem in STEMS[1:] for i in range(8)]
+    decode(model, prompts, [len(p) for p in prompts], buckets=(48,), max_batch=8)
+    assert sorted(read) == [[18], [33]]
+    assert sum(map(sum, admitted)) == len(prompts)
+
+
+def test_programs_are_few(model):
+    # A bucket has one each to read, admit and decode, besides two halvings at the very end.
+    before = {f: f._cache_size() for f in (greedy.read, greedy.admit, greedy.decode)}
+    prompts = [STEMS[1][:n] + (i,) for n in range(16) for i in range(8)]
+    groups = [len(p) for p in prompts]
+    decode(model, prompts, groups, buckets=(10, 17), max_batch=32, max_new_tokens=5)
+    grown = {f: f._cache_size() - before[f] for f in before}
+    assert grown[greedy.read] <= 2 and grown[greedy.admit] <= 4 and grown[greedy.decode] <= 4
+
+
+def test_every_prompt_has_a_turn():
+    prompts = [np.arange(n) for n in DICE.integers(1, 60, 50)]
+    turns = batching.in_line(prompts, [n % 3 for n in map(len, prompts)], (20, 40, 60))
+    assert sorted(turn.prompt for turn in turns) == list(range(50))
+    assert [turn.bucket for turn in turns] == sorted((t.bucket for t in turns), reverse=True)
+    for turn in turns:
+        assert turn.shared < len(prompts[turn.prompt]) <= turn.bucket
+    assert any(turn.shared for turn in turns)
+
+
+@pytest.mark.parametrize(
+    "prompts, shared",
+    [
+        ([[1] * 20, [1] * 30], 19),  # the last token of each is its own
+        ([[1] * 17 + [2, 3], [1] * 17 + [4, 3]], 17),
+        ([[1] * 9 + [2] * 9, [1] * 20], 0),  # too short to pay
+        ([[1] * 40], 0),  # alone
+    ],
+)
+def test_what_prompts_share(prompts, shared):
+    assert batching.shared_length(prompts) == shared
+
+
+def test_a_prompt_that_fits_no_bucket_is_refused(model):
+    with pytest.raises(ValueError, match="has 33 tokens, expected 1 to the largest bucket"):
+        decode(model, [[1] * 33])
+    with pytest.raises(ValueError, match="has 0 tokens"):
+        decode(model, [[]])

@@ -1,0 +1,224 @@
+"""Greedy answers a second: ours, and transformers' generate on the same prompts and weights.
+
+    python benchmarks/decoding.py --peer=hf
+
+`fixed`: prompts of one length whose answers never end early. `mix`: the test tasks of
+../shared/data/niv2-slice through the project's own reader and template; an answer ends where the
+model ends it. The peer answers its batches sorted by length, padded on the left, with its cache
+and sdpa attention. Sides take turns; the first call of each, which compiles, does not count.
+Results are in FOLDER/decoding.json and, as a table, in FOLDER/decoding.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.data.instructions import read_checkout
+from jax_lora.data.prompts import Encoder
+from jax_lora.decoding import batching, greedy
+from jax_lora.model.llama import Llama
+from jax_lora.weights import base as base_weights
+from jax_lora.weights.tokenizers import load_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Answers = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts, the task of each, and what ends an answer: `new_tokens`, and the id `end`, -1 for
+    none."""
+
+    name: str
+    prompts: list[list[int]]
+    tasks: list[str]
+    new_tokens: int
+    end: int
+
+
+def fixed(rows: int, length: int, new_tokens: int, vocabulary: int) -> Work:
+    """Random prompts that have nothing in common."""
+    ids = np.random.default_rng(0).integers(3, vocabulary, (rows, length)).tolist()
+    return Work(f"fixed, {rows} prompts of {length}", ids, [""] * rows, new_tokens, -1)
+
+
+def mix(tokenizer: Any, data: Path, per_task: int, new_tokens: int) -> Work:
+    """Prompts of the test tasks, `per_task` of each."""
+    encoder, asked = Encoder(tokenizer), []
+    for task in read_checkout(data).test:
+        for instance in task.instances()[:per_task]:
+            asked.append((task.name, encoder.prompt_row(task.example(instance)).ids.tolist()))
+    tasks, prompts = map(list, zip(*asked, strict=True))
+    name = f"{len(set(tasks))} tasks, {len(tasks)} prompts"
+    return Work(name, prompts, tasks, new_tokens, tokenizer.eos_token_id)
+
+
+# ------------------------------------------------------------------ the two sides
+
+
+def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
+    """Answers as eval.py makes them."""
+    config, base = base_weights.load(model, dtype)
+    module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.apart({"params": base})
+
+    def answer(work: Work) -> Answers:
+        ended = batching.answers(
+            module,
+            weights,
+            work.prompts,
+            work.tasks,
+            max_new_tokens=work.new_tokens,
+            end_ids=(work.end,),
+            buckets=buckets,
+            batch_tokens=batch * max(buckets),
+            max_batch=batch,
+        )
+        ids = dict(itertools.chain.from_iterable(ended))
+        return [ids[i].tolist() for i in range(len(work.prompts))]
+
+    return answer, config.vocab_size
+
+
+def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
+    """Answers of transformers' generate."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers
+
+    folder, file = (model, None) if Path(model).is_dir() else os.path.split(model)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer.to(device)
+
+    @torch.inference_mode()
+    def answer(work: Work) -> Answers:
+        lengths = np.asarray([len(prompt) for prompt in work.prompts])
+        order = np.argsort(-lengths, kind="stable").tolist()
+        said: dict[int, list[int]] = {}
+        for some in (order[i : i + batch] for i in range(0, len(order), batch)):
+            width = lengths[some[0]]
+            ids, mask = np.zeros((2, len(some), width), np.int64)
+            for row, i in enumerate(some):
+                ids[row, width - lengths[i] :] = work.prompts[i]
+                mask[row, width - lengths[i] :] = 1
+            found = peer.generate(
+                torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                generation_config=transformers.GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=work.new_tokens,
+                    eos_token_id=None if work.end < 0 else work.end,
+                    pad_token_id=0,
+                ),
+            )
+            for i, new in zip(some, found[:, width:].tolist(), strict=True):
+                said[i] = new[: new.index(work.end) + 1] if work.end in new else new
+        return [said[i] for i in range(len(order))]
+
+    return answer
+
+
+# ------------------------------------------------------------------ the stopwatch
+
+
+def measure(sides: dict[str, Callable[[Work], Answers]], work: Work, repeats: int) -> dict:
+    """Seconds of every side and call, in turn, and whether the answers are the same."""
+    answers: dict[str, Answers] = {}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _, (side, answer) in itertools.product(range(1 + repeats), sides.items()):
+        start = time.perf_counter()
+        answers[side] = answer(work)
+        seconds[side].append(time.perf_counter() - start)
+    record: dict[str, Any] = {
+        "work": work.name,
+        "most_new_tokens": work.new_tokens,
+        "prompt_tokens": sum(map(len, work.prompts)),
+        "new_tokens": sum(map(len, answers["ours"])),
+    }
+    for side, took in seconds.items():
+        record[side] = {"first": took[0], "all": took[1:], "median": float(np.median(took[1:]))}
+    if "theirs" in sides:
+        record["ratio"] = record["theirs"]["median"] / record["ours"]["median"]
+        pairs = zip(answers["ours"], answers["theirs"], strict=True)
+        record["same_answers"] = sum(a == b for a, b in pairs)
+        record["answers"] = len(work.prompts)
+    return record
+
+
+def table(records: Sequence[dict]) -> str:
+    """The records as a Markdown table, seconds being medians."""
+    rows = [
+        "| work | most new tokens | ours | theirs | ratio | same answers |",
+        "|---|" + "--:|" * 5,
+    ]
+    for r in records:
+        cells = [r["work"], r["most_new_tokens"], f"{r['ours']['median']:.1f} s"]
+        if "theirs" in r:
+            cells += [f"{r['theirs']['median']:.1f} s", f"**{r['ratio']:.2f}**"]
+            cells += [f"{r['same_answers']} of {r['answers']}"]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what the flags say."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--peer", choices=("none", "hf"), default="none")
+    flag("--model", default=str(REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    flag("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "niv2-slice")
+    flag("--dtype", default="float32", choices=("float32", "bfloat16"))
+    flag("--works", default="fixed,mix", help="fixed, mix or both")
+    flag("--batch", type=int, default=32, help="rows, of both sides")
+    flag("--buckets", default="128,256,384,512,768,1024", help="prompt lengths; ours")
+    flag("--fixed", default="32x128", help="prompts x tokens of `fixed`")
+    flag("--fixed-new-tokens", type=int, default=64)
+    flag("--per-task", type=int, default=20, help="prompts of a task of `mix`")
+    flag("--new-tokens", default="64,128", help="of `mix`, most of an answer")
+    flag("--repeats", type=int, default=3, help="calls that count, behind one that does not")
+    flag("--out", type=Path, default=REPOSITORY / "runs" / "benchmark")
+    flags = parser.parse_args(argv)
+
+    buckets = tuple(map(int, flags.buckets.split(",")))
+    ours, vocabulary = our_side(flags.model, flags.dtype, flags.batch, buckets)
+    sides = {"ours": ours}
+    if flags.peer == "hf":
+        sides["theirs"] = their_side(flags.model, flags.dtype, flags.batch)
+    works = []
+    if "fixed" in flags.works:
+        rows, length = map(int, flags.fixed.split("x"))
+        works.append(fixed(rows, length, flags.fixed_new_tokens, vocabulary))
+    if "mix" in flags.works:
+        tokenizer = load_tokenizer(flags.model)
+        for new_tokens in map(int, flags.new_tokens.split(",")):
+            works.append(mix(tokenizer, flags.data, flags.per_task, new_tokens))
+    machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    setting = {"command": ["python", "benchmarks/decoding.py", *argv], "machine": machine}
+    setting |= {"dtype": flags.dtype, "batch": flags.batch, "works": []}
+    flags.out.mkdir(parents=True, exist_ok=True)
+    for work in works:
+        setting["works"].append(measure(sides, work, flags.repeats))
+        (flags.out / "decoding.json").write_text(json.dumps(setting, indent=1) + "\n")
+        (flags.out / "decoding.md").write_text(table(setting["works"]))
+        print(table(setting["works"][-1:]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

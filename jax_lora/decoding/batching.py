@@ -1,0 +1,275 @@
+"""Which prompt is answered when and in which row: continuous batching, on the host.
+
+A row whose answer has ended takes in the next prompt while the others go on. What the prompts of a
+group begin with is read once. Shapes are few: for every bucket one program each reads a group's
+beginning, admits prompts and decodes; at the end the batch is halved as it empties.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jax_lora.decoding import greedy
+from jax_lora.model.llama import Llama
+
+Ids = Sequence[int] | np.ndarray
+CHUNK = 32  # tokens a row that are read at a time; more is more padding
+PREFIX_CHUNK = 64  # the same of a prefix, which is alone in its batch
+SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
+SMALLEST_BATCH = 8  # rows; fewer are no faster
+
+
+class Turn(NamedTuple):
+    """A prompt in the line: its index, the bucket that it is padded to, and how many of its first
+    tokens those beside it have too."""
+
+    prompt: int
+    bucket: int
+    shared: int
+
+
+def answers(
+    model: Llama,
+    weights: greedy.Weights,
+    prompts: Sequence[Ids],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    max_new_tokens: int,
+    end_ids: tuple[int, ...],
+    buckets: Sequence[int],
+    batch_tokens: int,
+    max_batch: int,
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Greedy answers, as they end.
+
+    Args:
+      model: the module.
+      weights: see `greedy.apart`.
+      prompts: ids, at least one each.
+      groups: one label a prompt; those of a label are expected to begin alike. By default all
+        prompts are one group.
+      max_new_tokens: where to stop an answer that does not end.
+      end_ids: any of these ends an answer, and is its last token.
+      buckets: prompt lengths that the cache is made for.
+      batch_tokens: prompt tokens of a batch, padding included.
+      max_batch: most rows of a batch.
+
+    Yields:
+      Pairs of a prompt's index and its answer's ids, a few at a time, every prompt once.
+
+    Raises:
+      ValueError: a prompt that is longer than the largest bucket, or empty.
+    """
+    scaling = model.config.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic":
+        groups = range(len(prompts))  # what follows a beginning decides how it is turned
+    line = deque(in_line(prompts, groups, buckets))
+    batch = _Batch(model, weights, prompts, max_new_tokens, end_ids)
+    ended: list[tuple[int, np.ndarray]] = []
+    while line or any(batch.owners):
+        # Long prompts come first, so that a row's slots only ever become fewer.
+        bucket = max(turn.bucket for turn in (*batch.owners, *itertools.islice(line, 1)) if turn)
+        size, left = max(1, min(max_batch, batch_tokens // bucket)), len(batch.busy) + len(line)
+        while size > SMALLEST_BATCH and size // 2 >= left:
+            size //= 2
+        batch.fit(size, bucket)
+        at_once = min(batch.at_once, len(line))
+        while line and len(batch.vacant) >= at_once:
+            batch.admit([line.popleft() for _ in range(at_once)])
+            at_once = min(batch.at_once, len(line))
+        few = size - at_once if line else size // 2 if size > SMALLEST_BATCH else 0
+        batch.decode(few)
+        if ended:
+            yield ended  # while the device goes on
+        ended = batch.leave()
+    if ended:
+        yield ended
+
+
+def dealt_out(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """`answers` of several devices as one.
+
+    Every device has the whole model and answers its share of the prompts of each group, driven by a
+    thread of its own.
+
+    Args:
+      devices: `answers`, all but the prompts and their groups bound, the weights of each on one.
+    """
+    if len(devices) == 1:
+        return devices[0]
+
+    def together(
+        prompts: Sequence[Ids], groups: Sequence[Hashable] | None = None, **options: Any
+    ) -> Iterator[list[tuple[int, np.ndarray]]]:
+        found: SimpleQueue[Any] = SimpleQueue()
+
+        def work(one: Callable[..., Any], own: Sequence[int]) -> None:
+            try:
+                labels = None if groups is None else [groups[i] for i in own]
+                for ended in one([prompts[i] for i in own], labels, **options):
+                    found.put([(own[i], ids) for i, ids in ended])
+                found.put(None)
+            except Exception as error:
+                found.put(error)
+
+        parts: dict[Hashable, list[int]] = {}
+        for i in range(len(prompts)):
+            parts.setdefault(None if groups is None else groups[i], []).append(i)
+        order = list(itertools.chain.from_iterable(parts.values()))
+        for k, one in enumerate(devices):
+            Thread(target=work, args=(one, order[k :: len(devices)]), daemon=True).start()
+        at_work = len(devices)
+        while at_work:
+            ended = found.get()
+            if isinstance(ended, Exception):
+                raise ended
+            if ended is None:
+                at_work -= 1
+            else:
+                yield ended
+
+    return together
+
+
+class _Batch:
+    """The rows on the device, and on the host whose answer is in each (`owners`; None: free)."""
+
+    def __init__(self, model, weights, prompts, max_new_tokens, end_ids):
+        self.model, self.weights, self.prompts = model, weights, prompts
+        self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
+        self.owners: list[Turn | None] = []
+        self.bucket, self.rows = 0, None
+        self.beginning, self.before = (), None  # what `greedy.read` read last, and its caches
+
+    @property
+    def busy(self) -> list[int]:
+        return [row for row, turn in enumerate(self.owners) if turn]
+
+    @property
+    def vacant(self) -> list[int]:
+        return [row for row, turn in enumerate(self.owners) if not turn]
+
+    @property
+    def at_once(self) -> int:
+        """Prompts to admit together: many are read faster, few leave less rows idle meanwhile."""
+        return max(1, len(self.owners) // 4)
+
+    @property
+    def slots(self) -> int:
+        return self.bucket + self.max_new_tokens
+
+    def fit(self, size: int, bucket: int) -> None:
+        """Give the batch `size` rows for prompts of at most `bucket` tokens."""
+        if (size, bucket) == (len(self.owners), self.bucket):
+            return
+        self.bucket, self.beginning = bucket, ()
+        if busy := self.busy:
+            chosen = _filled(busy, size, len(self.owners))
+            self.rows = greedy.rearrange(self.rows, chosen, self.slots)
+        else:
+            self.rows = greedy.free(self.model, size, self.slots, self.max_new_tokens)
+        self.owners = [self.owners[row] for row in busy] + [None] * (size - len(busy))
+
+    def admit(self, turns: Sequence[Turn]) -> None:
+        """Let prompts into free rows: what they share first, once, then the rest of each."""
+        count, size = self.at_once, len(self.owners)
+        into = self.vacant[: len(turns)]
+        for row, turn in zip(into, turns, strict=True):
+            self.owners[row] = turn
+        beginnings = [tuple(map(int, self.prompts[t.prompt][: t.shared])) for t in turns]
+        for beginning in filter(None, dict.fromkeys(beginnings)):
+            if beginning != self.beginning:
+                text, length = _padded([beginning], 1, self.bucket, PREFIX_CHUNK)
+                self.before = greedy.read(
+                    self.model, self.weights, text, length, slots=self.slots, chunk=PREFIX_CHUNK
+                )
+                self.beginning = beginning
+            own = [row for row, b in zip(into, beginnings, strict=True) if b == beginning]
+            self.rows = greedy.begin(self.rows, self.before, _filled(own, count, size))
+        self.rows = greedy.admit(
+            self.model,
+            self.weights,
+            self.rows,
+            _filled(into, count, size),
+            _filled([turn.shared for turn in turns], count, 0),
+            *_padded(
+                [self.prompts[t.prompt][t.shared :] for t in turns], count, self.bucket, CHUNK
+            ),
+            end_ids=self.end_ids,
+            chunk=CHUNK,
+        )
+
+    def decode(self, few: int) -> None:
+        """Start going on until at most `few` answers are running; does not wait."""
+        self.rows = greedy.decode(self.model, self.weights, self.rows, few, end_ids=self.end_ids)
+
+    def leave(self) -> list[tuple[int, np.ndarray]]:
+        """Wait for the device; the answers that have ended, whose rows are free from now on."""
+        rows: Any = self.rows
+        new, count, running = jax.device_get((rows.new, rows.count, rows.running))
+        ended = []
+        for row in self.busy:
+            turn = self.owners[row]
+            if turn and not running[row]:
+                ended.append((turn.prompt, new[row, : count[row]]))
+                self.owners[row] = None
+        return ended
+
+
+def in_line(
+    prompts: Sequence[Ids], groups: Sequence[Hashable] | None, buckets: Sequence[int]
+) -> list[Turn]:
+    """All prompts: the longest bucket first, in it group by group, the longest prompt first."""
+    parts: dict[tuple[int, Hashable], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        label = None if groups is None else groups[i]
+        parts.setdefault((_bucket_for(len(prompt), buckets), label), []).append(i)
+    turns = []
+    for (bucket, _), members in sorted(parts.items(), key=lambda item: -item[0][0]):
+        shared = shared_length([prompts[i] for i in members])
+        members.sort(key=lambda i: -len(prompts[i]))
+        turns += [Turn(i, bucket, shared) for i in members]
+    return turns
+
+
+def shared_length(prompts: Sequence[Ids]) -> int:
+    """How many tokens several prompts begin with alike, the last one of each left out; 0 where
+    to read them once does not pay."""
+    if len(prompts) < 2:
+        return 0
+    most = min(map(len, prompts)) - 1
+    alike = np.stack([prompt[:most] for prompt in prompts])
+    same = (alike == alike[0]).all(axis=0)
+    length = most if same.all() else int(same.argmin())
+    return length if length >= SHORTEST_PREFIX else 0
+
+
+def _bucket_for(length: int, buckets: Sequence[int]) -> int:
+    if not 1 <= length <= max(buckets):
+        raise ValueError(
+            f"a prompt has {length} tokens, expected 1 to the largest bucket of {tuple(buckets)}"
+        )
+    return min(bucket for bucket in buckets if length <= bucket)
+
+
+def _padded(
+    texts: Sequence[Ids], rows: int, bucket: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (rows, bucket, or a little more: whole chunks) and lengths; a row too many has 1."""
+    tokens = np.zeros((rows, -(-bucket // chunk) * chunk), np.int32)
+    for row, text in zip(tokens, texts, strict=False):
+        row[: len(text)] = text
+    return tokens, _filled([len(text) for text in texts], rows, 1)
+
+
+def _filled(numbers: Sequence[int], size: int, filling: int) -> np.ndarray:
+    """`numbers` and as often `filling` as it takes to make them `size`."""
+    return np.asarray([*numbers, *[filling] * (size - len(numbers))], np.int32)
