@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -145,7 +144,6 @@ def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None)
         train = sets["T" + str(config.data.sizes[0])].examples
         trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
         dtypes = dict.fromkeys((config.dtype, "float32"))
-        max_new_tokens = max_new_tokens or config.eval.max_new_tokens
 
     bad, several = False, len(jax.devices()) > 1
     mesh = sharding.make_mesh((1, -1, 1)) if several else None
@@ -177,7 +175,7 @@ def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None)
 
 
 def generators(
-    config: Any, model: Llama, variables: Any, max_new_tokens: int, end_ids: tuple
+    config: Any, model: Llama, variables: Any, max_new_tokens: int | None, end_ids: tuple
 ) -> list[Any]:
     """`batching.answers` on every device, all but the prompts and their groups bound."""
     weights = greedy.apart(variables)
@@ -186,7 +184,7 @@ def generators(
             batching.answers,
             model,
             jax.device_put(weights, device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or config.eval.max_new_tokens,
             end_ids=end_ids,
             buckets=tuple(config.eval.buckets),
             batch_tokens=config.eval.batch_tokens,

@@ -34,7 +34,7 @@ def get_config() -> Any:
         "Word Semantics",
         "Sentence Composition",
     )
-    config.toy.unseen = (  # train tasks that nobody trains on, with relatives on which somebody does
+    config.toy.unseen = (  # train tasks that nobody trains on, but on relatives of theirs
         "task003_toy_mood_of_person",
         "task007_toy_mentions_colour",
         "task012_toy_same_person",

@@ -56,7 +56,7 @@ def keep_programs() -> None:
     import jax
 
     folder = cache_folder()
-    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+    if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     info = Path("/proc/cpuinfo")  # a program for a processor may not run on another one
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
