@@ -128,7 +128,7 @@ def test_what_prompts_share_is_read_once(model, monkeypatch):
     watch("read", lambda model, weights, tokens, length: length.tolist(), read)
     watch(
         "admit",
-        lambda m, w, rows, into, starts, tokens, n: n[into < len(starts)].tolist(),
+        lambda m, w, rows, into, starts, tokens, n: n[into < len(rows.count)].tolist(),
         admitted,
     )
     prompts = [stem + (i,) for stem in STEMS[1:] for i in range(8)]
