@@ -113,6 +113,9 @@ def functions(setup: Setup, mesh: Mesh | None = None) -> tuple[Step, optax.Gradi
     return step, optimizer
 
 
+_base = lru_cache(maxsize=16)(counts.base_shapes)  # tracing a model takes longer than the rest
+
+
 @lru_cache(maxsize=64)
 def variables(setup: Setup) -> tuple[Any, Any]:
     """Shapes of {"params": …, "lora": …} in the dtypes of a run, and the mask.
@@ -120,7 +123,7 @@ def variables(setup: Setup) -> tuple[Any, Any]:
     Raises:
       ValueError: a rank below 1, an unknown target, or expressions that `masks.mask` refuses.
     """
-    tree: dict[str, Any] = {"params": counts.base_shapes(setup.config)}
+    tree: dict[str, Any] = {"params": _base(setup.config)}
     if setup.rank is not None:
         tree["lora"] = counts.adapter_shapes(setup.config, setup.rank, setup.targets)
         layers = setup.config.num_hidden_layers
