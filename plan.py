@@ -75,8 +75,8 @@ def run(config: Any, name: str, tokens: int | None = None, compiled: bool = Fals
       compiled: compile the step as well.
     """
     where = target(name)
-    steps = step_count(config)
     shapes = setups(config, where)
+    steps = step_count(config)
     setup = max(shapes, key=lambda one: memory(one).peak)
     longest = max(shapes, key=lambda one: one.length)
     if tokens is not None and not 1 <= tokens <= longest.length:
