@@ -1,0 +1,127 @@
+"""Our side of the benchmarks: training as train.py drives it, and greedy decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.work import LEARNING_RATE, Case
+from jax_lora.model import attention, lora
+from jax_lora.model.config import ATTENTION
+from jax_lora.model.llama import Llama
+from jax_lora.model.products import contract, sliceable
+from jax_lora.training import loop, masks
+from jax_lora.training.step import State, adamw, make_step
+
+
+def variables(case: Case) -> dict[str, Any]:
+    """Random weights and new adapters, a function of the case alone, made on the device."""
+    shapes = jax.eval_shape(
+        Llama(case.config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    )["params"]
+    dtype = jnp.dtype("float32" if case.rank is None else case.dtype)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+
+    def made(x, key):
+        if x.ndim == 1 or x.shape[-2] == case.config.num_hidden_layers:
+            return jnp.ones(x.shape, dtype)  # of a norm
+        return 0.02 * jax.random.normal(key, x.shape, dtype)
+
+    drawn = jax.jit(made, static_argnums=0)
+    base = tree.unflatten([drawn(x, key) for x, key in zip(leaves, keys, strict=True)])
+    if case.rank is None:
+        return {"params": base}
+    adapters = lora.init(jax.random.key(1), case.config, case.rank, alpha=2.0 * case.rank)
+    return {"params": base, "lora": adapters}
+
+
+def model_of(case: Case) -> Llama:
+    """The module, its attention the best that runs here unless the case says which."""
+    kernel = case.attention
+    if kernel == "auto":
+        kernel = attention.best(jax.default_backend(), case.dtype, case.config.head_dim)
+    return Llama(
+        case.config,
+        dtype=jnp.dtype(case.dtype),
+        remat=case.remat,
+        attention=kernel,
+        unroll=min(case.unroll, case.config.num_hidden_layers),
+    )
+
+
+class Trainer:
+    """Training in progress. It gives up the buffers of the adapters it is given."""
+
+    def __init__(self, case: Case, weights: Any, packed: bool = False):
+        rules = masks.FULL if case.rank is None else masks.LORA
+        trainable, frozen = masks.partition(weights, masks.mask(weights, *rules))
+        self.frozen = sliceable(frozen)
+        optimizer = adamw(optax.constant_schedule(LEARNING_RATE))
+        self.functions = make_step(
+            model_of(case),
+            optimizer,
+            seed=0,
+            dropout_rate=0.0 if case.rank is None else case.dropout,
+            packed=packed,
+            contracted=()
+            if case.rank is None
+            else lora.contracted(case.config, case.rank, ATTENTION),
+            loss_chunk=case.loss_chunk,
+        )
+        self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+    def steps(self, batches: Any) -> Iterator[float]:
+        """Take a step for every global batch; yields its loss once it is really done."""
+        for state, report in loop.train(self.state, self.frozen, batches, self.functions):
+            self.state = jax.block_until_ready(state)
+            yield float(report.loss)
+
+    def step(self, micro: Any) -> float:
+        """One step on one micro-batch: its loss."""
+        (loss,) = self.steps([[micro]])
+        return loss
+
+
+def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarray]:
+    """(prompts (B, P), new tokens N) → greedy continuations (B, N) that never end early."""
+    from jax_lora.decoding import batching, greedy
+
+    module, parts = model_of(case), greedy.apart(weights)
+
+    def generate(prompts: np.ndarray, new: int) -> np.ndarray:
+        rows, length = prompts.shape
+        ended = batching.answers(
+            module,
+            parts,
+            prompts,
+            range(rows),
+            max_new_tokens=new,
+            end_ids=(case.config.vocab_size,),
+            buckets=(length,),
+            batch_tokens=rows * length,
+            max_batch=rows,
+        )
+        ids = dict(itertools.chain.from_iterable(ended))
+        return np.stack([ids[i] for i in range(rows)])
+
+    return generate
+
+
+def product(dtype: str, side: int) -> Callable[[], Any]:
+    """A function that multiplies two (side, side) matrices as the model does and waits."""
+    a, b = jax.random.normal(jax.random.key(0), (2, 1, side, side), jnp.dtype(dtype))
+    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0]))
+    return lambda: multiply(a, b).block_until_ready()
+
+
+def peak_bytes() -> int | None:
+    """Most device memory held so far; None on a CPU, whose process tells."""
+    found = jax.devices()[0].memory_stats()
+    return None if found is None else int(found["peak_bytes_in_use"])

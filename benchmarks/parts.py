@@ -1,0 +1,146 @@
+"""Parts of `run.py`: training steps, fresh processes, decoding. Each yields records, plain dicts,
+as soon as they are measured."""
+
+from __future__ import annotations
+
+import importlib
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measure, work
+from benchmarks.work import Case
+
+AGREE = 1e-3  # relative difference of losses up to which two sides did the same work
+# Names that drivers give, by those of `jax_lora.planning.targets`, for their data sheets.
+TARGETS = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "TPU v5 lite": "v5e",
+    "TPU v5p": "v5p",
+}
+Record = dict[str, Any]
+
+
+def device() -> str:
+    """The default device of JAX, in words."""
+    return measure.in_child(_device)
+
+
+def _device() -> str:
+    import jax
+
+    found = jax.devices()[0]
+    return f"{len(jax.devices())} × {found.device_kind} ({found.platform})"
+
+
+# ------------------------------------------------------------------ plain products
+
+
+def products(flags: Namespace, sides: list[str]) -> Record:
+    """How fast square matrices multiply here, operations a second of either framework."""
+    side = {"tiny": 128, "smollm2": 2048, "7b": 8192}[flags.size]
+    record = {"dtype": flags.dtype, "side": side}
+    for name in sides:
+        record[name] = measure.in_child(_product, name, flags.dtype, side)
+    return record
+
+
+def _product(name: str, dtype: str, side: int) -> Record:
+    call = importlib.import_module(f"benchmarks.{name}").product(dtype, side)
+    seconds = measure.median(measure.turns({name: call}, 20)[name])
+    return {"operations_per_second": 2 * side**3 / seconds}
+
+
+# ------------------------------------------------------------------ a training step
+
+
+def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
+    """A training step of every case on both sides."""
+    for case in flags.cases:
+        found = _all(case, flags, sides)
+        record: Record = asdict(case)
+        for side, one in found.items():
+            record[side] = one if "error" in one else _speed(case, side, one, flags)
+        if _measured(found):
+            a, b = (np.array(found[side]["answers"]) for side in ("ours", "theirs"))
+            record["ratio"] = measure.median(found["theirs"]) / measure.median(found["ours"])
+            record["loss_difference"] = float(np.max(np.abs(a - b) / np.abs(b)))
+            record["same_work"] = record["loss_difference"] <= AGREE
+        yield record
+
+
+def _all(case: Case, flags: Namespace, sides: list[str], new_tokens: int = 0) -> dict[str, Record]:
+    # In turns, or each in its own process (--apart).
+    if not flags.apart:
+        return measure.together(case, sides, flags.repeats, new_tokens)
+    return {side: measure.alone(side, case, flags.repeats, new_tokens) for side in sides}
+
+
+def _measured(found: dict[str, Record]) -> bool:
+    return len(found) > 1 and not any("error" in one for one in found.values())
+
+
+def _speed(case: Case, side: str, one: Record, flags: Namespace) -> Record:
+    seconds = measure.median(one)
+    rate = case.tokens / seconds
+    record = {"seconds": seconds, "tokens_per_second": rate}
+    worth, computed = work.operations(case)
+    if flags.peak and case.dtype == "bfloat16":
+        record["mfu"] = worth * rate / flags.peak
+    if side == "ours":
+        record["ceiling_share"] = computed * rate / flags.product_rate
+    return record | _renamed(one, answers="losses")
+
+
+def _renamed(one: Record, answers: str) -> Record:
+    return {answers if key == "answers" else key: value for key, value in one.items()}
+
+
+def data_sheet_rate(kind: str) -> float | None:
+    """Operations a second of a device in bfloat16 by its data sheet; None if it is not known."""
+    from jax_lora.planning.targets import DEVICES
+
+    name = next((target for known, target in TARGETS.items() if known in kind), None)
+    return None if name is None else 1e12 * DEVICES[name].tflops
+
+
+# ------------------------------------------------------------------ fresh processes
+
+
+def startup(flags: Namespace, sides: list[str]) -> Iterator[Record]:
+    """From nothing to the end of the first step, and the peak of memory, side by side."""
+    for case in flags.cases:
+        for side in sides:
+            one = measure.alone(side, case, repeats=2, same_weights=False)
+            if "error" not in one:
+                one = {"seconds": measure.median(one)} | _renamed(one, answers="losses")
+            yield {"side": side} | asdict(case) | one
+
+
+# ------------------------------------------------------------------ decoding
+
+
+def decode(flags: Namespace, sides: list[str]) -> Iterator[Record]:
+    """Greedy continuations of random prompts of one length, which nothing ends early."""
+    for case in (replace(case, rows=rows) for case in flags.cases for rows in flags.batches):
+        found = _all(case, flags, sides, flags.new_tokens)
+        record = asdict(case) | {"new_tokens": flags.new_tokens}
+        for side, one in found.items():
+            tokens = one.pop("answers", None)
+            record[side] = one
+            if tokens is not None:
+                seconds = measure.median(one)
+                rate = case.rows * flags.new_tokens / seconds
+                record[side] = {"seconds": seconds, "new_tokens_per_second": rate} | one
+                one["tokens"] = tokens[-1]
+        if _measured(found):
+            same = found["ours"]["tokens"] == found["theirs"]["tokens"]
+            record["ratio"] = record["theirs"]["seconds"] / record["ours"]["seconds"]
+            record["same_tokens"] = float(np.mean(same))
+        yield record

@@ -1,0 +1,174 @@
+"""What is measured: sizes, random batches, the real task mix, and the operations of a step."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LEARNING_RATE = 1e-4  # of both sides
+REPOSITORY = Path(__file__).resolve().parents[1]
+SLICE = REPOSITORY.parent / "shared" / "data" / "niv2-slice"
+GGUF = REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMES = {"smollm2": "smollm2-135m", "7b": "llama-7b"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step of ours or of a peer.
+
+    Attributes:
+      size: "tiny", "smollm2" or "7b".
+      rank: of adapters on q, k, v and o; None is full fine-tuning.
+      rows, length: of the batch, no padding.
+      loss: on "all" tokens, or on the last eighth of each row, its "answer".
+      layers: in place of the size's own number; 0 keeps it.
+      dtype, remat, dropout: of both sides; attention, unroll, loss_chunk: of ours.
+    """
+
+    size: str = "tiny"
+    rank: int | None = 8
+    rows: int = 8
+    length: int = 128
+    loss: str = "all"
+    layers: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    dropout: float = 0.0
+    attention: str = "auto"
+    unroll: int = 1
+    loss_chunk: int = 256
+
+    @property
+    def config(self) -> Any:
+        """The model's shape, a `LlamaConfig`."""
+        from dataclasses import replace
+
+        from jax_lora.model.config import CONFIGS, LlamaConfig
+
+        if self.size == "tiny":
+            found = LlamaConfig(512, 64, 128, 2, 4, 2, 16, tie_word_embeddings=True)
+        else:
+            found = CONFIGS[NAMES[self.size]]
+        return replace(found, num_hidden_layers=self.layers or found.num_hidden_layers)
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch."""
+        return self.rows * self.length
+
+
+class Micro(NamedTuple):
+    """A micro-batch as `jax_lora.training.step` has it, here without importing JAX."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    example: np.ndarray
+
+
+def batch(case: Case, seed: int = 0) -> Micro:
+    """A micro-batch of random tokens, numpy arrays, which is the whole global batch."""
+    shape = (case.rows, case.length)
+    tokens = np.random.default_rng(seed).integers(0, case.config.vocab_size, shape, np.int32)
+    mask = np.zeros(shape, bool)
+    mask[:, 1 if case.loss == "all" else -max(1, case.length // 8) :] = True
+    example = np.broadcast_to(np.arange(case.rows, dtype=np.int32)[:, None], shape)
+    return Micro(tokens, mask, np.ascontiguousarray(example))
+
+
+# ------------------------------------------------------------------ real tasks
+
+
+class Words:
+    """A tokenizer for want of one: every word is a token. It suffices to measure speed."""
+
+    eos_token_id = 0
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        words = text.replace("\n", " \n ").split(" ")
+        ids = [1 + zlib.crc32(word.encode()) % (self.vocabulary - 1) for word in words if word]
+        return SimpleNamespace(input_ids=ids)
+
+
+def task_rows(case: Case, count: int) -> tuple[list[Any], str]:
+    """`count` training rows of the task mix, drawn at random, and where they come from.
+
+    Tasks are those of ../shared/data/niv2-slice, tokens SmolLM2's; toy tasks where the slice is
+    missing or the model tiny, words where the GGUF file is (`make base`).
+    """
+    from jax_lora.data.instructions import read_checkout
+    from jax_lora.data.prompts import Encoder
+    from jax_lora.data.tasksets import draw
+    from jax_lora.data.toy import write_checkout
+
+    real = case.size != "tiny" and SLICE.is_dir()
+    tokenizer: Any = Words(case.config.vocab_size)
+    if case.size != "tiny" and GGUF.is_file():
+        from jax_lora.weights.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(GGUF)
+    encoder = Encoder(tokenizer, "alpaca", 320, 64)  # lengths: those of configs/smollm2.py
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = read_checkout(SLICE if real else write_checkout(folder))
+        trained = len(checkout.train)
+        sets = draw(checkout, 0, sizes=(trained - 2, trained - 1, trained))
+        examples = list(sets["Tall"].examples)
+    random.Random(0).shuffle(examples)
+    source = f"{'Natural Instructions slice' if real else 'toy tasks'}, {trained} tasks"
+    rows = [encoder.training_row(example) for example in examples[:count]]
+    return rows, f"{source}, {'words' if isinstance(tokenizer, Words) else 'SmolLM2 tokens'}"
+
+
+def made_up_rows(case: Case, count: int) -> list[Any]:
+    """Rows of random lengths up to 384, log-normal about 190 as the slice's, and random tokens."""
+    from jax_lora.data.prompts import Row
+
+    dice = np.random.default_rng(0)
+    lengths = np.clip(dice.lognormal(5.25, 0.45, count).astype(int), 16, 384)
+    return [
+        Row(dice.integers(1, case.config.vocab_size, n, np.int32), n - n // 8, "", False)
+        for n in lengths
+    ]
+
+
+# ------------------------------------------------------------------ operations
+
+
+def operations(case: Case) -> tuple[float, float]:
+    """Multiplications and additions of matrix products a token: what the step is worth (forward
+    and backward), and what it computes with all that it computes again."""
+    from jax_lora.model import lora
+    from jax_lora.model.config import ATTENTION
+    from jax_lora.planning.operations import operations as count
+    from jax_lora.planning.setup import Setup
+    from jax_lora.training import masks
+
+    rules = masks.FULL if case.rank is None else masks.LORA
+    contracted = () if case.rank is None else lora.contracted(case.config, case.rank, ATTENTION)
+    setup = Setup(
+        case.config,
+        case.rank,
+        rows=case.rows,
+        length=case.length,
+        batch_rows=case.rows,
+        contracted=contracted,
+        trainable=rules[0],
+        frozen=rules[1],
+        dtype=case.dtype,
+        remat=case.remat,
+        attention=case.attention,
+        loss_chunk=case.loss_chunk,
+        dropout=case.dropout,
+        loss_share=float(np.mean(batch(case).loss_mask)),
+    )
+    parts = count(setup).values()
+    return sum(p.forward + p.backward for p in parts), sum(p.total for p in parts)

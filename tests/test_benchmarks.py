@@ -1,0 +1,126 @@
+"""benchmarks/run.py at its smallest: what it counts and compares, never how fast it was."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import curves, epoch, parts, report, run, work
+
+pytestmark = pytest.mark.parity  # it takes half a minute
+
+TINY = ["--size=tiny", "--ranks=2", "--loss=answer", "--repeats=1", "--examples=12"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    run.main([*TINY, f"--out={folder}"])
+    return json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
+
+
+def test_every_part_has_results_and_a_table(found):
+    records, text = found
+    for part in ("products", "step", "epoch", "startup", "curves"):
+        assert records[part] and f"## {report.TITLES[part]}\n" in text
+    assert {"jax", "flax", "optax"} <= records["versions"].keys()
+    assert " ".join(TINY) in records["command"] and records["command"] in text
+
+
+def test_a_step_is_its_tokens_in_its_seconds(found):
+    (record,) = found[0]["step"]
+    ours = record["ours"]
+    assert ours["tokens_per_second"] * ours["seconds"] == pytest.approx(2 * 32)
+    assert ours["losses"] == sorted(ours["losses"], reverse=True)  # it trains, on one batch
+    assert ours["losses"][0] == pytest.approx(math.log(512), abs=0.3)
+
+
+def test_padding_of_an_epoch_is_counted(found):
+    rows, _ = work.task_rows(work.Case(), 12)
+    real = sum(len(row.ids) for row in rows)
+    packed, buckets = found[0]["epoch"]
+    for record in (packed, buckets):
+        assert record["real_tokens"] == real
+        assert record["padding"] == pytest.approx(1 - real / record["computed_tokens"])
+        assert record["real_tokens_per_second"] * record["seconds"] == pytest.approx(real)
+    longest = max(epoch.OURS["packed"][0])
+    assert real <= packed["computed_tokens"] and packed["computed_tokens"] % longest == 0
+    assert real <= buckets["computed_tokens"]
+
+
+def test_a_fresh_process_is_timed_from_its_start(found):
+    (record,) = found[0]["startup"]
+    parts_of_it = (record[f"{name}_seconds"] for name in ("import", "build", "first"))
+    assert record["start_seconds"] == pytest.approx(sum(parts_of_it))
+    assert record["peak_bytes"] > 50e6  # JAX alone is more
+
+
+def test_curves_change_one_size_at_a_time(found):
+    axes = {record["axis"] for record in found[0]["curves"]}
+    assert axes == {*curves.VALUES["tiny"], "examples"}
+    packed = found[0]["curves"][-1]  # 200 made-up rows, in rows of 384
+    computed = packed["tokens_per_second"] * packed["seconds"] / (1 - packed["padding"])
+    assert 0 <= packed["padding"] and computed / 384 == pytest.approx(round(computed / 384))
+
+
+def test_an_interruption_loses_nothing(tmp_path, monkeypatch):
+    def broken(flags, sides):
+        yield {"ratio": 2.0, "theirs": {"peak_bytes": 3 * 10**9}}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(run.PARTS, "step", broken)
+    monkeypatch.setattr(parts, "device", lambda: "a device")
+    monkeypatch.setattr(parts, "products", lambda *_: {"ours": {"operations_per_second": 1.0}})
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*TINY, "--parts=step", f"--out={tmp_path}"])
+    (record,) = json.loads((tmp_path / "results.json").read_text())["step"]
+    assert record["ratio"] == 2.0
+    assert "| 2 | 3.00 GB |" in (tmp_path / "results.md").read_text()
+
+
+def test_what_all_rows_share_stands_above_the_table():
+    text = report.table([{"rank": None, "rows": 8, "all_seconds": [1]}, {"rank": 4, "rows": 8}])
+    assert text == "rows 8\n\n| rank |\n| ---: |\n| full |\n| 4 |\n"
+
+
+@pytest.mark.parametrize(
+    "flag", ["--ranks=many", "--shapes=8", "--parts=steps", "--shapes=0x4", "--batches=x"]
+)
+def test_a_wrong_flag_is_named(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        run.parse([*TINY, flag])
+    assert end.value.code == 2
+    name, _, value = flag.partition("=")
+    assert f"error: {name}: found {value!r}, expected" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- beside the peer
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("rank", [2, None])
+def test_both_sides_do_the_same_work(rank):
+    pytest.importorskip("peft")
+    from benchmarks import measure
+
+    both = measure.together(work.Case(rank=rank, rows=2, length=16), ["ours", "theirs"], 1)
+    ours, theirs = (both[side]["answers"] for side in ("ours", "theirs"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert ours[2] < ours[0]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_their_batches_hold_every_row_once(grouped):
+    pytest.importorskip("peft")
+    from benchmarks import theirs
+
+    rows, _ = work.task_rows(work.Case(), 20)
+    batches = list(theirs.batches(rows, 8, 4, grouped=grouped, answer_only=True))
+    micros = [micro for batch in batches for micro in batch]
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    held = [m.tokens[i][m.real[i] == 1].tolist() for m in micros for i in range(len(m.tokens))]
+    assert sorted(held) == sorted(row.ids.tolist() for row in rows)
+    assert all(micro.real.sum(1).max() == micro.tokens.shape[1] for micro in micros)
+    loss_tokens = sum(int((micro.labels != theirs.IGNORED).sum()) for micro in micros)
+    assert loss_tokens == sum(len(row.ids) - row.prompt_length for row in rows)
