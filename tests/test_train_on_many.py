@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -95,9 +94,11 @@ def test_two_processes_stop_together_and_one_device_goes_on(train, one, tmp_path
         address = f"127.0.0.1:{free.getsockname()[1]}"
     many = (f"--coordinator={address}", "--processes=2")
     both = [start(train(workdir, *many, f"--process={i}"), devices=4) for i in (0, 1)]
-    while not (workdir / "metrics.jsonl").is_file() or len(lines(workdir)) < 2:
-        assert all(process.poll() is None for process in both), both[0].communicate()
-        time.sleep(0.01)
+    seen = ""
+    while f" 2/{STEPS} " not in seen:  # its bar
+        letter = both[0].stderr.read(1)
+        assert letter, seen
+        seen += letter
     both[1].send_signal(signal.SIGTERM)
     said = [process.communicate() for process in both]
     for (_, stderr), process in zip(said, both, strict=True):
