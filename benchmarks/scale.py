@@ -50,8 +50,10 @@ def setup(model: str, rank: int | None, kind: str, **fields: Any) -> Setup:
         fields = {"trainable": masks.FULL[0], "frozen": masks.FULL[1], "dropout": 0.0} | fields
     elif fields.pop("contract", True):
         fields = {"contracted": lora.contracted(config, rank, ATTENTION)} | fields
-    kernel = attention.best(DEVICES[kind].platform, "bfloat16", config.head_dim)
-    return Setup(config, rank, **({"attention": kernel} | fields))
+    if "attention" not in fields:
+        best = attention.best(DEVICES[kind].platform, "bfloat16", config.head_dim)
+        fields = fields | {"attention": best}
+    return Setup(config, rank, **fields)
 
 
 def wanted() -> Iterator[dict[str, Any]]:
