@@ -133,6 +133,7 @@ def read_run(workdir: Path) -> tuple[dict, Any]:
 def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None) -> None:
     """Print what changes when answers and updates are batched otherwise; exit code 1 if any
     answer in float32 does, or an update by more than rounding."""
+    logging.set_verbosity(logging.WARNING)
     with cli.input_errors():
         _, config = read_run(workdir)
         sets = inputs.task_sets(*cli.data_options(config))

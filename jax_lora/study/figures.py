@@ -304,7 +304,8 @@ def _line(
     spread = rows[f"{metric}_std"].to_numpy(float)
     axis.plot(at, mean, **look)
     if band:
-        axis.fill_between(at, mean - spread, mean + spread, color=look["color"], alpha=0.13, lw=0)
+        low, high = np.clip((mean - spread, mean + spread), 0, 100)  # percentages
+        axis.fill_between(at, low, high, color=look["color"], alpha=0.13, lw=0)
     else:
         axis.errorbar(at, mean, spread, ls="", elinewidth=0.8, capsize=1.5, color=look["color"])
     _hollow(axis, at, rows, metric, look)
@@ -327,7 +328,8 @@ def _against_rank(axis: Axes, rows: Frame, metric: str, look: Mapping[str, Any])
     for mean, spread in zip(full[metric], full[f"{metric}_std"], strict=True):
         axis.axhline(mean, color=look["color"], ls="--", lw=1, label="_full")
         if not np.isnan(spread):
-            axis.axhspan(mean - spread, mean + spread, color=look["color"], alpha=0.08, lw=0)
+            low, high = max(mean - spread, 0), min(mean + spread, 100)
+            axis.axhspan(low, high, color=look["color"], alpha=0.08, lw=0)
     at_right = np.full(len(full), 0.98)
     _hollow(axis, at_right, full, metric, look, transform=axis.get_yaxis_transform())
 
