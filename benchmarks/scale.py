@@ -171,8 +171,9 @@ float32, layers are computed again in the backward pass (`remat="full"`); LoRA i
 with A·B formed once a step where that is cheaper. A card counts with 95% of its memory. The batch
 has 128 rows, so there is nothing above 128 devices.
 
-On a TPU (?) the formula is not confirmed and probably too low: the one row that its compiler judged, LLaMA-7B at rank 16 on
-a single v5e, it refused at 16.6 of 15.75 GiB, where the formula has 13.7.
+On a TPU (?) the formula is not confirmed and probably too low: the one row that its compiler
+judged, LLaMA-7B at rank 16 on a single v5e, it refused at 16.6 of 15.75 GiB, where the formula
+has 13.7.
 """
 COMPILED = """
 ## What the compilers say
