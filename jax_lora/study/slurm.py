@@ -27,7 +27,7 @@ def script(command: Sequence[str], workers: int, options: Sequence[str], folder:
             raise ValueError(f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1")
     own = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
     own += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
-    lines = [f"#SBATCH {option}" for option in [*own, *options]]
+    lines = [f"#SBATCH {shlex.quote(option)}" for option in [*own, *options]]
     # exec: the signals of SLURM reach the worker itself.
     return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(command)}", ""])
 

@@ -64,8 +64,8 @@ def cluster(tmp_path_factory, monkeypatch) -> Iterator[None]:
     if os.geteuid():
         pytest.skip("a SLURM of the test's own needs root")
     # munged wants a place that only its user can write to, all the way up.
-    folder = Path("/run") / tmp_path_factory.mktemp("slurm").parent.name / str(os.getpid())
-    folder.mkdir(parents=True)
+    folder = Path("/run") / f"jax_lora-{os.getpid()}-{tmp_path_factory.mktemp('slurm').name}"
+    folder.mkdir()
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     (folder / "key").write_bytes(os.urandom(64))
@@ -85,7 +85,9 @@ def cluster(tmp_path_factory, monkeypatch) -> Iterator[None]:
         for name in ("slurmd", "slurmctld", "munge"):
             pid = folder / f"{name}.pid"
             if pid.is_file():
-                os.kill(int(pid.read_text()), signal.SIGTERM)
+                number = pid.read_text().strip()
+                os.kill(int(number), signal.SIGTERM)
+                subprocess.run(["tail", f"--pid={number}", "-f", "/dev/null"], timeout=30)
         shutil.rmtree(folder)
 
 
