@@ -43,14 +43,15 @@ test: $(VENV)/test/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/2] tests"
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/test/bin/python -m pytest $(TESTS) -m "not parity" \
-		-n 2 --dist loadfile
+		-n 2 --dist loadfile --no-loadscope-reorder
 
 parity: $(VENV)/parity/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/3] recorded values, made again"
 	@$(VENV)/parity/bin/python tests/record.py --check
 	@echo "[3/3] parity tests"
-	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity -n 2 --dist loadfile
+	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity -n 2 --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(VENV)/lint/ready
 	@echo "[2/4] ruff check"

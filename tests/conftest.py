@@ -24,6 +24,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 LEDGER = pytest.StashKey[Ledger]()
+# Files of minutes. They begin first, or one worker would be at the last of them alone.
+LONG = (
+    "test_killed_runs.py",
+    "test_many_devices.py",
+    "test_train_on_many.py",
+    "test_study.py",
+    "test_scripts.py",
+    "test_step.py",
+    "test_benchmarks.py",
+)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +122,7 @@ def promise(request) -> Callable[[str, float, float], None]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose: the ledger knows of all promises
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     promising = [item for item in items if "promise" in item.fixturenames]
     if config.option.markexpr == "parity":
         for item in promising:  # those that need no torch are in the table too
