@@ -53,6 +53,7 @@ if __name__ == "__main__":  # study.py, which imports this file, has flags of it
 
 
 def main(_):
+    cli.keep_memory()
     cli.keep_programs()
     with cli.input_errors():
         if not _WORKDIR.value:

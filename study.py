@@ -60,6 +60,7 @@ _SBATCH = flags.DEFINE_multi_string("sbatch", [], "an option for the job array: 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    cli.keep_memory()
     cli.keep_programs()
     with cli.input_errors():
         # -------------------------------------------------------------- input, before any compute

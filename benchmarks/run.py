@@ -28,6 +28,7 @@ from benchmarks import parts, work
 from benchmarks.curves import curves
 from benchmarks.epoch import epoch
 from benchmarks.report import Results
+from jax_lora import cli
 
 PARTS = {
     "step": parts.step,
@@ -134,6 +135,7 @@ def _shape(text: str) -> tuple[int, int]:
 def main(argv: list[str]) -> None:
     """Measure what the flags say."""
     flags = parse(argv)
+    cli.keep_memory()  # as our scripts do; PyTorch's side, in the same process, gains as much
     # JAX and PyTorch share the device where sides take turns.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = parts.device()

@@ -17,17 +17,50 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.model.products import contract
 
 
+@jax.custom_vjp
 def softmax_mix(
     q: Float[Array, "B K G T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     visible: Bool[Array, "#B T S"],
 ) -> Float[Array, "B K G T H"]:
-    """Attention with an explicit mask, the scores of all pairs in memory."""
+    """Attention with an explicit mask, the scores of all pairs in memory.
+
+    What is divided by the softmax's sum is the result, which has H columns, not S. The backward
+    pass makes the scores anew, and takes the sum over S that the softmax's gradient needs over H
+    (Dao et al. 2022, arXiv:2205.14135, section B.4): a long row leaves no T × S array behind.
+    """
+    return _mix(q, k, v, visible)[0]
+
+
+def _odds(q, k, visible):
+    # exp(score - the row's highest), (B, K, G, T, S) float32
     scores = contract("bkgth,bksh->bkgts", jnp.float32, q, k) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return contract("bkgts,bksh->bkgth", q.dtype, weights, v)
+    return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+
+
+def _mix(q, k, v, visible):
+    odds = _odds(q, k, visible)
+    total = odds.sum(axis=-1, keepdims=True)
+    mixed = contract("bkgts,bksh->bkgth", jnp.float32, odds.astype(q.dtype), v) / total
+    return mixed.astype(q.dtype), (q, k, v, visible, total, mixed)
+
+
+def _unmix(saved, g):
+    q, k, v, visible, total, mixed = saved
+    odds, g = _odds(q, k, visible), g.astype(jnp.float32) / total
+    inner = jnp.sum(g * mixed, axis=-1, keepdims=True)
+    g = g.astype(q.dtype)
+    dv = contract("bkgts,bkgth->bksh", v.dtype, odds.astype(q.dtype), g)
+    ds = odds * (contract("bkgth,bksh->bkgts", jnp.float32, g, v) - inner) * q.shape[-1] ** -0.5
+    ds = ds.astype(q.dtype)
+    dq = contract("bkgts,bksh->bkgth", q.dtype, ds, k)
+    dk = contract("bkgts,bkgth->bksh", k.dtype, ds, q)
+    return dq, dk, dv, None
+
+
+softmax_mix.defvjp(_mix, _unmix)
 
 
 def xla(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> Array:

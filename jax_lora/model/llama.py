@@ -127,10 +127,21 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return scale.astype(x.dtype) * wide.astype(x.dtype)
+        return _normed(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+
+
+# What is cheap is computed again in the backward pass, whatever the policy: to keep it would cost
+# more memory traffic than to make it.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _normed(x: Array, scale: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * wide.astype(x.dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _swiglu(gate: Array, up: Array) -> Array:
+    return nn.silu(gate) * up
 
 
 class Attention(nn.Module):
@@ -177,9 +188,8 @@ class MLP(nn.Module):
         dense = partial(Dense, use_bias=c.mlp_bias, settle=self.settle)
         gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
         up = dense("up_proj", c.intermediate_size, name="up_proj")(x, layer, dropout)
-        return dense("down_proj", c.hidden_size, name="down_proj")(
-            nn.silu(gate) * up, layer, dropout
-        )
+        down = dense("down_proj", c.hidden_size, name="down_proj")
+        return down(_swiglu(gate, up), layer, dropout)
 
 
 def _settled(x: Array, cut: bool) -> Array:

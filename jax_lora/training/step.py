@@ -134,8 +134,8 @@ def token_losses(
     """Sum of weights · cross-entropy, the logits made `chunk` positions at a time.
 
     Positions that count come first and chunks without any are skipped, so the vocabulary
-    product is paid for the loss tokens only (answers are a tenth of a prompt). Recomputed in the
-    backward pass: the logits of one chunk are all that ever exists.
+    product is paid for the loss tokens only (answers are a tenth of a prompt). The gradient is
+    made with the loss, chunk by chunk: the logits of one chunk are all that ever exists.
 
     Args:
       groups: positions are sorted within so many equal parts of the batch, one for each device
@@ -154,22 +154,73 @@ def token_losses(
         return x.reshape(groups, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     order = jnp.argsort(weights.reshape(groups, count) == 0, axis=1, stable=True)
+    parts = tuple(split(x, order) for x in (hidden, targets, weights))
+    names = ("norm", "embed_tokens" if model.config.tie_word_embeddings else "lm_head")
+    head = {"params": {name: variables["params"][name] for name in names}}
+    return _summed(model, head, *parts)
 
-    def losses(h, target, weight):
-        h = model.settle(h.reshape(groups, size, d), False)
-        logits = model.settle(model.apply(variables, h, method="head"), True)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        return jnp.sum(each * weight)
 
-    # Checkpointed as a whole: a cond differentiated inside the scan would save a copy of the
-    # vocabulary's weights for every chunk.
-    @jax.checkpoint
+def _losses(logits: Array, target: Array, weight: Array) -> tuple[Array, Array]:
+    # The sum of weight · cross-entropy, and its gradient by the logits.
+    highest = logits.max(axis=-1, keepdims=True)
+    odds = jnp.exp(logits - highest)
+    total = odds.sum(axis=-1, keepdims=True)
+    label = jnp.take_along_axis(logits, target[..., None], axis=-1)
+    losses = (jnp.log(total) + highest - label)[..., 0]
+    hit = jnp.arange(logits.shape[-1]) == target[..., None]
+    return jnp.sum(losses * weight), (odds / total - hit) * weight[..., None]
+
+
+def _logits(model: Llama, head: Any, h: Array) -> Array:
+    return model.settle(model.apply(head, model.settle(h, False), method="head"), True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(model: Llama, head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
+    """Sum of the losses of all chunks, (chunks, groups, size, …) each."""
+
     def body(total, part):
-        skip = lambda *_: jnp.zeros((), jnp.float32)  # noqa: E731
-        return total + jax.lax.cond(jnp.any(part[2] > 0), losses, skip, *part), None
+        def add(h, target, weight):
+            return total + _losses(_logits(model, head, h), target, weight)[0]
 
-    parts = (split(hidden, order), split(targets, order), split(weights, order))
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
+        return jax.lax.cond(jnp.any(part[2] > 0), add, lambda *_: total, *part), None
+
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
+
+
+def _summed_forward(model, head, hidden, targets, weights):
+    # Whoever differentiates gets the gradient with the loss, while a chunk's logits are there: made
+    # again in the backward pass they would cost a third product with the vocabulary. What is
+    # frozen in the head has no gradient to be summed.
+    leaves, tree = jax.tree.flatten(head)
+    trained = {i: leaf.value for i, leaf in enumerate(leaves) if leaf.perturbed}
+
+    def logits(trained, h):
+        found = [trained.get(i, leaf.value) for i, leaf in enumerate(leaves)]
+        return _logits(model, tree.unflatten(found), h)
+
+    def body(carry, part):
+        def add(h, target, weight):
+            made, pull = jax.vjp(logits, trained, h)
+            loss, slope = _losses(made, target, weight)
+            dtrained, dh = pull(slope)
+            return jax.tree.map(jnp.add, carry, (loss, dtrained)), dh
+
+        skip = lambda h, *_: (carry, jnp.zeros_like(h))  # noqa: E731
+        return jax.lax.cond(jnp.any(part[2] > 0), add, skip, *part)
+
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
+    parts = (hidden.value, targets.value, weights.value)
+    (total, dtrained), dh = jax.lax.scan(body, start, parts)
+    return total, (tree.unflatten([dtrained.get(i) for i in range(len(leaves))]), dh)
+
+
+def _summed_backward(model, saved, g):
+    head, hidden = jax.tree.map(lambda x: (g * x).astype(x.dtype), saved)
+    return head, hidden, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 
 def loss_sum(
@@ -249,11 +300,12 @@ def make_step(
         if contracted:
             formed = lora.with_deltas(variables["lora"], working["deltas"])
             variables = {**variables, "lora": formed}
+        # The share of each token in the loss, so that a bfloat16 gradient is rounded but once.
+        micro = micro._replace(loss_mask=micro.loss_mask.astype(jnp.float32) / weight)
         chunk = loss_chunk * groups
-        total = loss_sum(
+        return loss_sum(
             model, variables, micro, dropout, packed=packed, chunk=chunk, groups=groups
         )
-        return total / weight
 
     compiled_deltas = jax.jit(lambda trainable, frozen: kept(deltas(trainable, frozen)))
 
