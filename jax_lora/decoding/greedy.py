@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from jax_lora.model.cache import Cache
 from jax_lora.model.llama import Block, Llama, Place
-from jax_lora.model.products import sliceable, values
+from jax_lora.model.products import on_cpu, sliceable, values
 from jax_lora.model.rope import rope_tables
 
 Caches = tuple[tuple[Array, Array], ...]  # k (B, K, H, S) and v (B, K, S, H) of every layer
@@ -47,13 +47,20 @@ class Rows(NamedTuple):
 @jax.jit
 def apart(variables: Any) -> Weights:
     """{"params": base} and perhaps "lora", each layer's part of the stacks in arrays of its own:
-    slices inside the loop would copy the whole model once a token."""
+    slices inside the loop would copy the whole model once a token. On a CPU kernels lie across."""
+
+    def laid(tree: Any) -> Any:
+        if not on_cpu():
+            return tree
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.T if path[-1].key == "kernel" else x, tree
+        )
 
     def layer(i: int) -> Any:
         stacks = {name: sliceable(tree["layers"]) for name, tree in variables.items()}
-        return jax.tree.map(lambda x: values(x[i]), stacks)
+        return laid(jax.tree.map(lambda x: values(x[i]), stacks))
 
-    outside = {k: v for k, v in variables["params"].items() if k != "layers"}
+    outside = laid({k: v for k, v in variables["params"].items() if k != "layers"})
     depth = len(variables["params"]["layers"]["input_layernorm"]["scale"])
     return Weights({"params": outside}, tuple(layer(i) for i in range(depth)))
 
@@ -197,7 +204,7 @@ def _extend(
     model: Llama, weights: Weights, caches: Caches, starts: Array, rope: Any, tokens: Array
 ) -> tuple[Array, Caches]:
     """The states (B, T, D) of tokens whose first stands at `starts` (B,), and the caches after."""
-    place, block = Place(rope, None), Block(model.config)
+    place, block = Place(rope, None), Block(model.config, across=on_cpu())
     x, grown = model.apply(weights.outside, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
         x, kv = block.apply(weights.layers[i], x, i, place, Cache(k, v, starts), None)
@@ -206,7 +213,7 @@ def _extend(
 
 
 def _most_likely(model: Llama, weights: Weights, hidden: Array) -> Array:
-    logits = model.apply(weights.outside, hidden, method="head")
+    logits = model.clone(across=on_cpu()).apply(weights.outside, hidden, method="head")
     return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
 

@@ -26,7 +26,7 @@ from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
 from jax_lora.model.cache import Cache
 from jax_lora.model.config import LINEAR, LlamaConfig
-from jax_lora.model.products import contract, values
+from jax_lora.model.products import contract, contract_across, values
 from jax_lora.model.rope import rope_tables, rotate
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
@@ -60,19 +60,27 @@ class Dense(nn.Module):
     DoRA (Liu et al. 2024, arXiv:2402.09353), where it has `m`: g ⊙ (x W + s · dropout(x) A B)
     with g = m / ‖W + s A B‖, a norm an output, taken as a constant; like PEFT, the correction
     (g - 1) x W goes through the same dropout and the bias stays outside.
+
+    `across`: the kernel lies (out, in), see `contract_across`.
     """
 
     name_in_block: str
     features: int
     use_bias: bool
     settle: Settle
+    across: bool = False
 
     @nn.compact
     def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
         back = self.name_in_block in ("o_proj", "down_proj")  # to D; the others leave it
         x = self.settle(x, back)
-        kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
-        y = base = checkpoint_name(contract("btd,df->btf", x.dtype, x, kernel), "product")
+        if self.across:
+            kernel = self.param("kernel", _INIT, (self.features, x.shape[-1]))
+            y = base = contract_across(x.dtype, x, kernel)
+            kernel = kernel.T
+        else:
+            kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
+            y = base = checkpoint_name(contract("btd,df->btf", x.dtype, x, kernel), "product")
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
@@ -150,13 +158,16 @@ class Attention(nn.Module):
     config: LlamaConfig
     kernel: str | Kernel
     settle: Settle
+    across: bool
 
     @nn.compact
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        dense = partial(Dense, use_bias=c.attention_bias, settle=self.settle)
+        dense = partial(
+            Dense, use_bias=c.attention_bias, settle=self.settle, across=self.across
+        )
 
         def project(name: str, features: int, y: Array) -> Any:
             return dense(name, features, name=name)(y, layer, dropout)
@@ -181,11 +192,12 @@ class MLP(nn.Module):
 
     config: LlamaConfig
     settle: Settle
+    across: bool
 
     @nn.compact
     def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
         c = self.config
-        dense = partial(Dense, use_bias=c.mlp_bias, settle=self.settle)
+        dense = partial(Dense, use_bias=c.mlp_bias, settle=self.settle, across=self.across)
         gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
         up = dense("up_proj", c.intermediate_size, name="up_proj")(x, layer, dropout)
         down = dense("down_proj", c.hidden_size, name="down_proj")
@@ -199,23 +211,23 @@ def _settled(x: Array, cut: bool) -> Array:
 class Block(nn.Module):
     """One layer: the states after it, and its cache's arrays, grown, or None without a cache.
 
-    `layer` is its number.
+    `layer` is its number; `across`: all kernels lie (out, in).
     """
 
     config: LlamaConfig
     attention: str | Kernel = "xla"
     settle: Settle = _settled
+    across: bool = False
 
     @nn.compact
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attended, grown = Attention(c, self.attention, self.settle, name="self_attn")(
-            normed, layer, place, cache, dropout
-        )
+        attend = Attention(c, self.attention, self.settle, self.across, name="self_attn")
+        attended, grown = attend(normed, layer, place, cache, dropout)
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        x = x + MLP(c, self.settle, name="mlp")(normed, layer, dropout)
+        x = x + MLP(c, self.settle, self.across, name="mlp")(normed, layer, dropout)
         return x, grown
 
 
@@ -239,6 +251,7 @@ class Llama(nn.Module):
       attention: the kernel of prefill and training, among `attention.KERNELS`; or one itself.
       unroll: layers a step of the scan; more compiles longer and, on a CPU, runs faster.
       settle: where activations lie on many devices, see `jax_lora.sharding.Activations`.
+      across: the head's kernel lies (V, D), see `contract_across`; for decoding.
     """
 
     config: LlamaConfig
@@ -247,6 +260,7 @@ class Llama(nn.Module):
     attention: str | Kernel = "xla"
     unroll: int = 1
     settle: Settle = _settled
+    across: bool = False
 
     if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
 
@@ -273,7 +287,7 @@ class Llama(nn.Module):
         )(c, self.attention, self.settle)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = _Head(c.vocab_size)
+            self.lm_head = _Head(c.vocab_size, self.across)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""
@@ -304,9 +318,11 @@ class Llama(nn.Module):
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the final norm and the vocabulary product."""
         hidden = self.norm(hidden)
-        if self.config.tie_word_embeddings:
-            return contract("btd,vd->btv", jnp.float32, hidden, self.embed_tokens.embedding)
-        return self.lm_head(hidden)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        if self.across:
+            return contract_across(jnp.float32, hidden, self.embed_tokens.embedding)
+        return contract("btd,vd->btv", jnp.float32, hidden, self.embed_tokens.embedding)
 
     def __call__(
         self, tokens: Int[Array, "B T"], dropout: Dropout | None = None
@@ -317,8 +333,12 @@ class Llama(nn.Module):
 
 class _Head(nn.Module):
     vocab_size: int
+    across: bool
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
+        if self.across:
+            kernel = self.param("kernel", _INIT, (self.vocab_size, hidden.shape[-1]))
+            return contract_across(jnp.float32, hidden, kernel)
         kernel = self.param("kernel", _INIT, (hidden.shape[-1], self.vocab_size))
         return contract("btd,dv->btv", jnp.float32, hidden, kernel)

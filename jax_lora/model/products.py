@@ -44,6 +44,16 @@ def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
     return product
 
 
+def contract_across(dtype: Any, x: Array, w: Array) -> Array:
+    """x (B, T, in) by w (out, in): the product of few rows with a large kernel, for decoding.
+
+    XLA's CPU compiler rearranges the right operand of a product before it multiplies. With the
+    kernel on the left that is the few rows; it is read once, in the order in which it lies. Has
+    JAX's own gradient, see `contract`.
+    """
+    return _einsum("fd,btd->fbt", w.astype(x.dtype), x, dtype).transpose(1, 2, 0)
+
+
 def values(kernel: Array) -> Array:
     """The numbers of a kernel that `sliceable` may have turned into bits."""
     if kernel.dtype == jnp.uint16:
