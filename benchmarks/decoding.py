@@ -2,10 +2,11 @@
 
     python benchmarks/decoding.py --peer=hf
 
-`fixed`: prompts of one length whose answers never end early. `mix`: the test tasks of
-../shared/data/niv2-slice through the project's own reader and template; an answer ends where the
-model ends it. The peer answers its batches sorted by length, padded on the left, with its cache
-and sdpa attention. Sides take turns; the first call of each, which compiles, does not count.
+The prompts are those of the test tasks of ../shared/data/niv2-slice, through the project's own
+reader and template; an answer ends where the model ends it. (`run.py --parts=decode` measures
+prompts of one length whose answers never end early.) The peer answers its batches sorted by
+length, padded on the left, with its cache and sdpa attention. Sides take turns; the first call of
+each, which compiles, does not count.
 Results are in FOLDER/decoding.json and, as a table, in FOLDER/decoding.md.
 """
 
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora import cli
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder
 from jax_lora.decoding import batching, greedy
@@ -40,20 +42,13 @@ Answers = list[list[int]]
 
 @dataclass(frozen=True)
 class Work:
-    """Prompts, the task of each, and what ends an answer: `new_tokens`, and the id `end`, -1 for
-    none."""
+    """Prompts, the task of each, and what ends an answer: `new_tokens`, and the id `end`."""
 
     name: str
     prompts: list[list[int]]
     tasks: list[str]
     new_tokens: int
     end: int
-
-
-def fixed(rows: int, length: int, new_tokens: int, vocabulary: int) -> Work:
-    """Random prompts that have nothing in common."""
-    ids = np.random.default_rng(0).integers(3, vocabulary, (rows, length)).tolist()
-    return Work(f"fixed, {rows} prompts of {length}", ids, [""] * rows, new_tokens, -1)
 
 
 def mix(tokenizer: Any, data: Path, per_task: int, new_tokens: int) -> Work:
@@ -90,7 +85,7 @@ def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
         ids = dict(itertools.chain.from_iterable(ended))
         return [ids[i].tolist() for i in range(len(work.prompts))]
 
-    return answer, config.vocab_size
+    return answer
 
 
 def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
@@ -122,7 +117,7 @@ def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
                 generation_config=transformers.GenerationConfig(
                     do_sample=False,
                     max_new_tokens=work.new_tokens,
-                    eos_token_id=None if work.end < 0 else work.end,
+                    eos_token_id=work.end,
                     pad_token_id=0,
                 ),
             )
@@ -185,30 +180,24 @@ def main(argv: Sequence[str]) -> None:
     flag("--model", default=str(REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
     flag("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "niv2-slice")
     flag("--dtype", default="float32", choices=("float32", "bfloat16"))
-    flag("--works", default="fixed,mix", help="fixed, mix or both")
     flag("--batch", type=int, default=32, help="rows, of both sides")
     flag("--buckets", default="128,256,384,512,768,1024", help="prompt lengths; ours")
-    flag("--fixed", default="32x128", help="prompts x tokens of `fixed`")
-    flag("--fixed-new-tokens", type=int, default=64)
-    flag("--per-task", type=int, default=20, help="prompts of a task of `mix`")
-    flag("--new-tokens", default="64,128", help="of `mix`, most of an answer")
+    flag("--per-task", type=int, default=20, help="prompts of a task")
+    flag("--new-tokens", default="64,128", help="most of an answer")
     flag("--repeats", type=int, default=3, help="calls that count, behind one that does not")
     flag("--out", type=Path, default=REPOSITORY / "runs" / "benchmark")
     flags = parser.parse_args(argv)
 
+    cli.keep_memory()  # as eval.py does; the peer gains as much
     buckets = tuple(map(int, flags.buckets.split(",")))
-    ours, vocabulary = our_side(flags.model, flags.dtype, flags.batch, buckets)
-    sides = {"ours": ours}
+    sides = {"ours": our_side(flags.model, flags.dtype, flags.batch, buckets)}
     if flags.peer == "hf":
         sides["theirs"] = their_side(flags.model, flags.dtype, flags.batch)
-    works = []
-    if "fixed" in flags.works:
-        rows, length = map(int, flags.fixed.split("x"))
-        works.append(fixed(rows, length, flags.fixed_new_tokens, vocabulary))
-    if "mix" in flags.works:
-        tokenizer = load_tokenizer(flags.model)
-        for new_tokens in map(int, flags.new_tokens.split(",")):
-            works.append(mix(tokenizer, flags.data, flags.per_task, new_tokens))
+    tokenizer = load_tokenizer(flags.model)
+    works = [
+        mix(tokenizer, flags.data, flags.per_task, new_tokens)
+        for new_tokens in map(int, flags.new_tokens.split(","))
+    ]
     machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
     setting = {"command": ["python", "benchmarks/decoding.py", *argv], "machine": machine}
     setting |= {"dtype": flags.dtype, "batch": flags.batch, "works": []}

@@ -165,9 +165,7 @@ class Attention(nn.Module):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        dense = partial(
-            Dense, use_bias=c.attention_bias, settle=self.settle, across=self.across
-        )
+        dense = partial(Dense, use_bias=c.attention_bias, settle=self.settle, across=self.across)
 
         def project(name: str, features: int, y: Array) -> Any:
             return dense(name, features, name=name)(y, layer, dropout)

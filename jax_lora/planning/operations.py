@@ -32,8 +32,8 @@ def operations(setup: Setup) -> dict[str, Work]:
 
     Going back through a product is one product where its kernel is frozen and two where it
     trains. Under remat "full" a layer is computed again but for its last product, whose result
-    nothing reads; under "products" attention and the adapters are. The vocabulary's product is
-    computed again always, a chunk at a time, and is there for the loss tokens alone.
+    nothing reads; under "products" attention and the adapters are. Attention's scores are computed
+    again always. The vocabulary's product is there for the loss tokens alone.
     """
     c = setup.config
     layers, linear = c.num_hidden_layers, c.linear_shapes()
@@ -51,7 +51,7 @@ def operations(setup: Setup) -> dict[str, Work]:
     parts["layers"] = Work(sum(products), backward, again)
 
     pairs = 2.0 * layers * setup.length * c.num_attention_heads * c.head_dim * _squares(setup)
-    parts["attention"] = Work(pairs, 2 * pairs, 0.0 if nothing else pairs)
+    parts["attention"] = Work(pairs, 2 * pairs, pairs / 2 if nothing else pairs)
 
     if setup.rank is not None:
         each = [_adapter(setup, name) for name in setup.targets]
@@ -61,7 +61,7 @@ def operations(setup: Setup) -> dict[str, Work]:
     product = 2.0 * c.vocab_size * c.hidden_size * setup.loss_share
     tied = c.tie_word_embeddings
     head = trained["embed_tokens"]["embedding"] if tied else trained["lm_head"]["kernel"]
-    parts["vocabulary"] = Work(product, product * (2 if head else 1), product)
+    parts["vocabulary"] = Work(product, product * (2 if head else 1), 0.0)
     return parts
 
 

@@ -105,7 +105,7 @@ DEVICES = {
         _machine(),
         1.28,
         None,
-        "benchmarks/cpu_products.py on two cores with AMX, not on this machine",
+        "benchmarks/cpu_products.py on two cores with AMX; other processors differ",
     ),
 }
 _CORES = {"v5p": 2}  # that its name counts, of a chip

@@ -141,7 +141,6 @@ def token_losses(
       groups: positions are sorted within so many equal parts of the batch, one for each device
         that holds rows of it, and a chunk takes as many from each.
     """
-    d = hidden.shape[-1]
     count = targets.size // groups
     size = max(1, chunk // groups)
     pad = -count % size
@@ -303,9 +302,7 @@ def make_step(
         # The share of each token in the loss, so that a bfloat16 gradient is rounded but once.
         micro = micro._replace(loss_mask=micro.loss_mask.astype(jnp.float32) / weight)
         chunk = loss_chunk * groups
-        return loss_sum(
-            model, variables, micro, dropout, packed=packed, chunk=chunk, groups=groups
-        )
+        return loss_sum(model, variables, micro, dropout, packed=packed, chunk=chunk, groups=groups)
 
     compiled_deltas = jax.jit(lambda trainable, frozen: kept(deltas(trainable, frozen)))
 

@@ -8,7 +8,7 @@ import pytest
 from jax_lora.model import attention
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.llama import Llama, positions
-from jax_lora.model.products import compiling_for, contract, sliceable
+from jax_lora.model.products import compiling_for, contract, contract_across, sliceable
 
 
 def drawn(t):
@@ -32,6 +32,26 @@ def test_rows_in_parts_are_plain_attention(t, packed):
     expected = np.einsum("bkgts,bksh->bkgth", weights, np.float64(v))
     found = attention.xla(q, k, v, segments if packed else None)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [64, 256])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_are_those_of_plain_attention(t, packed):
+    segments = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 4, (2, t))))
+    segments = segments if packed else jnp.zeros((2, t), jnp.int32)
+    visible = jnp.tril(jnp.ones((t, t), bool)) & (segments[:, :, None] == segments[:, None])
+    pull = jax.random.normal(jax.random.key(1), drawn(t)[0].shape)
+
+    def plain(q, k, v):
+        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, precision="highest") * 8**-0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
+        return jnp.sum(pull * jnp.einsum("bkgts,bksh->bkgth", weights, v, precision="highest"))
+
+    ours = lambda q, k, v: jnp.sum(pull * attention.xla(q, k, v, segments))  # noqa: E731
+    for found, expected in zip(
+        *(jax.grad(f, (0, 1, 2))(*drawn(t)) for f in (ours, plain)), strict=True
+    ):
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_positions_restart_in_a_packed_row():
@@ -72,6 +92,16 @@ def test_bits_of_weights_change_nothing():
     np.testing.assert_array_equal(one, other)
     with compiling_for("tpu"):
         assert sliceable(params) is params
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_kernel_that_lies_across_gives_the_same_product(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 2, 16), dtype)
+    kernel = jax.random.normal(jax.random.key(1), (16, 5), dtype)
+    expected = np.einsum("btd,df->btf", *map(np.float64, (x, kernel)))
+    found = contract_across(jnp.float32, x, kernel.T)
+    assert found.dtype == jnp.float32 and contract_across(dtype, x, kernel.T).dtype == dtype
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_product_for_an_accelerator_stays_in_its_dtype():
