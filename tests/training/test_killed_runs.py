@@ -32,9 +32,9 @@ def test_ten_kills_leave_no_trace(tiny_model, environment, tmp_path):
         "--config.optim.learning_rate=1e-3",
         "--config.data.test_per_task=2",
         "--config.data.train_per_task=4",
-        "--config.data.buckets=(768,)",
-        "--config.data.source_length=640",
-        "--config.eval.buckets=(768,)",
+        "--config.data.buckets=(384,)",
+        "--config.data.source_length=384",
+        "--config.eval.buckets=(384,)",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(
