@@ -41,6 +41,8 @@ LONG = (
     "test_many_devices.py",
     "test_train_on_many.py",
     "test_study.py",
+    "test_transformers.py",
+    "test_peft_training.py",
     "test_scripts.py",
     "test_step.py",
     "test_benchmarks.py",
