@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 from tests.exactness import Ledger
 
@@ -23,6 +24,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+# Annotations of shapes execute: a module that has some checks what its functions get and return.
+install_import_hook(
+    [
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        for path in (REPOSITORY / "jax_lora").rglob("*.py")
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # 1 is a float too
+)
+
 LEDGER = pytest.StashKey[Ledger]()
 # Files of minutes. They begin first, or one worker would be at the last of them alone.
 LONG = (
@@ -30,6 +41,8 @@ LONG = (
     "test_many_devices.py",
     "test_train_on_many.py",
     "test_study.py",
+    "test_transformers.py",
+    "test_peft_training.py",
     "test_scripts.py",
     "test_step.py",
     "test_benchmarks.py",

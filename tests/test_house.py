@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: import floors, docstrings, pins."""
+"""The rules of the house that a machine can check: import floors, docstrings, shapes, pins."""
 
 import ast
 import subprocess
@@ -7,9 +7,16 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from jax_lora.decoding import greedy
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.llama import Llama, positions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "jax_lora"
@@ -106,6 +113,20 @@ def test_the_rules_see_what_they_should(path, source, rule):
     found = forbidden(source, path)
     assert len(found) == (rule is not None)
     assert rule is None or rule in found[0]
+
+
+def test_annotations_of_shapes_execute():
+    """In a function, in a method of a Flax module and under jit; conftest.py sees to it."""
+    model = Llama(LlamaConfig(61, 32, 48, 1, 4, 2, 8))
+    ids, row = jnp.zeros((2, 8), jnp.int32), jnp.zeros(8, jnp.int32)
+    rows = greedy.free(model, 2, 8, 4)
+    for wrong in (
+        lambda: positions(ids, ids[:1]),  # segments of another shape than the tokens
+        lambda: jax.eval_shape(model.init, jax.random.key(0), row),
+        lambda: greedy.rearrange(rows, ids, 4),
+    ):
+        with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters"):
+            wrong()
 
 
 def test_scoring_imports_no_jax():

@@ -115,14 +115,6 @@ def test_the_adapter_folder_is_the_last_checkpoint(finished):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parity  # as long as many other tests together
-def test_nothing_depends_on_how_work_is_cut(finished):
-    checked = run(command("eval.py", f"--workdir={finished}", "--check", "--check_prompts=16"))
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    for name in ("the same again", "one at a time", "shuffled", "packed", "4 × 1"):
-        assert name in checked.stdout
-
-
 def test_the_untuned_base_stands_beside(finished):
     for arguments in (["--adapter=none"], []):
         scored = run(command("eval.py", f"--workdir={finished}", "--sets=unseen", *arguments))

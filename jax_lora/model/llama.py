@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
@@ -33,6 +34,7 @@ from jax_lora.model.rope import rope_tables, rotate
 # linear layers' products with frozen kernels and of attention, the dear ones.
 REMAT = ("none", "full", "products")
 _INIT = nn.initializers.normal(0.02)
+Tokens = Int[Array | np.ndarray, "B T"]  # ids, not necessarily on the device yet
 # Lays activations (B, T, ·) or a B (R, ·) out on many devices: (x, is its last side cut?) → x.
 Settle = Callable[[Array, bool], Array]
 
@@ -71,7 +73,7 @@ class Dense(nn.Module):
     across: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
+    def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
         back = self.name_in_block in ("o_proj", "down_proj")  # to D; the others leave it
         x = self.settle(x, back)
         if self.across:
@@ -113,7 +115,7 @@ class Dense(nn.Module):
         return update, lambda: scale * (a @ b)
 
 
-def _dropped(x: Array, dropout: Dropout, place: Array) -> Array:
+def _dropped(x: Array, dropout: Dropout, place: Array | int) -> Array:
     # One key a token, folded with the place in the network: how a batch is cut, padded or packed
     # cannot change an example's mask. Sixteen random bits an element are enough, and half the
     # work of threefry; `keep` is the share that they really keep.
@@ -193,7 +195,7 @@ class MLP(nn.Module):
     across: bool
 
     @nn.compact
-    def __call__(self, x: Array, layer: Array, dropout: Dropout | None) -> Array:
+    def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
         c = self.config
         dense = partial(Dense, use_bias=c.mlp_bias, settle=self.settle, across=self.across)
         gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
@@ -229,7 +231,7 @@ class Block(nn.Module):
         return x, grown
 
 
-def positions(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+def positions(tokens: Tokens, segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
     """Each token's place in its row, or in its segment."""
     count = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segments is None:
@@ -287,13 +289,13 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = _Head(c.vocab_size, self.across)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
         """What the first layer reads."""
         return self.settle(self.embed_tokens(tokens).astype(self.dtype), False)
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Tokens,
         dropout: Dropout | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
@@ -322,9 +324,7 @@ class Llama(nn.Module):
             return contract_across(jnp.float32, hidden, self.embed_tokens.embedding)
         return contract("btd,vd->btv", jnp.float32, hidden, self.embed_tokens.embedding)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], dropout: Dropout | None = None
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Tokens, dropout: Dropout | None = None) -> Float[Array, "B T V"]:
         """Logits in float32 of every position."""
         return self.head(self.hidden(tokens, dropout))
 

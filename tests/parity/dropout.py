@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,17 +38,19 @@ class DropoutMasks:
         }
         model = Llama(config, dtype=jnp.float32)
         self.with_dropout = training.Ours(model, dropout_rate=rate, **options)
-        self.without = training.Ours(model, **options)
+        without = training.Ours(model, **options)
+        # The gradients without it, of any example at any step.
+        self.plain = cache(lambda *where, **more: self._gradients(without, 0, *where, **more))
 
     def dropped(self, *where: Any, **more: Any) -> dict[str, np.ndarray]:
         """Which inputs of a token's are dropped: target → (L, in). See `_gradients`."""
         found = self._gradients(self.with_dropout, *where, **more)
         return {name: ~g.any(axis=2) for name, g in found.items()}
 
-    def scaled(self, *where: Any, **more: Any) -> dict[str, np.ndarray]:
+    def scaled(self, example: int, place: int, step: int = 0, **more: Any) -> dict[str, np.ndarray]:
         """mask / keep of a token's inputs: target → (L, in). See `_gradients`."""
-        found = self._gradients(self.with_dropout, *where, **more)
-        plain = self._gradients(self.without, *where, **more)
+        found = self._gradients(self.with_dropout, example, place, step, **more)
+        plain = self.plain(place, **more)
         return {
             name: (found[name] * g).sum(axis=2) / (g**2).sum(axis=2) for name, g in plain.items()
         }

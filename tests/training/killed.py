@@ -2,8 +2,8 @@
 
     python killed.py WORKDIR_UNBROKEN WORKDIR_KILLED KILLS -- flags of train.py
 
-Python and jax are imported once; every attempt is a forked child with a fresh jax of its own, and
-is killed by SIGKILL a random moment after a step that this attempt took.
+Python and all that a run imports are imported once; every attempt is a forked child with a fresh
+jax of its own, and is killed by SIGKILL a random moment after a step that this attempt took.
 """
 
 import os
@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import tensorboardX  # noqa: E402, F401
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402, F401
 
 import train  # noqa: E402
 
@@ -51,7 +53,7 @@ def main() -> None:
     while len(moments) < int(kills):
         child = attempt(Path(killed), arguments)
         # Farther than the run ever was, so that it gets on however few checkpoints were in time.
-        target = steps(Path(killed)) + chance.randint(1, 5)
+        target = steps(Path(killed)) + chance.randint(1, 4)
         while steps(Path(killed)) < target:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"a run ended by itself after {len(moments)} kills")

@@ -9,7 +9,7 @@ import pytest
 from jax_lora.data.toy import write_checkout
 from tests.conftest import REPOSITORY
 
-KILLS = 10
+KILLS, STEPS = 10, 45
 
 
 def curve(workdir):
@@ -19,22 +19,22 @@ def curve(workdir):
 
 
 @pytest.mark.parity  # as long as many other tests together
-def test_ten_kills_leave_no_trace(tiny_model, tmp_path):
+def test_ten_kills_leave_no_trace(tiny_model, environment, tmp_path):
     toy = write_checkout(tmp_path / "toy", instances_per_task=12)
     arguments = [
         f"--config={REPOSITORY}/configs/lora.py:rank=2",
         f"--config.model={tiny_model}",
         f"--config.data.path={toy}",
-        "--config.max_steps=60",
-        "--config.batch_size=4",
+        f"--config.max_steps={STEPS}",
+        "--config.batch_size=2",
         "--config.checkpoint_every=3",
         "--config.optim.warmup_steps=1",
         "--config.optim.learning_rate=1e-3",
         "--config.data.test_per_task=2",
         "--config.data.train_per_task=4",
-        "--config.data.buckets=(768,)",
-        "--config.data.source_length=640",
-        "--config.eval.buckets=(768,)",
+        "--config.data.buckets=(384,)",
+        "--config.data.source_length=384",
+        "--config.eval.buckets=(384,)",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(
@@ -49,10 +49,11 @@ def test_ten_kills_leave_no_trace(tiny_model, tmp_path):
         text=True,
         timeout=500,
         cwd=REPOSITORY,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     moments = list(map(int, done.stdout.split("\n")[-2].split()))
     assert len(moments) == KILLS and len(set(moments)) > 3, moments
-    assert curve(killed) == curve(whole) and len(curve(whole)) == 60
+    assert curve(killed) == curve(whole) and len(curve(whole)) == STEPS
     name = "adapter/adapter_model.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
