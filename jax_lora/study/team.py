@@ -120,8 +120,9 @@ class Team:
             and then this process ends.
 
         Raises:
-          RuntimeError: another process failed. `discord` then says so, and does not where all of
-            them failed in the same words, behind which they may go on.
+          OSError: not all failed, or not in the same words: they are out of step, which
+            `discord` then says, too. What failed alike in all is raised as it is, and they may
+            go on.
         """
         if not self._store:
             yield
@@ -138,11 +139,10 @@ class Team:
         while len(ends := self._ends()) < self._processes:
             time.sleep(self._beat)
         if len(set(ends.values())) > 1:
-            self.discord = _first(ends)
+            self.discord = _reasons(ends)
+            raise OSError(self.discord) from failure
         if failure:
             raise failure
-        if self.discord:
-            raise RuntimeError(self.discord)
 
     def _watch(self) -> None:
         """Look after what the leader itself cannot, in a collective or while it scores."""
@@ -157,7 +157,7 @@ class Team:
                 continue
             since = since or time.monotonic()
             if time.monotonic() - since > self._patience:
-                self._lost(_first(ends))
+                self._lost(_reasons(ends))
                 self._leave(1)
                 return
 
@@ -215,6 +215,6 @@ def fault(end: BaseException) -> Exception | None:
     return found if isinstance(found, Exception) else None
 
 
-def _first(ends: dict[str, str]) -> str:
-    process = min(p for p, reason in ends.items() if reason)
-    return f"process {process} failed and not all did: {ends[process]}"
+def _reasons(ends: dict[str, str]) -> str:
+    failed = (f"process {process}: {ends[process]}" for process in sorted(ends) if ends[process])
+    return f"not all processes of this worker failed alike: {'; '.join(failed)}"

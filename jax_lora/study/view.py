@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -91,29 +92,27 @@ def draw(head: str, rows: Sequence[Row], now: str, width: int, height: int) -> l
 
     Args:
       head: above the cells.
-      rows: the cells. Where they are too many, the first ones that are done and the last ones
-        that wait are counted only.
+      rows: the cells. Where they are too many, the first ones that are done are only counted, then
+        the last ones that wait, and so on.
       now: below them, what this worker does.
       width, height: characters and lines.
     """
-    room, counted = max(3, height - 3), {"done": 0, "waiting": 0}
     shown = list(rows)
-    for state, place in (("done", 0), ("waiting", -1)):
-        while len(shown) + sum(map(bool, counted.values())) > room:
-            same = [row for row in shown if row[1] == state]
-            if not same:
-                break
-            shown.remove(same[place])
-            counted[state] += 1
+    for state in ("done", "waiting", "failed", "running"):
+        # Lines are also for head, count and now, and one is where the cursor stands.
+        spare = max(0, len(shown) - max(1, height - 4))
+        same = [row for row in shown if row[1] == state]
+        gone = same[:spare] if state == "done" else same[max(0, len(same) - spare) :]
+        shown = [row for row in shown if row not in gone]
     name_width = max((len(name) for name, _, _ in shown), default=0)
     lines = [head[: width - 1]]
-    if counted["done"]:
-        lines.append(f"  and {counted['done']} more that are done"[: width - 1])
     for name, state, note in shown:
         plain = f"  {name:<{name_width}}  {state:<7}  {note}".rstrip()[: width - 1]
         lines.append(f"\x1b[{_COLOURS[state]}m{plain}\x1b[0m")
-    if counted["waiting"]:
-        lines.append(f"  and {counted['waiting']} more that wait"[: width - 1])
+    left_out = Counter(state for _, state, _ in rows) - Counter(state for _, state, _ in shown)
+    if left_out:
+        counts = ", ".join(f"{left_out[k]} {k}" for k in runner.STATES if left_out[k])
+        lines.append(f"  and {counts}"[: width - 1])
     return [*lines, now[: width - 1]]
 
 
