@@ -1,6 +1,9 @@
 """study.py as a user runs it: a whole study, broken off three times; its refusals; its launcher."""
 
 import json
+import os
+import pty
+import re
 import shutil
 import socket
 import subprocess
@@ -85,10 +88,11 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
         "--xla_backend_optimization_level=0",  # compiling is the larger part
         "--xla_llvm_disable_expensive_passes=true",
     )
-    axes = ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
+    axes = [flag for flag in SMOKE if "ranks" not in flag]
+    axes += ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
     both = [
         subprocess.Popen(
-            command(workdir, *SMOKE, *axes, *many, f"--process={i}"),
+            command(workdir, *axes, *many, f"--process={i}"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -179,6 +183,27 @@ def test_a_finished_study_trains_nothing(smoke_study, environment):
     done = run(command(smoke_study, *SMOKE), environment)
     assert done.returncode == 0 and "begins" not in done.stderr
     assert {path: path.stat().st_mtime_ns for path in (smoke_study / "cells").rglob("*")} == before
+
+
+def test_a_terminal_has_a_view(smoke_study, environment):
+    ours, its = pty.openpty()
+    done = subprocess.run(
+        command(smoke_study, *SMOKE),
+        stdout=subprocess.PIPE,
+        stderr=its,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    os.close(its)
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    head, *_ = done.stdout.splitlines()
+    assert done.returncode == 0 and head == "2 of 2 done, 0 failed, 0 running"
+    last = seen.rpartition(head)[2]  # behind what was drawn before
+    lines = [re.sub(r"\x1b\[\d*[mKJ]", "", line).split() for line in last.splitlines()]
+    cells = [line for line in lines if line]
+    assert [line[:2] for line in cells] == [["r2-T2-round0", "done"], ["full-T2-round0", "done"]]
 
 
 def test_a_dry_run_counts_and_leaves_nothing(smoke_study, environment, tmp_path):
