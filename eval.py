@@ -229,7 +229,7 @@ def load_variables(workdir: Path, config: Any, adapter: str):
 
     # The folder must exist before Orbax looks into it: it would make it.
     checkpoints = workdir / "checkpoints"
-    manager = Checkpoints(checkpoints) if checkpoints.is_dir() else None
+    manager = Checkpoints(checkpoints, alone=True) if checkpoints.is_dir() else None
     if manager is None or manager.latest() is None:
         raise FileNotFoundError(
             f"{checkpoints}: no checkpoint, expected a run that trained (or --adapter=none)"

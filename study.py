@@ -12,29 +12,30 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+import jax
 import pandas as pd
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import eval as scoring
 import train
-from jax_lora import cli, inputs, study
+from jax_lora import cli, inputs, sharding, study
 from jax_lora.evaluation import evaluate
 from jax_lora.planning import counts
-from jax_lora.study import grid, locks, results, runner, slurm, small
+from jax_lora.study import grid, locks, results, runner, slurm, small, view
 from jax_lora.study.grid import Cell
+from jax_lora.study.team import Team, fault
 from jax_lora.training import masks
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import hf
@@ -55,7 +56,15 @@ _TARGET = flags.DEFINE_string("target", None, "hardware for --dry-run, see plan.
 _LAUNCHER = flags.DEFINE_enum("launcher", None, ["slurm"], "print a job array of workers")
 _SUBMIT = flags.DEFINE_boolean("submit", False, "submit the job array")
 _WORKERS = flags.DEFINE_integer("workers", 1, "tasks of the job array")
+_HOSTS = flags.DEFINE_integer("hosts", 1, "nodes of each task of the job array")
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "an option for the job array: --gres=gpu:1")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "where many processes are one worker: see train.py, as for the other two"
+)
+_PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes there are")
+_PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
+
+TOY = "toy"  # what is trained where it is no cell: the base of the study's own
 
 
 def main(_):
@@ -63,7 +72,6 @@ def main(_):
     cli.keep_memory()
     cli.keep_programs()
     with cli.input_errors():
-        # -------------------------------------------------------------- input, before any compute
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected the study's folder")
         workdir = Path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
@@ -72,7 +80,18 @@ def main(_):
             return
         if _CONFIG.value is None:
             raise ValueError("--config: found none, expected a file such as configs/study_mini.py")
-        config: Any = _CONFIG.value
+        if not (_LAUNCHER.value or _DRY_RUN.value):
+            sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    store = sharding.store()
+    team = Team(store, jax.process_index(), jax.process_count()) if store else Team()
+    with team:
+        work(_CONFIG.value, workdir, team)
+
+
+def work(config: Any, workdir: Path, team: Team) -> None:
+    """What one worker does, or one of its processes."""
+    with cli.input_errors():
+        # -------------------------------------------------------------- input, before any compute
         cells = cells_of(config)
         chosen = grid.choose(cells, _ONLY.value) if _ONLY.value else cells
         resolved = {"config": json.loads(config.to_json_best_effort())}
@@ -86,36 +105,50 @@ def main(_):
                 dry_run(config, place, workdir, chosen)
         if _LAUNCHER.value or _DRY_RUN.value:
             return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stopped if team.leads else lambda *_: team.stop())
+        if not team.leads:
+            team.follow(lambda name: train.run(*run_of(config, workdir, name)))
+            return
+        team.gather()
         if not (workdir / "study.json").is_file():
             workdir.mkdir(parents=True, exist_ok=True)
             runner.write_json(workdir / "study.json", resolved)
 
         # -------------------------------------------------------------- a base of our own
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stopped)
         if config.toy.instances:
             made = (workdir / "toy" / "toy-llama").is_dir
-            runner.once(workdir, "toy", made, functools.partial(prepare, config, workdir))
+            make = functools.partial(make_base, config, workdir, team)
+            runner.once(workdir, TOY, made, make)
 
     # ------------------------------------------------------------------ the cells
     operations = {c.id: estimated_operations(run_config(config, workdir, c)) for c in chosen}
+    ordered = grid.cheap_first(chosen, operations)
+    look = functools.partial(view.look, workdir, ordered, operations)
+    live = view.Live(look, sys.stderr) if sys.stderr.isatty() else None
 
     def tell(cell: Cell, what: str) -> None:
         if what == "done":
             results.gather(cells, workdir)
-        train.said(f"{progress(workdir, chosen, operations)} | {cell.id} {what}")
+        if not live:
+            train.said(f"{look()[0]} | {cell.id} {what}")
+        if team.discord:
+            raise SystemExit(f"{team.discord}; this worker ends, the same command goes on")
 
-    with cli.running(lambda: "the same command goes on with what is missing"):
+    with (
+        cli.running(lambda: "the same command goes on with what is missing"),
+        live or nullcontext(),
+    ):
         runner.pull(
-            grid.cheap_first(chosen, operations),
+            ordered,
             workdir,
-            functools.partial(run_cell, config, workdir),
+            functools.partial(run_cell, config, workdir, team),
             retry_failed=_RETRY.value,
             tell=tell,
         )
         results.gather(cells, workdir)
         results.write_cases(cells, workdir)
-    print(progress(workdir, chosen, operations))
+    print(look()[0])
     print(f"python study.py --workdir={workdir} --report   # writes tables and figures")
     failed = [runner.place(workdir, cell) / "failed.json" for cell in chosen]
     failed = [path for path in failed if path.is_file()]
@@ -166,7 +199,7 @@ def inputs_of(config: Any, workdir: Path) -> Iterator[Path]:
         yield workdir
         return
     with tempfile.TemporaryDirectory() as scratch:
-        prepare(config, Path(scratch), trains=False)
+        write_start(config, Path(scratch), "toy-llama")
         yield Path(scratch)
 
 
@@ -187,36 +220,62 @@ def check_input(config: Any, place: Path, cells: Sequence[Cell]) -> str:
 # ---------------------------------------------------------------------- work
 
 
-def prepare(config: Any, workdir: Path, trains: bool = True) -> None:
-    """Write the toy tasks, and a base that learns fully on those outside of the grid."""
+def write_start(config: Any, workdir: Path, name: str) -> None:
+    """Write the toy tasks, and a base of random weights under a name."""
     c, toy = config.toy, workdir / "toy"
-    tasks, base = toy / "tasks", toy / "toy-llama"
-    start = toy / "untrained" if trains else base
-    if not tasks.is_dir():
-        small.write_tasks(tasks, c.instances, c.outside, c.unseen)
-    if not start.is_dir():
+    if not (toy / "tasks").is_dir():
+        small.write_tasks(toy / "tasks", c.instances, c.outside, c.unseen)
+    if not (toy / name).is_dir():
         template, shape = config.run.data.template, c.shape.to_dict()
-        small.write_base(start, tasks, template, c.vocabulary, config.run.seed, **shape)
-    if not trains:
-        return
-    run = config.run.copy_and_resolve_references()
+        small.write_base(
+            toy / name, toy / "tasks", template, c.vocabulary, config.run.seed, **shape
+        )
+
+
+def make_base(config: Any, workdir: Path, team: Team) -> None:
+    """Write the toy tasks, and a base that learns fully on those outside of the grid."""
+    write_start(config, workdir, "untrained")
+    run, folder = run_of(config, workdir, TOY)
+    with output(workdir, TOY):
+        train_together(config, workdir, team, TOY)
+    model_config, variables, _ = scoring.load_variables(folder, run, "last")
+    tokenizer = load_tokenizer(workdir / "toy" / "untrained")
+    hf.save(workdir / "toy" / "toy-llama", model_config, variables["params"], tokenizer, run.dtype)
+
+
+def run_of(config: Any, workdir: Path, name: str) -> tuple[Any, Path]:
+    """The config and the folder of what is trained under a name."""
+    if name != TOY:
+        (cell,) = (cell for cell in cells_of(config) if cell.id == name)
+        return run_config(config, workdir, cell), runner.place(workdir, cell)
+    run, toy = config.run.copy_and_resolve_references(), workdir / "toy"
     run.update(config.full)
-    run.update(c.run)
-    run.model, run.data.path = str(start), str(tasks / "outside")
-    with output(workdir, "toy"):
-        train.run(run, toy / "run")
-    model_config, variables, _ = scoring.load_variables(toy / "run", run, "last")
-    hf.save(base, model_config, variables["params"], load_tokenizer(start), run.dtype)
+    run.update(config.toy.run)
+    run.model, run.data.path = str(toy / "untrained"), str(toy / "tasks" / "outside")
+    return run, toy / "run"
 
 
-def run_cell(config: Any, workdir: Path, cell: Cell, folder: Path) -> dict[str, Any]:
+def train_together(config: Any, workdir: Path, team: Team, name: str) -> None:
+    """Train in all processes of this worker; this one leads."""
+    run, folder = run_of(config, workdir, name)
+
+    def lost(reason: str) -> None:
+        if name != TOY:
+            runner.fail(folder, reason)
+        sys.stderr.write(f"\nerror: {name}: {reason}; the others wait for it, this worker ends\n")
+
+    with team.together(name, lost):
+        train.run(run, folder)
+
+
+def run_cell(config: Any, workdir: Path, team: Team, cell: Cell, folder: Path) -> dict[str, Any]:
     """Train and score a cell, or go on with it; what its done.json holds."""
     run = run_config(config, workdir, cell)
     if not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
         rmtree(folder, ignore_errors=True)  # answers of a model that is gone
     began = time.perf_counter()
     with output(workdir, cell.id), faults():
-        train.run(run, folder)
+        train_together(config, workdir, team, cell.id)
         trained = time.perf_counter()
         scoring.run(folder, study.TESTS, "last", None)
     results.share_examples(cell, folder, workdir / "examples")
@@ -251,8 +310,8 @@ def faults() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if isinstance(end.__cause__, Exception):
-            raise end.__cause__ from None
+        if failure := fault(end):
+            raise failure from None
         raise
 
 
@@ -269,7 +328,7 @@ def train_tokens(run: Any) -> int:
     return sum(int(lengths[batches.indices(step)].sum()) for step in range(total))
 
 
-# ---------------------------------------------------------------------- costs and progress
+# ---------------------------------------------------------------------- costs
 
 
 def modules(run: Any) -> list[dict[str, Any]]:
@@ -296,33 +355,6 @@ def estimated_operations(run: Any) -> float:
     return min(examples, limit) * grid.operations(modules(run))[0]
 
 
-def progress(workdir: Path, cells: Sequence[Cell], operations: dict[str, float]) -> str:
-    """How many of the cells are done, failed and running, and how long the others may take."""
-    states = runner.states(workdir, cells)
-    by_state = {kind: [n for n in states if states[n] == kind] for kind in runner.STATES}
-    running, left = by_state["running"], by_state["running"] + by_state["waiting"]
-    text = f"{len(by_state['done'])} of {len(cells)} done, {len(by_state['failed'])} failed, "
-    text += f"{len(running)} running" + (f" ({', '.join(running)})" if running else "")
-    seconds = results.seconds([operations[n] for n in left], known(workdir, operations))
-    if left and seconds is not None:
-        minutes = math.ceil(sum(seconds) / max(1, len(running)) / 60)
-        text += f", about {minutes // 60} h {minutes % 60} min left"
-    return text
-
-
-def known(workdir: Path, operations: dict[str, float]) -> list[tuple[float, float]]:
-    """Operations and seconds of finished cells."""
-    path = workdir / "timings.parquet"
-    if not path.is_file():
-        return []
-    rows = pd.read_parquet(path).to_dict("records")
-    return [
-        (operations[row["cell"]], row["training"] + row["scoring"])
-        for row in rows
-        if row["cell"] in operations
-    ]
-
-
 def dry_run(config: Any, place: Path, workdir: Path, cells: Sequence[Cell]) -> None:
     """Print the cells with their tokens, operations, hours and memory."""
     import plan  # which keeps JAX from accelerators
@@ -335,7 +367,9 @@ def dry_run(config: Any, place: Path, workdir: Path, cells: Sequence[Cell]) -> N
     peaks = {own: max(plan.memory(one).peak for one in own) for own in set(setups.values())}
 
     estimated = {name: estimated_operations(run) for name, run in runs.items()}
-    found = results.seconds(list(estimated.values()), known(workdir, estimated))
+    took = results.finished(workdir, estimated)
+    known = [(estimated[name], seconds) for name, seconds in took.items()]
+    found = results.seconds(list(estimated.values()), known)
     seconds: dict[str, float] = {}
     if speed := _SPEED.value:
         source = "of training, by --tokens-per-second and operations"
@@ -383,13 +417,14 @@ def launch(workdir: Path) -> None:
     kept, words = [], iter(sys.argv[1:])
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")
-        if name in ("launcher", "workers", "sbatch"):
+        if name in ("launcher", "workers", "hosts", "sbatch"):
             _ = equals or next(words)
         elif name != "submit":
             kept.append(word)
     command = [sys.executable, str(Path(__file__).resolve()), *kept]
+    command += ["--coordinator=auto"] if _HOSTS.value > 1 else []
     options = [f"--chdir={os.getcwd()}", *_SBATCH.value]
-    text = slurm.script(command, _WORKERS.value, options, workdir)
+    text = slurm.script(command, _WORKERS.value, options, workdir, _HOSTS.value)
     print(text, end="")
     if _SUBMIT.value:
         print(f"# job {slurm.submit(text, workdir)}")

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # its store of keys and values has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -317,6 +318,15 @@ def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"coordinator {coordinator}: the processes did not meet: {reason}") from None
+
+
+def store() -> Any | None:
+    """The runtime's keys and values, which all processes see; None in a process that is alone.
+
+    An object with `key_value_set(key, value, allow_overwrite=False)` and `key_value_dir_get(key)`
+    → [(key, value)].
+    """
+    return distributed.global_state.client
 
 
 def _from_environment(number: int, name: str) -> int:

@@ -1,12 +1,19 @@
 """study.py as a user runs it: a whole study, broken off three times; its refusals; its launcher."""
 
+import json
+import os
+import pty
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 
 from tests.conftest import REPOSITORY, SMOKE
 
@@ -69,6 +76,83 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
     assert "2 of 2 cells" in report and (workdir / "report" / "figures" / "figure1.png").is_file()
 
 
+@pytest.mark.parity
+def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promise):
+    """A cell that fails in both, then one of the smoke study, on 2 × 2 devices."""
+    workdir, cell = tmp_path / "s", "r2-T2-round0-lr0.01"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        many = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
+    flags = (
+        "--xla_force_host_platform_device_count=2",
+        "--xla_backend_optimization_level=0",  # compiling is the larger part
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    axes = [flag for flag in SMOKE if "ranks" not in flag]
+    axes += ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
+    both = [
+        subprocess.Popen(
+            command(workdir, *axes, *many, f"--process={i}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+        )
+        for i in (0, 1)
+    ]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [1, 0], said
+    assert "1 of 2 done, 1 failed, 0 running" in said[0][0] and "done" not in said[1][0]
+    failed = json.loads((workdir / "cells" / "r2-T2-round0-lr1e+30" / "failed.json").read_text())
+    assert "try a lower optim.learning_rate" in failed["reason"]
+    own = workdir / "cells" / cell
+    assert "4 × cpu" in json.loads((own / "config.json").read_text())["device"]
+
+    # What was trained on is the same, and what came out of it but for rounding.
+    found, wanted = (pd.read_parquet(w / "results.parquet") for w in (workdir, smoke_study))
+    wanted = wanted[wanted["cell"] == "r2-T2-round0"].reset_index(drop=True)
+    scores = ["exact_match", "rougeL", "out_of_options", "top_answer_share", "answer_entropy"]
+    scores += ["exact_match_given_valid", "empty", "copies", "unfinished"]
+    assert set(found["cell"]) == {cell}
+    assert found.drop(columns=["cell", *scores]).equals(wanted.drop(columns=["cell", *scores]))
+    base = Path("toy", "toy-llama", "model.safetensors")
+    found, wanted = (load_file(w / base) for w in (workdir, smoke_study))
+    far = max(np.linalg.norm(found[n] - x) / np.linalg.norm(x) for n, x in wanted.items())
+    promise("study.py, 2 processes × 2 devices for 1: ‖θ - θ'‖ / ‖θ'‖ of its base", far, 1e-3)
+
+    # Scores are those of the weights, whoever gives them.
+    alone = shutil.copytree(own, tmp_path / "alone")
+    shutil.rmtree(alone / "eval")
+    done = run([sys.executable, "eval.py", f"--workdir={alone}"], environment)
+    assert done.returncode == 0, done.stderr
+    for test in ("seen", "unseen"):
+        answers = [folder / "eval" / test / "predictions.jsonl" for folder in (own, alone)]
+        assert len({tuple(sorted(path.read_text().splitlines())) for path in answers}) == 1
+
+
+def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        many = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
+    axes = ([], ["--config.sets=('T3',)"])
+    both = [
+        subprocess.Popen(
+            command(tmp_path / "s", *SMOKE[:1], *axes[i], *many, f"--process={i}"),
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment | {"JAX_PLATFORMS": "cpu"},
+        )
+        for i in (0, 1)
+    ]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    assert "error: process 1 ended before it began" in said[0]
+    assert "error: sets: found 'T3'" in said[1]
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_folder_of_a_study(smoke_study):
     for name in (
         "study.json",
@@ -99,6 +183,27 @@ def test_a_finished_study_trains_nothing(smoke_study, environment):
     done = run(command(smoke_study, *SMOKE), environment)
     assert done.returncode == 0 and "begins" not in done.stderr
     assert {path: path.stat().st_mtime_ns for path in (smoke_study / "cells").rglob("*")} == before
+
+
+def test_a_terminal_has_a_view(smoke_study, environment):
+    ours, its = pty.openpty()
+    done = subprocess.run(
+        command(smoke_study, *SMOKE),
+        stdout=subprocess.PIPE,
+        stderr=its,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    os.close(its)
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    head, *_ = done.stdout.splitlines()
+    assert done.returncode == 0 and head == "2 of 2 done, 0 failed, 0 running"
+    last = seen.rpartition(head)[2]  # behind what was drawn before
+    lines = [re.sub(r"\x1b\[\d*[mKJ]", "", line).split() for line in last.splitlines()]
+    cells = [line for line in lines if line]
+    assert [line[:2] for line in cells] == [["r2-T2-round0", "done"], ["full-T2-round0", "done"]]
 
 
 def test_a_dry_run_counts_and_leaves_nothing(smoke_study, environment, tmp_path):
@@ -135,6 +240,7 @@ def refused(arguments: list[str], environment: dict[str, str], *words: str) -> N
         (["--config.sets=('T3',)"], ("sets", "'T3'", "T2")),
         (["--config.toy.instances=0"], ("--config.run.model",)),
         (["--launcher=slurm", "--workers=0"], ("--workers",)),
+        (["--launcher=slurm", "--hosts=0"], ("--hosts",)),
     ],
 )
 def test_bad_flags(environment, tmp_path, arguments, words):
@@ -192,4 +298,11 @@ def test_the_job_array(environment, tmp_path):
         text=True,
     ).stdout.splitlines()
     assert words == command(tmp_path / "s", *SMOKE, f"--only={only}")
+
+    arguments = command(tmp_path / "s", *SMOKE, "--launcher=slurm")
+    done = run([*arguments, "--hosts", "2"], environment)
+    assert done.returncode == 0 and "#SBATCH --nodes=2" in done.stdout.splitlines(), done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("exec srun ") and last.endswith(" --coordinator=auto")
+    assert "--hosts" not in last and "--launcher" not in last
     assert not (tmp_path / "s").exists()

@@ -141,6 +141,14 @@ def latest(folder: Path, name: str) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
+def holder(folder: Path, name: str) -> dict[str, Any]:
+    """Who took a lock last, see `owner`; empty where nobody holds it."""
+    try:
+        return json.loads((folder / f"{name}.{latest(folder, name)}").read_text())
+    except FileNotFoundError:
+        return {}
+
+
 def last_sign(folder: Path, name: str) -> float:
     """When a lock's owner last showed that it lives, in seconds of the file server's clock.
 

@@ -154,3 +154,11 @@ def seconds(wanted: Sequence[float], known: Sequence[tuple[float, float]]) -> li
     elif start < 0:
         slope, start = y.sum() / x.sum(), 0.0
     return [float(start + slope * operations) for operations in wanted]
+
+
+def finished(folder: Path, operations: Mapping[str, float]) -> dict[str, float]:
+    """Seconds that the finished ones among the cells of `operations` took, by their ids."""
+    path = folder / "timings.parquet"
+    rows = pd.read_parquet(path).to_dict("records") if path.is_file() else []
+    took = {row["cell"]: row["training"] + row["scoring"] for row in rows}
+    return {name: took[name] for name in operations if name in took}

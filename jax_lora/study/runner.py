@@ -124,18 +124,24 @@ def pull(
 
 def _attempt(cell: Cell, own: Path, run: Run, tell: Tell) -> None:
     tell(cell, "begins")
-    name, end = "done", "done"
     try:
         found = run(cell, own)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        found = locks.owner() | {"reason": reason, "traceback": traceback.format_exc()}
-        name, end = "failed", f"failed: {reason}"
+        fail(own, reason, traceback.format_exc())
+        tell(cell, f"failed: {reason}")
+        return
     own.mkdir(parents=True, exist_ok=True)
-    write_json(own / f"{name}.json", found)
-    if name == "done":
-        (own / "failed.json").unlink(missing_ok=True)
-    tell(cell, end)
+    write_json(own / "done.json", found)
+    (own / "failed.json").unlink(missing_ok=True)
+    tell(cell, "done")
+
+
+def fail(own: Path, reason: str, trace: str = "") -> None:
+    """Write down in a cell's folder why it could not be finished."""
+    own.mkdir(parents=True, exist_ok=True)
+    found = locks.owner() | {"reason": reason, "traceback": trace}
+    write_json(own / "failed.json", found)
 
 
 def _drop_damaged(cells: Sequence[Cell], folder: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def script(command: Sequence[str], workers: int, options: Sequence[str], folder: Path) -> str:
+def script(
+    command: Sequence[str], workers: int, options: Sequence[str], folder: Path, hosts: int = 1
+) -> str:
     """A batch script; every task of its array runs `command`, whose workers share the cells.
 
     Args:
@@ -16,20 +18,24 @@ def script(command: Sequence[str], workers: int, options: Sequence[str], folder:
       workers: tasks of the array.
       options: further options of sbatch, such as "--gres=gpu:1".
       folder: of the study; what workers print goes below it.
+      hosts: nodes of a worker; on several, srun starts its processes.
 
     Raises:
-      ValueError: fewer than one worker, or an option that is none.
+      ValueError: fewer than one worker or host, or an option that is none.
     """
-    if workers < 1:
-        raise ValueError(f"--workers: found {workers}, expected at least 1")
+    for name, value in (("workers", workers), ("hosts", hosts)):
+        if value < 1:
+            raise ValueError(f"--{name}: found {value}, expected at least 1")
     for option in options:
         if not option.startswith("-") or "\n" in option:
             raise ValueError(f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1")
     own = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
     own += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
+    own += [f"--nodes={hosts}"] if hosts > 1 else []
     lines = [f"#SBATCH {shlex.quote(option)}" for option in [*own, *options]]
+    start = ["srun", *command] if hosts > 1 else command
     # exec: the signals of SLURM reach the worker itself.
-    return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(command)}", ""])
+    return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(start)}", ""])
 
 
 def submit(text: str, folder: Path) -> str:

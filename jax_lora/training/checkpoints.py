@@ -46,13 +46,19 @@ class Checkpoints:
 
     Args:
       folder: made if need be.
+      alone: to restore in this process, whatever the others do; the folder is there.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, alone: bool = False):
         self._folder = Path(folder).absolute()
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        if alone and jax.process_count() > 1:
+            me = jax.process_index()
+            options.create = False
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone-{me}"
+            )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         """The last whole step, None before the first."""

@@ -15,7 +15,7 @@ from jax_lora.study import runner, slurm
 from tests.conftest import REPOSITORY
 from tests.study.test_runner import CELLS, names, ran
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -114,6 +114,59 @@ def test_the_tasks_of_a_job_array_share_the_cells(cluster, tmp_path):
     assert [log.read_text() for log in logs] == ["worker\n"] * 3
     assert sorted(ran(folder)) == sorted(names())
     assert set(runner.states(folder, CELLS).values()) == {"done"}
+
+
+TEAM = """
+import sys
+from pathlib import Path
+import jax
+from jax_lora import sharding
+from jax_lora.study import runner
+from jax_lora.study.team import Team
+from tests.study.test_runner import CELLS, fake
+
+sharding.join(sys.argv[2])
+folder, process = Path(sys.argv[1]), jax.process_index()
+
+def train(name):
+    (folder / f"{name}.{process}").touch()
+
+def run(cell, own):
+    with team.together(cell.id, sys.exit):
+        train(cell.id)
+    return fake(cell, own)
+
+with Team(sharding.store(), process, jax.process_count()) as team:
+    if team.leads:
+        runner.pull(CELLS, folder, run)
+    else:
+        team.follow(train)
+"""
+
+
+def test_a_task_of_several_processes_is_one_worker(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    folder = tmp_path / "study"
+    folder.mkdir()
+    command = [sys.executable, "-c", TEAM, str(folder), "auto"]
+    one = ["--nodes=1", "--ntasks=2"]  # there is one node here, and the last word counts
+    text = slurm.script(command, 1, [f"--chdir={REPOSITORY}", *one], folder, hosts=2)
+    job = slurm.submit(text, folder)
+    checked("sbatch", "--wait", f"--dependency=afterany:{job}", "--output=/dev/null", "--wrap=:")
+    log = (folder / "slurm" / f"{job}_0.txt").read_text()
+    assert ran(folder) == names(), log
+    trained = sorted(path.name for path in folder.glob("*.[0-9]"))
+    assert trained == sorted(f"{name}.{process}" for name in names() for process in (0, 1))
+
+
+def test_a_worker_on_several_hosts(tmp_path):
+    lines = slurm.script(["a", "b c"], 4, ["--gpus-per-node=8"], tmp_path, hosts=2).splitlines()
+    assert lines[-1] == "exec srun a 'b c'"
+    assert {"#SBATCH --nodes=2", "#SBATCH --array=0-3", "#SBATCH --gpus-per-node=8"} <= set(lines)
+    one = slurm.script(["a"], 4, [], tmp_path)
+    assert one.endswith("exec a\n") and "--nodes" not in one
+    with pytest.raises(ValueError, match="--hosts: found 0"):
+        slurm.script(["a"], 1, [], tmp_path, hosts=0)
 
 
 def test_what_sbatch_refuses(cluster, tmp_path):
