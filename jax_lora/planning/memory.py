@@ -3,7 +3,7 @@
 What a run holds is counted to the byte, from the very trees that training has. What its functions
 need besides is a formula: its coefficients say what XLA keeps alive at the worst moment of a
 layer. They were read off the compiled peaks in tests/recorded/aot.json, which the whole meets
-within 10%.
+within 10%. Where a TPU's compiler keeps other things than CUDA's, its own reports of buffers say.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def memory(setup: Setup) -> Memory:
         gradients=gradients,
         fresh=gradients,
         kept=_kept(setup),
-        layer=_layer(setup),
+        layer=_layer(setup, gradients),
         logits=_logits(setup),
         forming=forming,
         update=update,
@@ -98,7 +98,7 @@ def _kept(setup: Setup) -> int:
     return int(c.num_hidden_layers * setup.rows * setup.length * numbers * _width(setup))
 
 
-def _layer(setup: Setup) -> int:
+def _layer(setup: Setup, working: int) -> int:
     c, (d, f) = setup.config, _WORKING[setup.remat]
     width, tensor = _width(setup), setup.mesh[2]
     tokens = setup.rows * setup.length
@@ -106,6 +106,13 @@ def _layer(setup: Setup) -> int:
     scores = 0.0
     if setup.attention == "xla":
         scores = setup.rows * c.num_attention_heads / tensor * setup.length**2 * 4
+    if setup.platform == "tpu":
+        # What trains is cast for all layers at once, before the loops; kernels of a layer pass
+        # through vector memory, but for the widest where `fsdp` gathers them.
+        cast = working * width / 4 if width < 4 else 0
+        widest = max(a * b for a, b in c.linear_shapes().values()) / tensor
+        gathered = widest * width if setup.mesh[1] > 1 else 0
+        return int(activations * width + scores + cast + gathered)
     kernels, adapters = _numbers(setup)
     return int((activations + kernels + adapters) * width + scores + _borrowed(setup))
 
@@ -141,8 +148,12 @@ def _forming(setup: Setup) -> int:
 
 def _logits(setup: Setup) -> int:
     # In float32, their gradient, and the softmax between the two.
-    chunk = min(setup.loss_chunk, setup.rows * setup.length)
-    return chunk * setup.config.vocab_size // setup.mesh[2] * 12
+    c, tokens = setup.config, setup.rows * setup.length
+    found = min(setup.loss_chunk, tokens) * c.vocab_size // setup.mesh[2] * 12
+    if setup.platform == "tpu":  # the states in the order of the chunks, and a table that is whole
+        table = c.vocab_size // setup.mesh[2] if setup.mesh[1] == 1 else 0
+        found += (table + 4 * tokens) * c.hidden_size * _width(setup)
+    return found
 
 
 def _width(setup: Setup) -> int:
