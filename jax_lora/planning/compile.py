@@ -5,8 +5,8 @@ target says how much memory each of its functions takes. No accelerator is neede
 allocated; the default backend should be the CPU (JAX_PLATFORMS=cpu, before JAX starts).
 
 A TPU's compiler is asked with 1 MiB to have: it lays the memory out, says what it would take, and
-refuses. Code for the step, minutes of work, is not made. Squeezed, by a real chip that is a few
-percent too small, it finds ways to do with less: its need is an upper bound.
+refuses. Code for the step, minutes of work, is not made. Four steps of LLaMA-7B that were compiled
+to the end had peaks within 4% of that, to either side.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def compile_step(setup: Setup, target: Target) -> Verdict:
         start = time.perf_counter()
         if target.device.platform == "tpu":
             arguments = sharding.local_bytes(takes[name], mesh)
-            temporary = added = max(0, _need(program) - arguments)
+            temporary = added = max(0, need(program) - arguments)
         else:
             found = program.compile().memory_analysis()
             assert found is not None
@@ -179,9 +179,12 @@ def compile_step(setup: Setup, target: Target) -> Verdict:
     return Verdict(programs)
 
 
-def _need(program: Lowered) -> int:
-    # Bytes that a TPU's compiler wants, from its refusal: "Ran out of memory on HBM, the total
-    # memory required for HLO temporaries (16.60G) exceeds available HBM (1.00M)."
+def need(program: Lowered) -> int:
+    """Bytes that a TPU's compiler wants for a program, its arguments included.
+
+    From its refusal: "Ran out of memory on HBM, the total memory required for HLO temporaries
+    (16.60G) exceeds available HBM (1.00M)."
+    """
     try:
         found = program.compile({"xla_tpu_max_hbm_size_mib": 1}).memory_analysis()
     except jax.errors.JaxRuntimeError as error:

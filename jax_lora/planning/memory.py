@@ -23,7 +23,7 @@ MOST_DEVICES = 128  # a row each, of the paper's batch
 # Bytes a token of a layer, in multiples of (D, F) numbers of the activations' dtype: what the
 # forward pass keeps for the backward pass beside the products of frozen kernels, and the working
 # set of one layer going back.
-_KEPT = {"full": (1.0, 0.0), "products": (1.0, 0.0), "none": (11.4, 4.0)}
+_KEPT = {"full": (1.0, 0.0), "products": (1.0, 0.0), "none": (7.0, 0.0)}
 _WORKING = {"full": (7.0, 6.0), "products": (2.0, 3.0), "none": (2.0, 3.0)}
 
 
@@ -71,8 +71,9 @@ def memory(setup: Setup) -> Memory:
     gradients = local_bytes(working, mesh)
     deltas = local_bytes(working["deltas"], mesh)
     forming = _forming(setup)
-    # Taking the gradient of A B apart, XLA never has more than so much of A's and B's at once.
-    update = local_bytes(state.trainable, mesh) * 3 // 8 + forming if setup.contracted else 0
+    # Taking the gradient of A B apart, XLA has so much of A's and B's at once.
+    taken = local_bytes(state.trainable, mesh) if setup.contracted else 0
+    update = taken + forming if forming else taken * 3 // 8
     return Memory(
         base=local_bytes((frozen, state.trainable), mesh) - adapters,
         adapters=adapters,
@@ -128,22 +129,22 @@ def _numbers(setup: Setup) -> tuple[float, float]:
 
 
 def _borrowed(setup: Setup) -> float:
-    # What `fsdp` gathers: the layer a second time (one is on its way while one computes), its
-    # adapters in float32, a vocabulary table.
+    # What `fsdp` gathers: the adapters of a layer in float32. Those of all layers were cast before
+    # the loops, an A B was not.
     if setup.mesh[1] == 1:
         return 0.0
-    kernels, adapters = _numbers(setup)
-    table = setup.config.vocab_size * setup.config.hidden_size / setup.mesh[2]
-    return (kernels + table) * _width(setup) + adapters * 4
+    adapters = _numbers(setup)[1]
+    cast = 0 if setup.contracted else setup.config.num_hidden_layers / setup.mesh[1]
+    return adapters * (4 + cast * _width(setup))
 
 
 def _forming(setup: Setup) -> int:
-    # A B beside the last step's, and on several devices two Bs of all layers, gathered.
+    # A B beside the last step's, and on several devices one B of all layers, gathered.
     if not setup.contracted or setup.mesh[1] == 1:
         return 0
     linear, c = setup.config.linear_shapes(), setup.config
     widest = max(linear[name][1] for name in setup.contracted)
-    return 2 * 4 * c.num_hidden_layers * (setup.rank or 0) * widest // setup.mesh[2]
+    return 4 * c.num_hidden_layers * (setup.rank or 0) * widest // setup.mesh[2]
 
 
 def _logits(setup: Setup) -> int:

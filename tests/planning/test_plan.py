@@ -32,7 +32,7 @@ def test_the_papers_claim_and_what_a_run_needs(capsys):
     assert re.search(r"by formula it fits: [\d.]+ GiB of 75\.3 usable", text)
     assert re.search(r"^base +12\.55$", text, re.M)
     assert re.search(r"^optimizer +16\.00$", text, re.M)
-    assert re.search(r"ceiling: 6,921 tokens/s at 312 TFLOP/s", text)
+    assert re.search(r"ceiling: 6,962 tokens/s at 312 TFLOP/s", text)
     assert re.search(r"T100, 474 steps: 0\.12 days", text)
     assert re.search(r"largest micro-batch that fits: (\d+) × 1152 tokens", text)
 
