@@ -5,7 +5,7 @@
 
 Only the config is read: no data, no weights, and no accelerator is needed. --config.model may be
 a known name such as llama-13b; where it is empty, the model is llama-7b. --compile also asks the
-compiler of the target: it takes a minute or more, and the extra cuda12 or cuda13, or tpu.
+compiler of the target: it takes a minute or so, and the extra cuda12 or cuda13, or tpu.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jax_lora.planning.compile import compile_step, devices
 from jax_lora.planning.memory import MOST_DEVICES, Memory, fewest, largest, memory
 from jax_lora.planning.operations import Work, ceiling, operations
 from jax_lora.planning.setup import Setup, variables
-from jax_lora.planning.targets import DEVICES, Target, target
+from jax_lora.planning.targets import DEVICES, Target, full_name, target
 from jax_lora.weights import base as base_weights
 
 GIB = 2**30
@@ -131,6 +131,7 @@ def setups(config: Any, where: Target) -> list[Setup]:
         dropout=0.0 if full else config.lora.dropout,
         packed=config.data.packed,
         mesh=mesh_sizes(config.mesh, where),
+        platform=platform,
     )
     lengths = (max(config.data.buckets),) if config.data.packed else config.data.buckets
     share = -(-config.batch_size // found.row_parts)  # of the batch, that a device computes
@@ -156,7 +157,8 @@ def mesh_sizes(mesh: Any, where: Target) -> tuple[int, int, int]:
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise ValueError(
             f"--config.mesh: found {mesh.data} × {mesh.fsdp} × {mesh.tensor}, expected sizes that "
-            f"multiply to the target's {count} devices, one of them perhaps -1"
+            f"multiply to {count}, the target's devices; with --config.mesh.fsdp=-1 fsdp takes "
+            "what the others leave"
         )
     data, fsdp, tensor = sizes
     return data, fsdp, tensor
@@ -219,7 +221,7 @@ def say_memory(found: Memory, setup: Setup, where: Target) -> None:
     print()
     print(cli.table(("on one device", "GiB"), [(k, f"{v / GIB:.2f}") for k, v in rows if v]))
     print("The peak is that of the worst moment: not all of it is there at once.\n")
-    print(f"by formula it {verdict(found.peak, where)}")
+    print(f"by formula it {verdict(found.peak, setup.devices, where)}")
 
 
 def say_what_fits(setup: Setup, where: Target) -> None:
@@ -232,18 +234,19 @@ def say_what_fits(setup: Setup, where: Target) -> None:
         )
         return
     count = fewest(setup, where.device)
-    more = f"{count} devices would do, mesh.fsdp={count}"
-    if count is None:
-        more = f"nor would it on {MOST_DEVICES} devices"
+    more = f"nor would it on {MOST_DEVICES} devices"
+    if count is not None:
+        more = f"{count} devices would do, --target={full_name(where.kind, count)}"
+        more += f" --config.mesh.fsdp={count}"
     print(f"not even a row of {setup.length} tokens fits; {more}")
 
 
-def verdict(peak: int, where: Target) -> str:
-    """Whether a peak fits, and by how much."""
+def verdict(peak: int, count: int, where: Target) -> str:
+    """Whether a peak fits each of `count` devices, and by how much."""
     device = where.device
     left = device.usable - peak
     text = f"{'does not fit' if left < 0 else 'fits'}: {peak / GIB:.1f} GiB of "
-    text += f"{device.usable / GIB:.1f} usable, "
+    text += f"{device.usable / GIB:.1f} usable{f' on each of {count}' if count > 1 else ''}, "
     if left < 0:
         return text + f"{-left / GIB:.1f} GiB too much"
     text += f"{left / GIB:.1f} GiB left"
@@ -287,10 +290,7 @@ def say_compiled(found: Memory, setup: Setup, where: Target) -> None:
         for name, p in compiled.programs.items()
     ]
     print(cli.table(("GiB on one device", "arguments", "temporary", "run's peak", "s"), rows))
-    if compiled.refused:
-        print(f"compiled it does not fit; the compiler: {compiled.refused}")
-        return
-    print(f"compiled it {verdict(compiled.peak, where)}")
+    print(f"compiled it {verdict(compiled.peak, setup.devices, where)}")
     print(f"the formula's peak is {100 * (found.peak / compiled.peak - 1):+.1f}% of it")
 
 

@@ -6,8 +6,8 @@
         --workdir=runs/full
 
 The paper on T100: exact match 51.57, Rouge-L 64.70 on seen tasks, 23.77 and 37.77 on unseen ones
-(Tables 1 and 2). Cost by plan.py: a peak of 40.1 GiB on each card (compiled: 40.6) and at most
-60,700 tokens/s. It was compiled for eight cards and has not run on them.
+(Tables 1 and 2). Cost by plan.py: a peak of 39.4 GiB on each card (compiled: 39.6) and at most
+61,100 tokens/s. It was compiled for eight cards and has not run on them.
 """
 
 from configs import full

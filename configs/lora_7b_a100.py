@@ -8,8 +8,8 @@
 
 The paper at rank 2048 on T100: exact match 49.46, Rouge-L 64.01 on seen tasks, 25.58 and 42.45 on
 unseen ones (Tables 1 and 2); "the model can still be fine-tuned on a single A100-80GB GPU".
-Cost by plan.py, peak and most tokens/s: 36.6 GiB and 11,100 at rank 16, 64.7 GiB and 6,900 at rank
-2048, and on two cards (--target=a100-80gb-2) 55.3 GiB each and 13,700 at rank 4096. Rank 2048 was
+Cost by plan.py, peak and most tokens/s: 36.6 GiB and 11,200 at rank 16, 64.7 GiB and 7,000 at rank
+2048, and on two cards (--target=a100-80gb-2) 54.7 GiB each and 13,800 at rank 4096. Rank 2048 was
 compiled for the card, 64.7 GiB as well; none of it has run on one.
 """
 

@@ -31,14 +31,15 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # of a batch
 
 # The ends of leaf names, and how such a leaf is cut. Ends, so that a gradient or a moment of Adam
-# lies where its parameter does: `1/0/mu/lora/layers/…/q_proj/a`. Kernels are cut on both sides: q,
-# k, v, gate and up by `tensor` where they leave D, o and down where they come back to it. Adapters
-# are cut along the same sides by both axes, the kernel's first, and never along the rank.
+# lies where its parameter does: `1/0/mu/lora/layers/…/q_proj/a`. `tensor` cuts kernels where they
+# leave D (q, k, v, gate and up) and where they come back to it (o and down). `fsdp` cuts them along
+# the side they read: to gather the last side XLA first copies all layers with that side in front.
+# Adapters are cut along both sides by both axes, the kernel's first, and never along the rank.
 TABLE = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
     (r"(q|k|v|gate|up)_proj(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
-    (r"(o|down)_proj(/kernel)?", P(None, "tensor", "fsdp")),
+    (r"(o|down)_proj(/kernel)?", P(None, ("tensor", "fsdp"))),
     (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
     (r"(o|down)_proj/bias", P()),
     (r"(q|k|v|gate|up)_proj/a", P(None, ("fsdp", "tensor"), None)),

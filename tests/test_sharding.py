@@ -58,7 +58,7 @@ def test_the_two_axes_of_an_adapter_begin_with_its_kernels():
     mesh = abstract(2, 2, 2)
     for name, kernel, a, b in [
         ("q_proj", P(None, "fsdp", "tensor"), ("fsdp", "tensor"), ("tensor", "fsdp")),
-        ("o_proj", P(None, "tensor", "fsdp"), ("tensor", "fsdp"), ("fsdp", "tensor")),
+        ("o_proj", P(None, ("tensor", "fsdp")), ("tensor", "fsdp"), ("fsdp", "tensor")),
     ]:
         place = f"lora/layers/self_attn/{name}"
         assert sharding.spec(f"params/layers/self_attn/{name}/kernel", (2, 8, 8), mesh) == kernel

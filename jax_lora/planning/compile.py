@@ -3,11 +3,16 @@
 It is the step that training runs, with its shardings, on abstract arrays: the compiler of the
 target says how much memory each of its functions takes. No accelerator is needed, and nothing is
 allocated; the default backend should be the CPU (JAX_PLATFORMS=cpu, before JAX starts).
+
+A TPU's compiler is asked with 1 MiB to have: it lays the memory out, says what it would take, and
+refuses. Code for the step, minutes of work, is not made. Four steps of LLaMA-7B that were compiled
+to the end had peaks within 4% of that, to either side.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 
 from jax_lora import sharding
 from jax_lora.model.products import compiling_for
@@ -81,10 +87,9 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`programs` by name; `refused` is the compiler's own line where it refused one."""
+    """What the compiler says of every function of a step, by its name."""
 
     programs: dict[str, Program]
-    refused: str | None
 
     @property
     def peak(self) -> int:
@@ -153,29 +158,39 @@ def compile_step(setup: Setup, target: Target) -> Verdict:
         }
         if setup.contracted:
             lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
+    takes = {"accumulate": (working, working, frozen), "update": (state, working)}
+    takes["begin"] = (state.trainable,)
     held = memory(setup).held
-    programs, refused = {}, None
+    programs = {}
     for name, program in lowered.items():
         start = time.perf_counter()
-        try:
+        if target.device.platform == "tpu":
+            arguments = sharding.local_bytes(takes[name], mesh)
+            temporary = added = max(0, need(program) - arguments)
+        else:
             found = program.compile().memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refused = _reason(str(error))
-            continue
-        assert found is not None
-        arguments = found.argument_size_in_bytes
-        added = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        if target.device.platform != "cpu":
+            assert found is not None
+            arguments, temporary = found.argument_size_in_bytes, found.temp_size_in_bytes
             added = found.peak_memory_in_bytes - arguments
-        programs[name] = Program(
-            arguments, found.temp_size_in_bytes, held + added, time.perf_counter() - start
-        )
-    return Verdict(programs, refused)
+            if target.device.platform == "cpu":  # whose peak is no more than the arguments
+                added = temporary + found.output_size_in_bytes - found.alias_size_in_bytes
+        seconds = time.perf_counter() - start
+        programs[name] = Program(arguments, temporary, held + added, seconds)
+    return Verdict(programs)
 
 
-def _reason(text: str) -> str:
-    # The compiler's own sentence, such as "Used 19.38G of 15.75G hbm. Exceeded … by 3.63G."
-    at = text.find("Used ")
-    return " ".join((text[at:] if at >= 0 else text).split("\n")[0].split())[:200]
+def need(program: Lowered) -> int:
+    """Bytes that a TPU's compiler wants for a program, its arguments included.
+
+    From its refusal: "Ran out of memory on HBM, the total memory required for HLO temporaries
+    (16.60G) exceeds available HBM (1.00M)."
+    """
+    try:
+        found = program.compile({"xla_tpu_max_hbm_size_mib": 1}).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        said = re.search(r"memory required [^(]*\(([\d.]+)([KMG])\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or said is None:
+            raise
+        return int(float(said[1]) * 1024 ** ("KMG".index(said[2]) + 1))
+    assert found is not None
+    return found.peak_memory_in_bytes

@@ -3,7 +3,7 @@
 What a run holds is counted to the byte, from the very trees that training has. What its functions
 need besides is a formula: its coefficients say what XLA keeps alive at the worst moment of a
 layer. They were read off the compiled peaks in tests/recorded/aot.json, which the whole meets
-within 10%.
+within 10%. Where a TPU's compiler keeps other things than CUDA's, its own reports of buffers say.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_DEVICES = 128  # a row each, of the paper's batch
 # Bytes a token of a layer, in multiples of (D, F) numbers of the activations' dtype: what the
 # forward pass keeps for the backward pass beside the products of frozen kernels, and the working
 # set of one layer going back.
-_KEPT = {"full": (1.0, 0.0), "products": (1.0, 0.0), "none": (11.4, 4.0)}
+_KEPT = {"full": (1.0, 0.0), "products": (1.0, 0.0), "none": (7.0, 0.0)}
 _WORKING = {"full": (7.0, 6.0), "products": (2.0, 3.0), "none": (2.0, 3.0)}
 
 
@@ -71,8 +71,9 @@ def memory(setup: Setup) -> Memory:
     gradients = local_bytes(working, mesh)
     deltas = local_bytes(working["deltas"], mesh)
     forming = _forming(setup)
-    # Taking the gradient of A B apart, XLA never has more than so much of A's and B's at once.
-    update = local_bytes(state.trainable, mesh) * 3 // 8 + forming if setup.contracted else 0
+    # Taking the gradient of A B apart, XLA has so much of A's and B's at once.
+    taken = local_bytes(state.trainable, mesh) if setup.contracted else 0
+    update = taken + forming if forming else taken * 3 // 8
     return Memory(
         base=local_bytes((frozen, state.trainable), mesh) - adapters,
         adapters=adapters,
@@ -81,7 +82,7 @@ def memory(setup: Setup) -> Memory:
         gradients=gradients,
         fresh=gradients,
         kept=_kept(setup),
-        layer=_layer(setup),
+        layer=_layer(setup, gradients),
         logits=_logits(setup),
         forming=forming,
         update=update,
@@ -98,7 +99,7 @@ def _kept(setup: Setup) -> int:
     return int(c.num_hidden_layers * setup.rows * setup.length * numbers * _width(setup))
 
 
-def _layer(setup: Setup) -> int:
+def _layer(setup: Setup, working: int) -> int:
     c, (d, f) = setup.config, _WORKING[setup.remat]
     width, tensor = _width(setup), setup.mesh[2]
     tokens = setup.rows * setup.length
@@ -106,6 +107,13 @@ def _layer(setup: Setup) -> int:
     scores = 0.0
     if setup.attention == "xla":
         scores = setup.rows * c.num_attention_heads / tensor * setup.length**2 * 4
+    if setup.platform == "tpu":
+        # What trains is cast for all layers at once, before the loops; kernels of a layer pass
+        # through vector memory, but for the widest where `fsdp` gathers them.
+        cast = working * width / 4 if width < 4 else 0
+        widest = max(a * b for a, b in c.linear_shapes().values()) / tensor
+        gathered = widest * width if setup.mesh[1] > 1 else 0
+        return int(activations * width + scores + cast + gathered)
     kernels, adapters = _numbers(setup)
     return int((activations + kernels + adapters) * width + scores + _borrowed(setup))
 
@@ -121,28 +129,32 @@ def _numbers(setup: Setup) -> tuple[float, float]:
 
 
 def _borrowed(setup: Setup) -> float:
-    # What `fsdp` gathers: the layer a second time (one is on its way while one computes), its
-    # adapters in float32, a vocabulary table.
+    # What `fsdp` gathers: the adapters of a layer in float32. Those of all layers were cast before
+    # the loops, an A B was not.
     if setup.mesh[1] == 1:
         return 0.0
-    kernels, adapters = _numbers(setup)
-    table = setup.config.vocab_size * setup.config.hidden_size / setup.mesh[2]
-    return (kernels + table) * _width(setup) + adapters * 4
+    adapters = _numbers(setup)[1]
+    cast = 0 if setup.contracted else setup.config.num_hidden_layers / setup.mesh[1]
+    return adapters * (4 + cast * _width(setup))
 
 
 def _forming(setup: Setup) -> int:
-    # A B beside the last step's, and on several devices two Bs of all layers, gathered.
+    # A B beside the last step's, and on several devices one B of all layers, gathered.
     if not setup.contracted or setup.mesh[1] == 1:
         return 0
     linear, c = setup.config.linear_shapes(), setup.config
     widest = max(linear[name][1] for name in setup.contracted)
-    return 2 * 4 * c.num_hidden_layers * (setup.rank or 0) * widest // setup.mesh[2]
+    return 4 * c.num_hidden_layers * (setup.rank or 0) * widest // setup.mesh[2]
 
 
 def _logits(setup: Setup) -> int:
     # In float32, their gradient, and the softmax between the two.
-    chunk = min(setup.loss_chunk, setup.rows * setup.length)
-    return chunk * setup.config.vocab_size // setup.mesh[2] * 12
+    c, tokens = setup.config, setup.rows * setup.length
+    found = min(setup.loss_chunk, tokens) * c.vocab_size // setup.mesh[2] * 12
+    if setup.platform == "tpu":  # the states in the order of the chunks, and a table that is whole
+        table = c.vocab_size // setup.mesh[2] if setup.mesh[1] == 1 else 0
+        found += (table + 4 * tokens) * c.hidden_size * _width(setup)
+    return found
 
 
 def _width(setup: Setup) -> int:

@@ -41,6 +41,7 @@ class Setup:
       loss_chunk, dropout, packed: see `make_step`.
       loss_share: of the positions that are loss tokens.
       mesh: sizes of data, fsdp and tensor.
+      platform: of the devices, as in `Device`: a TPU's compiler keeps other things alive.
     """
 
     config: LlamaConfig
@@ -61,6 +62,7 @@ class Setup:
     packed: bool = False
     loss_share: float = 1.0
     mesh: tuple[int, int, int] = (1, 1, 1)
+    platform: str = "cuda"
 
     @property
     def devices(self) -> int:

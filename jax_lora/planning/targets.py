@@ -130,3 +130,8 @@ def target(name: str) -> Target:
     if count is not None and (count < 1 or count % cores):
         raise ValueError(f"--target: found {name!r}, expected a multiple of {cores} behind {kind}-")
     return Target(kind, DEVICES[kind], count and count // cores)
+
+
+def full_name(kind: str, count: int) -> str:
+    """The name of a target of `count` devices of a kind."""
+    return f"{kind}-{count * _CORES.get(kind, 1)}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jax_lora.planning.targets import DEVICES, target
+from jax_lora.planning.targets import DEVICES, full_name, target
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from jax_lora.planning.targets import DEVICES, target
 def test_names(name, kind, count):
     found = target(name)
     assert (found.kind, found.count, found.device) == (kind, count, DEVICES[kind])
+    assert count is None or full_name(kind, count) == name
 
 
 @pytest.mark.parametrize("name", ["a100", "h200-0", "v5p-3", "tpu-8", ""])
