@@ -19,10 +19,13 @@ import numpy as np
 
 from jax_lora.decoding import greedy
 from jax_lora.model.llama import Llama
+from jax_lora.model.products import on_cpu
 
 Ids = Sequence[int] | np.ndarray
-CHUNK = 32  # tokens a row that are read at a time; more is more padding
-PREFIX_CHUNK = 64  # the same of a prefix, which is alone in its batch
+# Tokens of a row, and of a prefix, which is alone in its batch, that are read at a time: more is
+# more padding, fewer leave a GPU or TPU idle.
+CHUNKS = (32, 64)
+ACCELERATOR_CHUNKS = (128, 512)
 SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
 SMALLEST_BATCH = 8  # rows; fewer are no faster
 
@@ -147,6 +150,7 @@ class _Batch:
         self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
         self.owners: list[Turn | None] = []
         self.bucket, self.rows = 0, None
+        self.chunk, self.prefix_chunk = CHUNKS if on_cpu() else ACCELERATOR_CHUNKS
         self.beginning, self.before = (), None  # what `greedy.read` read last, and its caches
 
     @property
@@ -187,9 +191,10 @@ class _Batch:
         beginnings = [tuple(map(int, self.prompts[t.prompt][: t.shared])) for t in turns]
         for beginning in filter(None, dict.fromkeys(beginnings)):
             if beginning != self.beginning:
-                text, length = _padded([beginning], 1, self.bucket, PREFIX_CHUNK)
+                chunk = self.prefix_chunk
+                text, length = _padded([beginning], 1, self.bucket, chunk)
                 self.before = greedy.read(
-                    self.model, self.weights, text, length, slots=self.slots, chunk=PREFIX_CHUNK
+                    self.model, self.weights, text, length, slots=self.slots, chunk=chunk
                 )
                 self.beginning = beginning
             own = [row for row, b in zip(into, beginnings, strict=True) if b == beginning]
@@ -201,10 +206,10 @@ class _Batch:
             _filled(into, count, size),
             _filled([turn.shared for turn in turns], count, 0),
             *_padded(
-                [self.prompts[t.prompt][t.shared :] for t in turns], count, self.bucket, CHUNK
+                [self.prompts[t.prompt][t.shared :] for t in turns], count, self.bucket, self.chunk
             ),
             end_ids=self.end_ids,
-            chunk=CHUNK,
+            chunk=self.chunk,
         )
 
     def decode(self, few: int) -> None:

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jax_lora.model.cache import Cache
+from jax_lora.model import cache
 from jax_lora.model.llama import Block, Llama, Place
 from jax_lora.model.products import on_cpu, sliceable, values
 from jax_lora.model.rope import rope_tables
 
-Caches = tuple[tuple[Array, Array], ...]  # k (B, K, H, S) and v (B, K, S, H) of every layer
+Caches = tuple[cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
@@ -159,14 +159,12 @@ def decode(
 def rearrange(rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
     """The rows `chosen`, B standing for a free one, with `slots` slots each, which are no more."""
     rows = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0, mode="fill", fill_value=0), rows)
-    caches = tuple((k[..., :slots], v[:, :, :slots]) for k, v in rows.caches)
+    caches = tuple(cache.shortened(arrays, slots) for arrays in rows.caches)
     return rows._replace(caches=caches, count=jnp.maximum(rows.count, 1))
 
 
 def _no_tokens(model: Llama, batch: int, slots: int) -> Caches:
-    c = model.config
-    k = jnp.zeros((batch, c.num_key_value_heads, c.head_dim, slots), model.dtype)
-    return ((k, k.swapaxes(2, 3)),) * c.num_hidden_layers
+    return (cache.empty(model.config, batch, slots, model.dtype),) * model.config.num_hidden_layers
 
 
 def _read(
@@ -207,7 +205,7 @@ def _extend(
     place, block = Place(rope, None), Block(model.config, across=on_cpu())
     x, grown = model.apply(weights.outside, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
-        x, kv = block.apply(weights.layers[i], x, i, place, Cache(k, v, starts), None)
+        x, kv = block.apply(weights.layers[i], x, i, place, cache.Cache(k, v, starts), None)
         grown.append(kv)
     return x, tuple(grown)
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_lora.model.attention import softmax_mix
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.products import on_cpu
+
+Arrays = tuple[Array, Array]  # `k` and `v` of a `Cache`
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens before, S slots a row: a token's slot is its place there.
 
-    Keys lie across: their products are several times as fast so on a CPU. `length`: (B,) slots
-    taken; new tokens go behind them and see them, and each other under the causal mask.
+    On a CPU keys lie across, (B, K, H, S): their products are several times as fast so. A GPU's
+    compiler would turn them back, with a second copy of all keys. `length`: (B,) slots taken; new
+    tokens go behind them and see them, and each other under the causal mask.
     """
 
-    k: Float[Array, "B K H S"]
+    k: Float[Array, "B K S H"] | Float[Array, "B K H S"]
     v: Float[Array, "B K S H"]
     length: Int[Array, " B"]
 
@@ -26,11 +31,28 @@ class Cache(NamedTuple):
         q: Float[Array, "B K G T H"],
         keys: Float[Array, "B K T H"],
         values: Float[Array, "B K T H"],
-    ) -> tuple[Float[Array, "B K G T H"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B K G T H"], Arrays]:
         """Attention of T new tokens, and `k` and `v` with theirs, but for those behind slot S."""
         rows = jnp.arange(q.shape[0])[:, None]
         at = self.length[:, None] + jnp.arange(q.shape[3])
-        k = self.k.at[rows, :, :, at].set(keys.transpose(0, 2, 1, 3), unique_indices=True)
+        slots = (rows, slice(None), slice(None), at) if on_cpu() else (rows, slice(None), at)
+        k = self.k.at[slots].set(keys.transpose(0, 2, 1, 3), unique_indices=True)
         v = self.v.at[rows, :, at].set(values.transpose(0, 2, 1, 3), unique_indices=True)
         visible = jnp.arange(v.shape[2]) <= at[:, :, None]
-        return softmax_mix(q, k.swapaxes(2, 3), v, visible), (k, v)
+        return softmax_mix(q, _upright(k), v, visible), (k, v)
+
+
+def _upright(k: Array) -> Array:
+    return k.swapaxes(2, 3) if on_cpu() else k
+
+
+def empty(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Arrays:
+    """`k` and `v` of a layer without tokens."""
+    v = jnp.zeros((rows, config.num_key_value_heads, slots, config.head_dim), dtype)
+    return _upright(v), v
+
+
+def shortened(arrays: Arrays, slots: int) -> Arrays:
+    """The first `slots` slots of each row."""
+    k, v = arrays
+    return (k[..., :slots] if on_cpu() else k[:, :, :slots]), v[:, :, :slots]
