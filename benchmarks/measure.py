@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -69,19 +70,9 @@ def alone(
 def _alone(
     side: str, case: Case, repeats: int, new_tokens: int, same_weights: bool, asked: float
 ) -> dict[str, Any]:
-    # All of a GPU for ours; no more than it needs, and given back, where JAX but makes weights.
-    if side == "ours":
-        os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_CLIENT_MEM_FRACTION": "0.93"}
-    else:
-        os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
-    module = importlib.import_module(f"benchmarks.{side}")
+    module = _side(side)
     imported = time.time()
-    weights = None
-    if side == "ours" or same_weights:
-        weights = importlib.import_module("benchmarks.ours").variables(case)
-    call = _work(side, case, weights, new_tokens)
-    del weights
-    built = time.time()
+    call, built = _call(side, case, new_tokens, same_weights), time.time()
     found = turns({side: call}, repeats)[side]
     first = found["all_seconds"][0]
     return found | {
@@ -91,6 +82,64 @@ def _alone(
         "start_seconds": built - asked + first,
         "peak_bytes": module.peak_bytes() or _peak_of_process(),
     }
+
+
+def _side(side: str) -> Any:
+    # All of a GPU for ours; no more than it needs, and given back, where JAX but makes weights.
+    if side == "ours":
+        os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_CLIENT_MEM_FRACTION": "0.93"}
+    else:
+        os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+    return importlib.import_module(f"benchmarks.{side}")
+
+
+def _call(side: str, case: Case, new_tokens: int, same_weights: bool) -> Callable[[], Any]:
+    weights = None
+    if side == "ours" or same_weights:
+        weights = importlib.import_module("benchmarks.ours").variables(case)
+    return _work(side, case, weights, new_tokens)
+
+
+def in_a_row(
+    side: str, cases: Sequence[Case], repeats: int, new_tokens: int, profiled: bool
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Cases one after another in one process of a side, each with weights of its own, as they are
+    measured: with `peak_bytes`, the most memory so far, where the case has raised it, and, if
+    `profiled`, with the `kernels` of one more call. A case that fails has an "error", and one that
+    kills the process lets the next begin in a fresh one."""
+    context, left = multiprocessing.get_context("spawn"), list(cases)
+    while left:
+        receiving, sending = context.Pipe(duplex=False)
+        arguments = (sending, side, left, repeats, new_tokens, profiled)
+        process = context.Process(target=_in_a_row, args=arguments)
+        process.start()
+        sending.close()
+        try:
+            while left:
+                one = receiving.recv()
+                yield left.pop(0), one
+        except EOFError:
+            yield left.pop(0), {"error": "the process was killed: out of memory?"}
+        finally:
+            process.join()
+
+
+def _in_a_row(sending: Any, side: str, cases: Sequence[Case], repeats: int, *more: Any) -> None:
+    module, peak = _side(side), 0
+    new_tokens, profiled = more
+    for case in cases:
+        try:
+            call = _call(side, case, new_tokens, same_weights=False)
+            found = turns({side: call}, repeats)[side]
+            if (now := module.peak_bytes() or _peak_of_process()) > peak:
+                found["peak_bytes"] = peak = now
+            if profiled:
+                found["kernels"] = module.kernels(call)
+        except Exception as error:
+            found = {"error": _in_short(error)}
+        sending.send(found)
+        call = None
+        gc.collect()  # gives back the memory
 
 
 def _peak_of_process() -> int:
@@ -106,4 +155,8 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         except BrokenProcessPool:
             return {"error": "the process was killed: out of memory?"}
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            return {"error": _in_short(error)}
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,18 +31,24 @@ def variables(case: Case) -> dict[str, Any]:
     dtype = jnp.dtype("float32" if case.rank is None else case.dtype)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-
-    def made(x, key):
-        if x.ndim == 1 or x.shape[-2] == case.config.num_hidden_layers:
-            return jnp.ones(x.shape, dtype)  # of a norm
-        return 0.02 * jax.random.normal(key, x.shape, dtype)
-
-    drawn = jax.jit(made, static_argnums=0)
-    base = tree.unflatten([drawn(x, key) for x, key in zip(leaves, keys, strict=True)])
+    base = tree.unflatten(
+        [
+            # Those of a norm have ones.
+            jnp.ones(x.shape, dtype)
+            if x.ndim == 1 or x.shape[-2] == case.config.num_hidden_layers
+            else _drawn(key, x.shape, dtype)
+            for x, key in zip(leaves, keys, strict=True)
+        ]
+    )
     if case.rank is None:
         return {"params": base}
     adapters = lora.init(jax.random.key(1), case.config, case.rank, alpha=2.0 * case.rank)
     return {"params": base, "lora": adapters}
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def model_of(case: Case) -> Llama:
@@ -119,6 +128,21 @@ def product(dtype: str, side: int) -> Callable[[], Any]:
     a, b = jax.random.normal(jax.random.key(0), (2, 1, side, side), jnp.dtype(dtype))
     multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0]))
     return lambda: multiply(a, b).block_until_ready()
+
+
+def kernels(call: Callable[[], Any]) -> list[tuple[str, float, int]]:
+    """What the device does in a call: names of its kernels, their seconds in all and how often
+    they run, the dearest first."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        for file in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                for line in plane.lines if plane.name.startswith("/device:") else ():
+                    for event in line.events:
+                        found.setdefault(event.name, []).append(event.duration_ns / 1e9)
+    return sorted(((k, sum(v), len(v)) for k, v in found.items()), key=lambda one: -one[1])
 
 
 def peak_bytes() -> int | None:

@@ -42,13 +42,14 @@ def _device() -> str:
 # ------------------------------------------------------------------ plain products
 
 
-def products(flags: Namespace, sides: list[str]) -> Record:
+def products(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """How fast square matrices multiply here, operations a second of either framework."""
     side = {"tiny": 128, "smollm2": 2048, "7b": 8192}[flags.size]
     record = {"dtype": flags.dtype, "side": side}
     for name in sides:
         record[name] = measure.in_child(_product, name, flags.dtype, side)
-    return record
+    flags.product_rate = record["ours"]["operations_per_second"]
+    yield record
 
 
 def _product(name: str, dtype: str, side: int) -> Record:
@@ -62,12 +63,15 @@ def _product(name: str, dtype: str, side: int) -> Record:
 
 def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """A training step of every case on both sides."""
+    if flags.apart:
+        yield from _apart(flags, sides, flags.cases)
+        return
     for case in flags.cases:
-        found = _all(case, flags, sides)
+        found = measure.together(case, sides, flags.repeats)
         record: Record = asdict(case)
         for side, one in found.items():
-            record[side] = one if "error" in one else _speed(case, side, one, flags)
-        if _measured(found):
+            record[side] = _speed(case, side, one, flags)
+        if len(found) > 1:
             a, b = (np.array(found[side]["answers"]) for side in ("ours", "theirs"))
             record["ratio"] = measure.median(found["theirs"]) / measure.median(found["ours"])
             record["loss_difference"] = float(np.max(np.abs(a - b) / np.abs(b)))
@@ -75,15 +79,33 @@ def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
         yield record
 
 
-def _all(case: Case, flags: Namespace, sides: list[str], new_tokens: int = 0) -> dict[str, Record]:
-    # In turns, or each in its own process (--apart).
-    if not flags.apart:
-        return measure.together(case, sides, flags.repeats, new_tokens)
-    return {side: measure.alone(side, case, flags.repeats, new_tokens) for side in sides}
-
-
-def _measured(found: dict[str, Record]) -> bool:
-    return len(found) > 1 and not any("error" in one for one in found.values())
+def _apart(
+    flags: Namespace, sides: list[str], cases: list[Case], new_tokens: int = 0
+) -> Iterator[Record]:
+    # Each side in a process of its own, ours first; a record a side and case.
+    seconds: dict[tuple[str, Case], float] = {}
+    for side in sides:
+        profiled = flags.profile and side == "ours"
+        found = measure.in_a_row(side, cases, flags.repeats, new_tokens, profiled)
+        for case, one in found:
+            record = {"side": side} | asdict(case)
+            if new_tokens:
+                record["new_tokens"] = new_tokens
+                one.pop("answers", None)
+            if "error" in one:
+                yield record | one
+                continue
+            seconds[side, case] = measure.median(one)
+            if new_tokens:
+                rate = case.rows * new_tokens / seconds[side, case]
+                record |= {"seconds": seconds[side, case], "new_tokens_per_second": rate} | one
+            else:
+                record |= _speed(case, side, one, flags)
+                if side == "ours":
+                    record["planned_bytes"] = work.planned_bytes(case)
+            if side == "theirs" and ("ours", case) in seconds:
+                record["ratio"] = seconds[side, case] / seconds["ours", case]
+            yield record
 
 
 def _speed(case: Case, side: str, one: Record, flags: Namespace) -> Record:
@@ -93,7 +115,7 @@ def _speed(case: Case, side: str, one: Record, flags: Namespace) -> Record:
     worth, computed = work.operations(case)
     if flags.peak and case.dtype == "bfloat16":
         record["mfu"] = worth * rate / flags.peak
-    if side == "ours":
+    if side == "ours" and flags.product_rate:
         record["ceiling_share"] = computed * rate / flags.product_rate
     return record | _renamed(one, answers="losses")
 
@@ -128,19 +150,19 @@ def startup(flags: Namespace, sides: list[str]) -> Iterator[Record]:
 
 def decode(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """Greedy continuations of random prompts of one length, which nothing ends early."""
-    for case in (replace(case, rows=rows) for case in flags.cases for rows in flags.batches):
-        found = _all(case, flags, sides, flags.new_tokens)
+    cases = [replace(case, rows=rows) for case in flags.cases for rows in flags.batches]
+    if flags.apart:
+        yield from _apart(flags, sides, cases, flags.new_tokens)
+        return
+    for case in cases:
+        found = measure.together(case, sides, flags.repeats, flags.new_tokens)
         record = asdict(case) | {"new_tokens": flags.new_tokens}
+        tokens = {side: one.pop("answers")[-1] for side, one in found.items()}
         for side, one in found.items():
-            tokens = one.pop("answers", None)
-            record[side] = one
-            if tokens is not None:
-                seconds = measure.median(one)
-                rate = case.rows * flags.new_tokens / seconds
-                record[side] = {"seconds": seconds, "new_tokens_per_second": rate} | one
-                one["tokens"] = tokens[-1]
-        if _measured(found):
-            same = found["ours"]["tokens"] == found["theirs"]["tokens"]
+            seconds = measure.median(one)
+            rate = case.rows * flags.new_tokens / seconds
+            record[side] = {"seconds": seconds, "new_tokens_per_second": rate} | one
+        if len(found) > 1:
             record["ratio"] = record["theirs"]["seconds"] / record["ours"]["seconds"]
-            record["same_tokens"] = float(np.mean(same))
+            record["same_tokens"] = float(np.mean(tokens["ours"] == tokens["theirs"]))
         yield record

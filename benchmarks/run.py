@@ -4,11 +4,13 @@
     python benchmarks/run.py --peer=hf_peft --parts=step,epoch,startup
     python benchmarks/run.py --peer=hf_peft --size=7b --dtype=bfloat16 --ranks=8,4096,full --apart
 
-Parts: `step` times a training step on identical batches (tokens, mask, weights, adapters), the
-sides taking turns, and says whether their losses agree; `epoch` the real task mix with each side's
-own batching; `startup` fresh processes; `curves` time against rank, length, batch, depth and
-number of examples; `decode` greedy decoding. Every result is in FOLDER/results.json, and in the
-tables of FOLDER/results.md, as soon as it is there.
+Parts: `products` says what plain matrix products reach here; `step` times a training step on
+identical batches (tokens, mask, weights, adapters), the sides taking turns, and says whether their
+losses agree; `epoch` the real task mix with each side's own batching; `startup` fresh processes;
+`curves` time against rank, length, batch, depth and number of examples; `decode` greedy decoding.
+With --apart, for models of which a device holds but one, each side has a process and random weights
+of its own. Every result is in FOLDER/results.json, and in the tables of FOLDER/results.md, as soon
+as it is there.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from benchmarks.report import Results
 from jax_lora import cli
 
 PARTS = {
+    "products": parts.products,
     "step": parts.step,
     "epoch": epoch,
     "startup": parts.startup,
@@ -48,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("--parts", default="step,epoch,startup,curves", help=f"among {','.join(PARTS)}")
+    flag("--parts", default="products,step,epoch,startup,curves", help=f"among {','.join(PARTS)}")
     flag("--peer", choices=("none", "hf_peft"), default="none")
     flag("--size", choices=tuple(SHAPES), default="smollm2")
     flag("--ranks", default="16", help="of q, k, v and o, or full: 8,64,full")
@@ -62,7 +65,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--loss-chunk", type=int, default=256, help="positions with logits at a time; ours")
     flag("--layers", type=int, default=0, help="in place of the size's own")
     flag("--repeats", type=int, default=5, help="steps that count, behind two that do not")
-    flag("--apart", action="store_true", help="step: each side in a process of its own")
+    flag("--apart", action="store_true", help="step, decode: each side in a process of its own")
+    flag("--profile", action="store_true", help="with --apart: our kernels of one more call")
     flag("--examples", type=int, default=64, help="epoch: rows of the task mix")
     flag("--batches", default="1,32", help="decode: rows of a batch")
     flag("--new-tokens", type=int, default=64, help="decode: tokens a row")
@@ -141,9 +145,7 @@ def main(argv: list[str]) -> None:
     device = parts.device()
     results = Results(flags.out, ["python", "benchmarks/run.py", *argv], device)
     sides = ["ours"] if flags.peer == "none" else ["ours", "theirs"]
-    plain = parts.products(flags, sides)
-    results.add("products", plain)
-    flags.product_rate = plain["ours"]["operations_per_second"]
+    flags.product_rate = None  # until it is measured
     flags.peak = parts.data_sheet_rate(device)
     for part in flags.parts:
         for record in PARTS[part](flags, sides):

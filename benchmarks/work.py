@@ -146,15 +146,28 @@ def made_up_rows(case: Case, count: int) -> list[Any]:
 def operations(case: Case) -> tuple[float, float]:
     """Multiplications and additions of matrix products a token: what the step is worth (forward
     and backward), and what it computes with all that it computes again."""
+    from jax_lora.planning.operations import operations as count
+
+    parts = count(_setup(case)).values()
+    return sum(p.forward + p.backward for p in parts), sum(p.total for p in parts)
+
+
+def planned_bytes(case: Case) -> int:
+    """The peak of device memory that plan.py tells of the step on a card."""
+    from jax_lora.planning.memory import memory
+
+    return memory(_setup(case)).peak
+
+
+def _setup(case: Case) -> Any:
     from jax_lora.model import lora
     from jax_lora.model.config import ATTENTION
-    from jax_lora.planning.operations import operations as count
     from jax_lora.planning.setup import Setup
     from jax_lora.training import masks
 
     rules = masks.FULL if case.rank is None else masks.LORA
     contracted = () if case.rank is None else lora.contracted(case.config, case.rank, ATTENTION)
-    setup = Setup(
+    return Setup(
         case.config,
         case.rank,
         rows=case.rows,
@@ -165,10 +178,8 @@ def operations(case: Case) -> tuple[float, float]:
         frozen=rules[1],
         dtype=case.dtype,
         remat=case.remat,
-        attention=case.attention,
+        attention="cudnn" if case.attention == "auto" else case.attention,
         loss_chunk=case.loss_chunk,
-        dropout=case.dropout,
+        dropout=0.0 if case.rank is None else case.dropout,
         loss_share=float(np.mean(batch(case).loss_mask)),
     )
-    parts = count(setup).values()
-    return sum(p.forward + p.backward for p in parts), sum(p.total for p in parts)

@@ -22,12 +22,19 @@ from jax_lora.model.llama import Llama
 from jax_lora.model.products import on_cpu
 
 Ids = Sequence[int] | np.ndarray
-# Tokens of a row, and of a prefix, which is alone in its batch, that are read at a time: more is
-# more padding, fewer leave a GPU or TPU idle.
-CHUNKS = (32, 64)
-ACCELERATOR_CHUNKS = (128, 512)
 SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
-SMALLEST_BATCH = 8  # rows; fewer are no faster
+
+
+class Pace(NamedTuple):
+    """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
+    is alone in its batch, and the fewest rows of a batch (still fewer are no faster)."""
+
+    chunk: int
+    prefix_chunk: int
+    smallest_batch: int
+
+
+CPU, ACCELERATOR = Pace(32, 64, 8), Pace(128, 512, 32)
 
 
 class Turn(NamedTuple):
@@ -81,14 +88,15 @@ def answers(
         # Long prompts come first, so that a row's slots only ever become fewer.
         bucket = max(turn.bucket for turn in (*batch.owners, *itertools.islice(line, 1)) if turn)
         size, left = max(1, min(max_batch, batch_tokens // bucket)), len(batch.busy) + len(line)
-        while size > SMALLEST_BATCH and size // 2 >= left:
+        smallest = batch.pace.smallest_batch
+        while size > smallest and size // 2 >= left:
             size //= 2
         batch.fit(size, bucket)
         at_once = min(batch.at_once, len(line))
         while line and len(batch.vacant) >= at_once:
             batch.admit([line.popleft() for _ in range(at_once)])
             at_once = min(batch.at_once, len(line))
-        few = size - at_once if line else size // 2 if size > SMALLEST_BATCH else 0
+        few = size - at_once if line else size // 2 if size > smallest else 0
         batch.decode(few)
         if ended:
             yield ended  # while the device goes on
@@ -150,7 +158,7 @@ class _Batch:
         self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
         self.owners: list[Turn | None] = []
         self.bucket, self.rows = 0, None
-        self.chunk, self.prefix_chunk = CHUNKS if on_cpu() else ACCELERATOR_CHUNKS
+        self.pace = CPU if on_cpu() else ACCELERATOR
         self.beginning, self.before = (), None  # what `greedy.read` read last, and its caches
 
     @property
@@ -191,25 +199,25 @@ class _Batch:
         beginnings = [tuple(map(int, self.prompts[t.prompt][: t.shared])) for t in turns]
         for beginning in filter(None, dict.fromkeys(beginnings)):
             if beginning != self.beginning:
-                chunk = self.prefix_chunk
-                text, length = _padded([beginning], 1, self.bucket, chunk)
+                chunk = self.pace.prefix_chunk
+                text = _padded([beginning], 1, self.bucket, chunk)
                 self.before = greedy.read(
-                    self.model, self.weights, text, length, slots=self.slots, chunk=chunk
+                    self.model, self.weights, *text, slots=self.slots, chunk=chunk
                 )
                 self.beginning = beginning
             own = [row for row, b in zip(into, beginnings, strict=True) if b == beginning]
-            self.rows = greedy.begin(self.rows, self.before, _filled(own, count, size))
+            self.rows = greedy.begin(self.rows, self.before, _places(own, count, size))
+        chunk = self.pace.chunk
+        texts = [self.prompts[t.prompt][t.shared :] for t in turns]
         self.rows = greedy.admit(
             self.model,
             self.weights,
             self.rows,
-            _filled(into, count, size),
+            _places(into, count, size),
             _filled([turn.shared for turn in turns], count, 0),
-            *_padded(
-                [self.prompts[t.prompt][t.shared :] for t in turns], count, self.bucket, self.chunk
-            ),
+            *_padded(texts, count, self.bucket, chunk),
             end_ids=self.end_ids,
-            chunk=self.chunk,
+            chunk=chunk,
         )
 
     def decode(self, few: int) -> None:
@@ -278,3 +286,8 @@ def _padded(
 def _filled(numbers: Sequence[int], size: int, filling: int) -> np.ndarray:
     """`numbers` and as often `filling` as it takes to make them `size`."""
     return np.asarray([*numbers, *[filling] * (size - len(numbers))], np.int32)
+
+
+def _places(rows: Sequence[int], count: int, size: int) -> np.ndarray:
+    """`rows` of a batch of `size`, and as many behind its last one as make them `count`."""
+    return np.asarray([*rows, *range(size, size + count - len(rows))], np.int32)

@@ -90,8 +90,10 @@ def read(
 
 @partial(jax.jit, donate_argnames=("rows",))
 def begin(rows: Rows, before: Caches, into: Int[Array, " A"]) -> Rows:
-    """Put what `read` returned into the caches of the rows `into`; B stands for none."""
-    put = jax.tree.map(lambda whole, one: whole.at[into].set(one), rows.caches, before)
+    """Put what `read` returned into the caches of the rows `into`; B and more stand for none."""
+    put = jax.tree.map(
+        lambda whole, one: whole.at[into].set(one, unique_indices=True), rows.caches, before
+    )
     return rows._replace(caches=put)
 
 
@@ -114,7 +116,8 @@ def admit(
       model: the module.
       weights: see `apart`.
       rows: given up.
-      into: the rows; B, one behind the last, is for a prompt that only fills the shape.
+      into: the rows, no two the same, which spares a GPU atomic operations; B and more, behind
+        the last, are for prompts that only fill the shape.
       starts: tokens of each prompt that `begin` has put into its row, or 0.
       tokens: those that follow, right-padded.
       lengths: true lengths of these, at least 1.
@@ -125,7 +128,9 @@ def admit(
     last, own = _read(model, weights, own, starts, tokens, lengths, chunk)
     first = _most_likely(model, weights, last)
     return Rows(
-        jax.tree.map(lambda whole, part: whole.at[into].set(part), rows.caches, own),
+        jax.tree.map(
+            lambda whole, part: whole.at[into].set(part, unique_indices=True), rows.caches, own
+        ),
         rows.prompt.at[into].set(starts + lengths),
         rows.new.at[into, 0].set(first),
         rows.count.at[into].set(1),

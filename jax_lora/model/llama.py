@@ -110,24 +110,44 @@ class Dense(nn.Module):
             return contract("btd,df->btf", x.dtype, x, delta), lambda: delta
         a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
         b = self.settle(b, cut)
-        low = contract("btd,dr->btr", x.dtype, x, a)
-        update = contract("btr,rf->btf", x.dtype, low, b) * scale.astype(x.dtype)
-        return update, lambda: scale * (a @ b)
+        # The scale meets the R numbers of a token, not the outputs, of which there are more.
+        low = contract("btd,dr->btr", x.dtype, x, a) * scale.astype(x.dtype)
+        return contract("btr,rf->btf", x.dtype, low, b), lambda: scale * (a @ b)
 
 
 def _dropped(x: Array, dropout: Dropout, place: Array | int) -> Array:
     # One key a token, folded with the place in the network: how a batch is cut, padded or packed
     # cannot change an example's mask. Sixteen random bits an element are enough, and half the
-    # work of threefry; `keep` is the share that they really keep.
+    # work of threefry.
     odds = round((1.0 - dropout.rate) * 2**16)
-    keep = odds / 2**16
     d = x.shape[-1]
 
-    def mask(key):
+    def bits(key):
         words = jax.random.bits(jax.random.fold_in(key, place), (-(-d // 2),), jnp.uint32)
-        return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:d] < odds
+        return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:d]
 
-    return jnp.where(jax.vmap(jax.vmap(mask))(dropout.keys), x / keep, 0).astype(x.dtype)
+    return _thinned(x, jax.vmap(jax.vmap(bits))(dropout.keys), odds)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _thinned(x: Array, bits: Array, odds: int) -> Array:
+    # What is dropped becomes -0 and nothing else does, so that the result, which the product
+    # behind it keeps for its own gradient, is also the mask: no other one is stored.
+    kept = (x / (odds / 2**16)).astype(x.dtype)
+    return jnp.where(bits < odds, jnp.where(kept == 0, 0, kept), -jnp.zeros((), x.dtype))
+
+
+def _thinned_forward(x, bits, odds):
+    thinned = _thinned(x, bits, odds)
+    return thinned, thinned
+
+
+def _thinned_backward(odds, thinned, g):
+    gone = (thinned == 0) & jnp.signbit(thinned)
+    return jnp.where(gone, 0, g / (odds / 2**16)).astype(g.dtype), None
+
+
+_thinned.defvjp(_thinned_forward, _thinned_backward)
 
 
 class RMSNorm(nn.Module):

@@ -186,7 +186,7 @@ def need(program: Lowered) -> int:
     (16.60G) exceeds available HBM (1.00M)."
     """
     try:
-        found = program.compile({"xla_tpu_max_hbm_size_mib": 1}).memory_analysis()
+        found = program.compile({"xla_tpu_max_hbm_size_mib": "1"}).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         said = re.search(r"memory required [^(]*\(([\d.]+)([KMG])\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or said is None:
