@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
@@ -39,11 +40,12 @@ Tokens = Int[Array | np.ndarray, "B T"]  # ids, not necessarily on the device ye
 Settle = Callable[[Array, bool], Array]
 
 
-class Dropout(NamedTuple):
-    """Dropout on the input of A. `keys`: (B, T) one key a token, `rate`: scalar in [0, 1)."""
+@struct.dataclass
+class Dropout:
+    """Dropout on the input of A. `keys`: (B, T) one key a token, `rate`: in [0, 1)."""
 
     keys: Key[Array, "B T"]
-    rate: float
+    rate: float = struct.field(pytree_node=False)
 
 
 class Place(NamedTuple):

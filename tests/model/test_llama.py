@@ -31,12 +31,16 @@ def test_logits_equal_transformers(tmp_path, recorded, case):
     np.testing.assert_allclose(logits, recorded[f"{case}/logits"], rtol=0, atol=1e-4)
 
 
-def test_scan_remat_and_unroll_do_not_change_the_result(tmp_path):
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_scan_remat_and_unroll_do_not_change_the_result(tmp_path, rate):
     config, variables = load(tmp_path, "gqa")
+    variables["lora"] = reference.adapters()
+    keys = jax.random.split(jax.random.key(3), reference.tokens().shape)
+    dropout = Dropout(keys, rate) if rate else None
 
     def value_and_grad(**options):
         model = Llama(config, dtype=jnp.float32, **options)
-        run = lambda v: jnp.sum(model.apply(v, reference.tokens()) ** 2)  # noqa: E731
+        run = lambda v: jnp.sum(model.apply(v, reference.tokens(), dropout) ** 2)  # noqa: E731
         return jax.jit(jax.value_and_grad(run))(variables)
 
     plain = value_and_grad()
