@@ -89,7 +89,13 @@ def wanted() -> Iterator[dict[str, Any]]:
     yield smallest("llama-3-70b", None, "v5p")
     yield smallest("llama-3-70b", 16, "v5e")
     # What else a config may ask for.
-    for fields in ({"remat": "none"}, {"variant": "dora"}, {"targets": tuple(LINEAR)}):
+    for fields in (
+        {"remat": "none"},
+        {"remat": "none", "dropout": 0.0},
+        {"remat": "products", "dropout": 0.0},
+        {"variant": "dora"},
+        {"targets": tuple(LINEAR)},
+    ):
         yield seven | {"rank": 16} | fields
 
 

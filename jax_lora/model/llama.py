@@ -28,7 +28,7 @@ from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
 from jax_lora.model.cache import Cache
 from jax_lora.model.config import LINEAR, LlamaConfig
-from jax_lora.model.products import contract, contract_across, values
+from jax_lora.model.products import contract, contract_across, on_tpu, values
 from jax_lora.model.rope import rope_tables, rotate
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
@@ -192,7 +192,10 @@ class Attention(nn.Module):
         dense = partial(Dense, use_bias=c.attention_bias, settle=self.settle, across=self.across)
 
         def project(name: str, features: int, y: Array) -> Any:
-            return dense(name, features, name=name)(y, layer, dropout)
+            y = dense(name, features, name=name)(y, layer, dropout)
+            # At one row a TPU's compiler would else let the transposed heads decide how the kernels
+            # lie, and copy those of all layers: 3 GiB of LLaMA-7B.
+            return jax.lax.optimization_barrier(y) if on_tpu() else y
 
         # Heads go before tokens, (B, K, G, T, H) and (B, K, S, H): batched matrix products on a
         # CPU are twice as fast so (benchmarks/cpu_products.py), and GPUs transpose to it anyway.

@@ -30,7 +30,16 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 def on_cpu() -> bool:
     """Whether what is being traced will run on a CPU."""
-    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    return _platform() == "cpu"
+
+
+def on_tpu() -> bool:
+    """Whether what is being traced will run on a TPU."""
+    return _platform() == "tpu"
+
+
+def _platform() -> str:
+    return _PLATFORM.get() or jax.default_backend()
 
 
 def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:

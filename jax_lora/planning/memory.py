@@ -23,7 +23,7 @@ MOST_DEVICES = 128  # a row each, of the paper's batch
 # Bytes a token of a layer, in multiples of (D, F) numbers of the activations' dtype: what the
 # forward pass keeps for the backward pass beside the products of frozen kernels, and the working
 # set of one layer going back.
-_KEPT = {"full": (1.0, 0.0), "products": (1.0, 0.0), "none": (7.0, 0.0)}
+_KEPT = {"full": (1.0, 0.0), "products": (1.0, 0.0), "none": (5.0, 0.0)}
 _WORKING = {"full": (7.0, 6.0), "products": (2.0, 3.0), "none": (2.0, 3.0)}
 
 

@@ -44,7 +44,7 @@ def test_the_formula_agrees_with_the_compilers(row):
 def test_a_tpus_refusal_says_what_it_needs():
     class Refused:
         def compile(self, options):
-            assert options == {"xla_tpu_max_hbm_size_mib": 1}
+            assert options == {"xla_tpu_max_hbm_size_mib": "1"}
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
                 "temporaries (16.60G) exceeds available HBM (1.00M)."
