@@ -90,6 +90,20 @@ SMOKE = [
 ]
 
 
+def many_cpus(count: int) -> dict[str, str]:
+    """The environment in which a process takes the CPU for `count` devices."""
+    flags = (
+        f"--xla_force_host_platform_device_count={count}",
+        # Less optimisation of the code for a core, which makes compiling the larger part cheaper.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    # A device that waits in a collective keeps a thread, a device may wait in several at once, and
+    # of a pool of a thread a device (or a core) none may be left to bring in the last: XLA then
+    # gives up after 40 s. NPROC is the size of its pool.
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "NPROC": str(16 * count)}
+
+
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """For scripts that are started over and over: every compiled program is kept."""

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import REPOSITORY, SMOKE
+from tests.conftest import REPOSITORY, SMOKE, many_cpus
 
 
 def command(workdir: Path, *arguments: str) -> list[str]:
@@ -83,11 +83,6 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         many = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
-    flags = (
-        "--xla_force_host_platform_device_count=2",
-        "--xla_backend_optimization_level=0",  # compiling is the larger part
-        "--xla_llvm_disable_expensive_passes=true",
-    )
     axes = [flag for flag in SMOKE if "ranks" not in flag]
     axes += ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
     both = [
@@ -97,7 +92,7 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
             stderr=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+            env=environment | many_cpus(2),
         )
         for i in (0, 1)
     ]

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jax_lora import cli, inputs
 from jax_lora.data.toy import write_checkout
 from jax_lora.weights import base as base_weights
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, many_cpus
 from tests.parity.training import adapter_tensors, worst_error
 from tests.test_scripts import command, lines, training
 
@@ -28,16 +28,10 @@ SHORT = [
 
 
 def start(arguments, devices=1):
-    # Less optimisation of the code for a core, which makes compiling the larger part cheaper.
-    flags = (
-        f"--xla_force_host_platform_device_count={devices}",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
     return subprocess.Popen(
         arguments,
         cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+        env=os.environ | many_cpus(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ import pytest
 from jax_lora.training import masks
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import State
+from tests.conftest import REPOSITORY, many_cpus
 from tests.training import many_devices
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 # Every axis alone, and with others; fsdp with tensor alone is the mesh of two processes.
 MESHES = ["8,1,1", "1,8,1", "1,1,8", "2,1,4", "2,2,2"]
 parity = pytest.mark.parity  # a minute or two for each of the fixtures
@@ -26,16 +25,10 @@ PATIENCE = 600  # seconds, for a hang to become a failure
 
 
 def start(devices, *arguments):
-    # Less optimisation of the code for a core, which makes compiling the larger part cheaper.
-    flags = (
-        f"--xla_force_host_platform_device_count={devices}",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
     return subprocess.Popen(
         [sys.executable, "-m", "tests.training.many_devices", *map(str, arguments)],
         cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+        env=os.environ | many_cpus(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
