@@ -11,6 +11,9 @@ kernel in float32, then rounded to --dtype once. It prints how far the rounding 
 32 fixed tokens: those of the merged float32 weights against those of the rounded ones, both
 computed in float32. Memory: the model as it is stored (a GGUF: in float32), one shard, and one
 layer or the output head in float32.
+
+A run that trained weights of the base, all or some, is written from its last checkpoint, on the
+base SRC; then --merge takes the run's folder, and memory for the model in float32.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import eval as scoring
 from jax_lora.cli import input_errors
+from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import base, hf, merge, peft, tokenizers
 from jax_lora.weights.tree import DTYPES
 
@@ -33,19 +39,32 @@ def convert(source: str, destination: str, dtype: str, adapter: str | None) -> N
     tokenizer = tokenizers.load_tokenizer(path)
     generation_path = path / "generation_config.json"
     generation = hf.read_json(generation_path) if generation_path.is_file() else None
-    found = peft.load_trained(adapter, base.read_config(path)) if adapter else None
+    run = Path(adapter) if adapter and peft.trained_base(adapter) else None
+    found = peft.load_trained(adapter, base.read_config(path)) if adapter and not run else None
 
-    # ------------------------------------------------------------ the weights, kept in numpy
-    kept = stored_dtype(path) if found else dtype
-    config, params = base.load(path, kept, place=lambda _, array: array)
+    # ------------------------------------------------------------ the weights
+    if run:
+        config, params = of_run(source, run if (run / "checkpoints").is_dir() else run.parent)
+    else:
+        kept = stored_dtype(path) if found else dtype
+        config, params = base.load(path, kept, place=lambda _, array: array)
     if found:
         params = merge.merge(params, found.adapters)
 
     # ------------------------------------------------------------ the new folder
     hf.save(destination, config, params, tokenizer, dtype, generation=generation)
-    if found:
+    if adapter:
         change, largest = merge.rounding_change(config, params, dtype)
         print(f"{dtype} moves a logit by up to {change:.3g} (logits up to {largest:.3g})")
+
+
+def of_run(source: str, folder: Path) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The shape, and the weights in float32, of a run's last checkpoint on its base `source`."""
+    _, config = scoring.read_run(folder)
+    config.model, config.dtype = source, "float32"
+    model_config, variables, _ = scoring.load_variables(folder, config, "last")
+    params = variables["params"]
+    return model_config, merge.merge(params, variables["lora"]) if "lora" in variables else params
 
 
 def stored_dtype(path: Path) -> str:

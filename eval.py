@@ -10,7 +10,6 @@ command goes on after an interruption, and only scores where all answers are the
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,10 +205,11 @@ def untuned_scores(folder: Path, settings: dict) -> dict | None:
 
 
 def folder_name(adapter: str) -> str:
-    """`eval` for the run's own result; another adapter never overwrites it."""
-    if adapter == "last":
-        return "eval"
-    return f"eval-{Path(adapter).resolve().name if adapter != 'none' else 'none'}"
+    """`eval` for the run's own result, `eval-none` for the base's; those of other adapters are
+    told apart by what they hold, as a run's is always called "adapter"."""
+    if adapter in ("last", "none"):
+        return {"last": "eval", "none": "eval-none"}[adapter]
+    return f"eval-{Path(adapter).resolve().name}-{peft.digest(adapter)}"
 
 
 def load_variables(workdir: Path, config: Any, adapter: str):
@@ -223,9 +223,7 @@ def load_variables(workdir: Path, config: Any, adapter: str):
         adapters = peft.load_trained(adapter, model_config).adapters
         params = inputs.load_base(config.model, config.dtype, frozen)
         variables = {"params": params, "lora": jax.tree.map(jnp.asarray, adapters)}
-        content = (peft.resolve(adapter) / "adapter_model.safetensors").read_bytes()
-        digest = hashlib.sha256(content).hexdigest()[:12]
-        return model_config, variables, f"{config.model} with {adapter} ({digest})"
+        return model_config, variables, f"{config.model} with {adapter} ({peft.digest(adapter)})"
 
     # The folder must exist before Orbax looks into it: it would make it.
     checkpoints = workdir / "checkpoints"

@@ -38,7 +38,7 @@ GIB = 2**30
 TRAIN_TASKS = 756  # of Tall, as the paper counts them
 CHOICES = {
     "method": ("lora", "full"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": ("bfloat16", "float32"),
     "remat": REMAT,
     "lora.contract": ("auto", "never"),
     "lora.variant": ("lora", "dora"),
@@ -113,9 +113,10 @@ def setups(config: Any, where: Target) -> list[Setup]:
     if not full and config.lora.contract == "auto":
         contracted = lora.contracted(shape, config.lora.rank, targets)
     platform, kernel = where.device.platform, config.attention
+    lengths = cli.row_lengths(config)
     if kernel == "auto":
-        kernel = attention.best(platform, config.dtype, shape.head_dim)
-    attention.check(kernel, platform, config.dtype, shape.head_dim)
+        kernel = attention.best(platform, config.dtype, shape.head_dim, lengths)
+    attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
     found = Setup(
         config=shape,
         rank=rank,
@@ -133,7 +134,6 @@ def setups(config: Any, where: Target) -> list[Setup]:
         mesh=mesh_sizes(config.mesh, where),
         platform=platform,
     )
-    lengths = (max(config.data.buckets),) if config.data.packed else config.data.buckets
     share = -(-config.batch_size // found.row_parts)  # of the batch, that a device computes
     return [
         replace(

@@ -80,7 +80,9 @@ def main(_):
             return
         if _CONFIG.value is None:
             raise ValueError("--config: found none, expected a file such as configs/study_mini.py")
-        if not (_LAUNCHER.value or _DRY_RUN.value):
+        if _LAUNCHER.value or _DRY_RUN.value:
+            jax.config.update("jax_platforms", "cpu")  # nothing runs here: take no accelerator
+        else:
             sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     store = sharding.store()
     team = Team(store, jax.process_index(), jax.process_count()) if store else Team()
@@ -357,7 +359,7 @@ def estimated_operations(run: Any) -> float:
 
 def dry_run(config: Any, place: Path, workdir: Path, cells: Sequence[Cell]) -> None:
     """Print the cells with their tokens, operations, hours and memory."""
-    import plan  # which keeps JAX from accelerators
+    import plan
 
     where = plan.target(_TARGET.value or "cpu")
     runs = {cell.id: run_config(config, place, cell) for cell in cells}

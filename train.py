@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from jax_lora import cli, inputs, sharding
-from jax_lora.data.batches import Batches, bucket_for
+from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.model import attention, lora, variants
 from jax_lora.model.llama import Llama
@@ -41,6 +41,7 @@ from jax_lora.weights import peft
 
 CHOICES = {
     "method": ("lora", "full"),
+    "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
     "data.answer": ("first", "random"),
     "data.loss_mean": ("tokens", "examples"),
     "lora.contract": ("auto", "never"),
@@ -96,12 +97,19 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
         for key in (*at_least_1, "eval.max_new_tokens"):
             if config[key] < 1:
                 raise ValueError(f"--config.{key}: found {config[key]}, expected at least 1")
+        for key in ("max_steps", "optim.clip_norm"):
+            if config[key] < 0:
+                raise ValueError(f"--config.{key}: found {config[key]}, expected 0 or more")
         if config.seed < 0 or len(config.data.sizes) != 3:
             raise ValueError(
                 f"--config.seed and data.sizes: found {config.seed} and {config.data.sizes}, "
                 "expected 0 or more and three sizes"
             )
-        bucket_for(config.data.source_length, config.eval.buckets)
+        if config.data.source_length > max(config.eval.buckets):
+            raise ValueError(
+                f"--config.data.source_length: found {config.data.source_length}, expected at most "
+                f"{max(config.eval.buckets)}, the largest of --config.eval.buckets"
+            )
         mesh = sharding.make_mesh([config.mesh[axis] for axis in sharding.AXES])
         mesh = mesh if mesh.size > 1 else None
         if config.lora.init == "pissa" and jax.process_count() > 1:
@@ -113,9 +121,10 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
         model_config = base_weights.read_config(config.model)
         platform = jax.default_backend()
         attend = config.attention
+        lengths = cli.row_lengths(config)
         if attend == "auto":
-            attend = attention.best(platform, config.dtype, model_config.head_dim)
-        attention.check(attend, platform, config.dtype, model_config.head_dim)
+            attend = attention.best(platform, config.dtype, model_config.head_dim, lengths)
+        attention.check(attend, platform, config.dtype, model_config.head_dim, lengths)
         shapes = {"params": counts.base_shapes(model_config)}
         if config.method == "lora":
             draw = functools.partial(
@@ -165,7 +174,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             b2=o.b2,
             eps=o.eps,
             weight_decay=o.weight_decay,
-            clip_norm=o.clip_norm,
+            clip_norm=o.clip_norm or None,
             b_ratio=o.b_ratio,
         )
         functions = make_step(

@@ -76,7 +76,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
-    config.optim.clip_norm = 1.0  # of the whole gradient
+    config.optim.clip_norm = 1.0  # of the whole gradient; 0: no clip
     config.optim.b_ratio = 1.0  # how many times faster B learns than A; LoRA+ proposes 16
 
     # ---- scoring

@@ -179,6 +179,12 @@ def encoder_options(config: Any) -> tuple[Any, ...]:
     return config.model, d.template, d.source_length, d.target_length
 
 
+def row_lengths(config: Any) -> tuple[int, ...]:
+    """The lengths of a config's training rows."""
+    buckets = tuple(config.data.buckets)
+    return (max(buckets),) if config.data.packed else buckets
+
+
 def check_same_run(path: Path, resolved: dict[str, Any]) -> None:
     """Raise ValueError where a run's config.json says another config or other data.
 
@@ -186,12 +192,14 @@ def check_same_run(path: Path, resolved: dict[str, Any]) -> None:
     """
     if not path.is_file():
         return
-    found = dict(_flat(read_json(path)))
-    for key, value in _flat(resolved):
-        there = found.get(key)
-        if there != value and not key.startswith("config.mesh."):
+    here, there = (dict(_flat(one)) for one in (resolved, read_json(path)))
+    # Of what only the file has, such as versions, the config's keys alone must be gone by mistake.
+    gone = (key for key in there if key.startswith("config.") and "config" in resolved)
+    for key in dict.fromkeys((*here, *gone)):
+        found, wanted = (repr(one[key]) if key in one else "not set" for one in (there, here))
+        if found != wanted and not key.startswith(("config.mesh.", "config.run.mesh.")):
             raise ValueError(
-                f"{path} belongs to another run: {key} is {there!r} there and {value!r} here; "
+                f"{path} belongs to another run: {key} is {found} there and {wanted} here; "
                 "expected the same config, or an empty --workdir"
             )
 

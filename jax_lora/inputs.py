@@ -28,20 +28,30 @@ from jax_lora.weights.tokenizers import load_tokenizer
 VARIANTS = ("lora", "dora")
 
 
-@functools.lru_cache(maxsize=2)
 def open_checkout(source: str, categories: str = "", verify: bool = False) -> Checkout:
     """The tasks of a checkout folder, or of a data set in the hub's format.
 
     Args:
       source: a folder with `tasks/` and `splits/`, else the hub data set's id or a copy of it.
       categories: for the hub data set, which names none: a JSON file, task → category.
-      verify: read every file again, whatever its size and time say.
+      verify: read every file again, whatever its size and time say, and remember them so.
     """
+    if verify and _is_checkout(source):
+        read_checkout(Path(source), verify=True)
+    return _open_checkout(source, categories)
+
+
+def _is_checkout(source: str) -> bool:
     folder = Path(source)
-    if any((folder / part).is_dir() for part in ("tasks", "splits")) or (
+    return any((folder / part).is_dir() for part in ("tasks", "splits")) or (
         not folder.is_dir() and source.count("/") != 1
-    ):
-        return read_checkout(folder, verify=verify)
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _open_checkout(source: str, categories: str) -> Checkout:
+    if _is_checkout(source):
+        return read_checkout(Path(source))
     return read_hub(source, categories=categories or None)
 
 
@@ -205,7 +215,7 @@ def on_base(
         return variants.with_magnitudes(adapters, params), params
     if init != "pissa":
         return adapters, params
-    if not folder.is_dir():
+    if not (folder / "adapter_config.json").is_file():  # which `save` writes last
         leaf = next(iter(next(iter(adapters["layers"].values())).values()))
         rank, factor = leaf["a"].shape[-1], float(leaf["scale"][0])
         made = variants.pissa(params, config, adapters)

@@ -9,10 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eval as scoring
 from jax_lora.data.toy import write_checkout
+from jax_lora.model.llama import Llama
+from jax_lora.weights import gguf, hf
 from tests.conftest import REPOSITORY
 
 SMALL = [
@@ -108,9 +113,10 @@ def test_the_adapter_folder_is_the_last_checkpoint(finished):
         )
     )
     assert scored.returncode == 0, scored.stderr
+    (other,) = finished.glob("eval-adapter-*")
     texts = [
-        sorted((finished / name / "unseen" / "predictions.jsonl").read_text().splitlines())
-        for name in ("eval", "eval-adapter")
+        sorted((folder / "unseen" / "predictions.jsonl").read_text().splitlines())
+        for folder in (finished / "eval", other)
     ]
     assert texts[0] == texts[1]
 
@@ -158,6 +164,36 @@ def test_full_fine_tuning_trains_and_scores(tiny_model, toy, tmp_path):
     assert "trainable 100.000%" in trained.stdout and not (workdir / "adapter").exists()
     scored = run(command("eval.py", f"--workdir={workdir}", "--sets=seen"))
     assert scored.returncode == 0, scored.stderr
+    out = tmp_path / "out"
+    merge = command("convert.py", str(tiny_model), str(out), f"--merge={workdir}")
+    assert run([*merge, "--dtype=float32"]).returncode == 0
+    _, variables, _ = scoring.load_variables(workdir, scoring.read_run(workdir)[1], "last")
+    found, (_, base) = hf.load(out, "float32")[1], gguf.load(tiny_model, "float32")
+    jax.tree.map(np.testing.assert_array_equal, found, variables["params"])
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), found, base)
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_a_run_that_trained_norms_too_is_merged_whole_or_refused(tiny_model, toy, tmp_path):
+    # Without a clip, which 0 turns off.
+    rules = "--config.trainable=('lora/.*/[ab]','params/.*norm/scale')"
+    workdir, out = tmp_path / "r", tmp_path / "out"
+    more = (rules, "--config.max_steps=3", "--config.optim.clip_norm=0")
+    trained = run(training(tiny_model, toy, workdir, *more))
+    assert trained.returncode == 0, trained.stderr
+    merge = command("convert.py", str(tiny_model), str(out), "--dtype=float32")
+    merged = run([*merge, f"--merge={workdir}"])
+    assert merged.returncode == 0, merged.stderr
+    _, variables, _ = scoring.load_variables(workdir, scoring.read_run(workdir)[1], "last")
+    found, (config, base) = hf.load(out, "float32")[1], gguf.load(tiny_model, "float32")
+    assert np.abs(found["norm"]["scale"] - base["norm"]["scale"]).max() > 1e-4
+    say = jax.jit(Llama(config, dtype=jnp.float32).apply)
+    tokens = np.arange(32)[None]
+    wanted = say(variables, tokens)
+    np.testing.assert_allclose(say({"params": found}, tokens), wanted, rtol=0, atol=1e-5)
+    adapter = f"--adapter={workdir}/adapter"
+    refused = command("eval.py", f"--workdir={workdir}", adapter)
+    assert_refused(refused, workdir, "its run trained", "norm.scale of the base")
 
 
 # ---------------------------------------------------------------- bad input: a line, 2, nothing
@@ -187,7 +223,12 @@ def assert_refused(arguments: list[str], workdir: Path, *words: str) -> None:
         ("--config.model=no/such-model", ("no/such-model",)),
         ("--config.data.path=no-such-folder", ("no-such-folder",)),
         ("--config.trainable=('lora/.*/c',)", ("lora/.*/c",)),
+        ("--config.trainable=('lora/[ab',)", ("'lora/[ab' is no regular expression",)),
         ("--config.data.source_length=20", ("source_length",)),
+        ("--config.data.source_length=800", ("source_length: found 800", "at most 768")),
+        ("--config.dtype=float16", ("dtype: found 'float16'", "bfloat16")),
+        ("--config.optim.clip_norm=-1", ("optim.clip_norm: found -1.0",)),
+        ("--config.max_steps=-1", ("max_steps: found -1",)),
     ],
 )
 def test_bad_flags(tiny_model, toy, tmp_path, flag, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -60,6 +61,10 @@ def pack(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list[i
         rows[at].append(i)
         left[at] -= lengths[i]
     return rows
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 @dataclass(frozen=True)
@@ -123,14 +128,11 @@ class Batches:
 
         Rows are sorted by length and cut from the longest down, each micro-batch as many rows as
         its bucket allows; the last one is filled with empty rows, so that a bucket is one shape.
+        Packed rows, which are fewer than the examples, are cut evenly.
         """
         chosen = self.indices(step)
         lengths = [len(self.rows[i].ids) for i in chosen]
-        longest_first = sorted(range(len(chosen)), key=lambda i: (-lengths[i], i))
-        if self.packed:
-            laid = pack(lengths, longest_first, max(self.buckets))
-        else:
-            laid = [[place] for place in longest_first]
+        laid = self._packed(step) if self.packed else [[place] for place in _longest_first(lengths)]
         batches = []
         while laid:
             bucket = max(self.buckets)
@@ -143,8 +145,21 @@ class Batches:
 
     def rows_of(self, bucket: int) -> int:
         """Rows of a micro-batch of this bucket."""
-        each = min(-(-self.batch_size // self.row_parts), max(1, self.micro_tokens // bucket))
-        return self.row_parts * each
+        most = self._most_packed if self.packed else self.batch_size
+        share, limit = -(-most // self.row_parts), max(1, self.micro_tokens // bucket)
+        if not self.packed:
+            return self.row_parts * min(share, limit)
+        batches = -(-share // limit)
+        return self.row_parts * -(-share // batches)
+
+    @cached_property
+    def _most_packed(self) -> int:
+        # Of the first epoch; a later step that needs more has a micro-batch more.
+        return max(len(self._packed(step)) for step in range(self.steps_per_epoch))
+
+    def _packed(self, step: int) -> list[list[int]]:
+        lengths = [len(self.rows[i].ids) for i in self.indices(step)]
+        return pack(lengths, _longest_first(lengths), max(self.buckets))
 
     def _fill(self, laid: list[list[int]], chosen: np.ndarray, size: int, bucket: int) -> Batch:
         tokens = np.full((size, bucket), self.pad_id, np.int32)

@@ -6,7 +6,7 @@ token sees those of its own segment up to itself. Softmax in float32, scores sca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -129,18 +129,18 @@ def kernel(which: str | Kernel) -> Kernel:
     return which if callable(which) else KERNELS[which]
 
 
-def best(platform: str, dtype: Any, head_dim: int) -> str:
+def best(platform: str, dtype: Any, head_dim: int, lengths: Sequence[int] = ()) -> str:
     """The fastest kernel that can run there, see `check`."""
     for name in ("cudnn", "flash"):
         try:
-            check(name, platform, dtype, head_dim)
+            check(name, platform, dtype, head_dim, lengths)
         except ValueError:
             continue
         return name
     return "xla"
 
 
-def check(name: str, platform: str, dtype: Any, head_dim: int) -> None:
+def check(name: str, platform: str, dtype: Any, head_dim: int, lengths: Sequence[int] = ()) -> None:
     """Make sure that a kernel can run.
 
     Args:
@@ -148,9 +148,10 @@ def check(name: str, platform: str, dtype: Any, head_dim: int) -> None:
       platform: "cpu", "gpu"/"cuda" or "tpu".
       dtype: of the activations.
       head_dim: H.
+      lengths: T of every shape of rows.
 
     Raises:
-      ValueError: an unknown name, another platform or dtype than the kernel's.
+      ValueError: an unknown name; another platform, dtype or length than the kernel's.
     """
     if name not in KERNELS:
         raise ValueError(f"attention: found {name!r}, expected one of {', '.join(KERNELS)}")
@@ -161,4 +162,9 @@ def check(name: str, platform: str, dtype: Any, head_dim: int) -> None:
         raise ValueError(
             f"attention: 'cudnn' needs 16-bit numbers and heads of at most 128, found "
             f"{jnp.dtype(dtype).name} and {head_dim}; expected 'xla'"
+        )
+    if name == "flash" and any(length % 128 for length in lengths):
+        raise ValueError(
+            f"attention: 'flash' needs rows of multiples of 128 tokens, found {tuple(lengths)}; "
+            "expected 'xla' or other buckets"
         )

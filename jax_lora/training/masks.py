@@ -39,6 +39,11 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
         or nothing that trains.
     """
     used = set()
+    for rule in (*trainable, *frozen):
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise ValueError(f"mask: {rule!r} is no regular expression: {error}") from None
 
     def trains(path, _):
         name = leaf_name(path)

@@ -12,6 +12,7 @@ nothing to B·A, and `scale` carries each layer's own α/r (or α/√r). Saving 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -78,13 +79,34 @@ def resolve(folder: str | os.PathLike[str]) -> Path:
     return folder if alone else inside
 
 
+def digest(folder: str | os.PathLike[str]) -> str:
+    """Twelve hexadecimal digits of what an adapter's two files hold."""
+    content = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        content.update((resolve(folder) / name).read_bytes())
+    return content.hexdigest()[:12]
+
+
+def trained_base(folder: str | os.PathLike[str]) -> list[str]:
+    """Weights of the base that the run of this folder, or of this adapter in it, trained too."""
+    run = resolve(folder).parent if resolve(folder).name == "adapter" else Path(folder)
+    if not (run / "parameters.json").is_file():
+        return []
+    modules = read_json(run / "parameters.json")["modules"]
+    return [m["module"] for m in modules if m["trainable"] and not m["module"].startswith("lora.")]
+
+
 def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter:
     """`load`, and make sure that the adapter fits a model and changes it.
 
     Raises:
       FileNotFoundError, ValueError: as `load`; names or shapes that the model does not have,
-        expected and found listed; every B zero.
+        expected and found listed; every B zero; a run that trained weights of the base, too.
     """
+    if base := trained_base(folder):
+        raise ValueError(
+            f"{folder}: its run trained {', '.join(base)} of the base, too; expected adapters alone"
+        )
     found = load(folder)
     try:
         lora.check(found.adapters, config)

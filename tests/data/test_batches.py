@@ -126,6 +126,22 @@ def test_packing_leaves_little_padding():
     assert padding < 0.05 * sum(b.tokens.size for b in made)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_packed_rows_are_as_few_as_they_need_be(parts):
+    # 64 examples would be 51 rows of a micro-batch; packed, they are about a third of that.
+    lengths = np.random.default_rng(0).integers(20, 380, 640).tolist()
+    made = batches(
+        lengths, batch_size=64, packed=True, buckets=(640,), micro_tokens=32768, row_parts=parts
+    )
+    epochs = [made.at(step) for step in range(30)]
+    assert {b.tokens.shape for step in epochs for b in step} == {(made.rows_of(640), 640)}
+    first = [step for (step,) in epochs[:10]]  # a micro-batch a step
+    filled = max(int((b.example >= 0).any(1).sum()) for b in first)
+    assert made.rows_of(640) % parts == 0 and 0 <= made.rows_of(640) - filled < parts
+    few = batches(lengths, batch_size=64, packed=True, buckets=(640,), micro_tokens=7 * 640).at(0)
+    assert all(len(b.tokens) <= 7 for b in few)
+
+
 def test_what_fits_nowhere_is_refused():
     with pytest.raises(ValueError, match="a row has 17 tokens, expected at most .*8, 16"):
         batches([17])

@@ -76,6 +76,10 @@ def test_kernels_are_chosen_by_what_can_run():
     ):
         with pytest.raises(ValueError, match=message):
             attention.check(name, platform, dtype, 128)
+    assert attention.best("tpu", "bfloat16", 128, (128, 1152)) == "flash"
+    assert attention.best("tpu", "bfloat16", 128, (128, 80)) == "xla"
+    with pytest.raises(ValueError, match="multiples of 128 tokens, found \\(80,\\)"):
+        attention.check("flash", "tpu", "bfloat16", 128, (80,))
 
 
 def test_bits_of_weights_change_nothing():

@@ -64,6 +64,7 @@ def test_what_pissa_learnt_is_an_adapter_of_the_whole_base(base, tmp_path):
     options = OPTIONS | {"init": "pissa"}
     adapters = inputs.new_adapters(TINY, **options)
     folder = tmp_path / "start"
+    folder.mkdir()  # as an interrupted writer leaves it
     start, params = inputs.on_base(
         adapters, base, TINY, init="pissa", variant="lora", folder=folder
     )
