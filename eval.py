@@ -10,7 +10,7 @@ command goes on after an interruption, and only scores where all answers are the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,24 @@ def main(_):
     if _CHECK.value:
         check(workdir, _ADAPTER.value, _CHECK_PROMPTS.value, _MAX_NEW_TOKENS.value)
     else:
-        run(workdir, _SETS.value, _ADAPTER.value, _MAX_NEW_TOKENS.value)
+        run(workdir, _SETS.value, _ADAPTER.value, _MAX_NEW_TOKENS.value, place=on_host)
 
 
-def run(workdir: Path, names: Sequence[str], adapter: str, max_new_tokens: int | None) -> None:
-    """Score a run's folder on the test sets `names`; see the flags."""
+def on_host(_, array: Any) -> Any:
+    """Leave the base in the host's memory, from which `greedy.apart` takes it layer by layer: the
+    device holds it once, so that what could be trained on it can be scored on it."""
+    return array
+
+
+def run(
+    workdir: Path,
+    names: Sequence[str],
+    adapter: str,
+    max_new_tokens: int | None,
+    place: Callable[..., Any] | None = None,
+) -> None:
+    """Score a run's folder on the test sets `names`; see the flags, and for `place`
+    `inputs.load_base`: the cells of a study share a base that is on the device."""
     logging.set_verbosity(logging.WARNING)
     with cli.input_errors():
         # -------------------------------------------------------------- the run
@@ -85,7 +98,7 @@ def run(workdir: Path, names: Sequence[str], adapter: str, max_new_tokens: int |
         bucket_for(longest, config.eval.buckets)
 
         # -------------------------------------------------------------- the model
-        model_config, variables, origin = load_variables(workdir, config, adapter)
+        model_config, variables, origin = load_variables(workdir, config, adapter, place)
         model = Llama(model_config, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
         settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": said["config"]}
@@ -98,7 +111,7 @@ def run(workdir: Path, names: Sequence[str], adapter: str, max_new_tokens: int |
     # ------------------------------------------------------------------ answers and scores
     generate = batching.dealt_out(generators(config, model, variables, max_new_tokens, end_ids))
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
-    del variables  # `generate` has a copy
+    del variables
 
     def report(name: str) -> None:
         folder = results / name
@@ -212,16 +225,18 @@ def folder_name(adapter: str) -> str:
     return f"eval-{Path(adapter).resolve().name}-{peft.digest(adapter)}"
 
 
-def load_variables(workdir: Path, config: Any, adapter: str):
+def load_variables(
+    workdir: Path, config: Any, adapter: str, place: Callable[..., Any] | None = None
+):
     """(model config, variables to score, what they are: goes into settings.json)."""
     model_config = base_weights.read_config(config.model)
     frozen = jax.tree.map(lambda _: False, counts.base_shapes(model_config))
     if adapter == "none":
-        params = inputs.load_base(config.model, config.dtype, frozen)
+        params = inputs.load_base(config.model, config.dtype, frozen, place)
         return model_config, {"params": params}, f"{config.model}, untuned"
     if adapter != "last":
         adapters = peft.load_trained(adapter, model_config).adapters
-        params = inputs.load_base(config.model, config.dtype, frozen)
+        params = inputs.load_base(config.model, config.dtype, frozen, place)
         variables = {"params": params, "lora": jax.tree.map(jnp.asarray, adapters)}
         return model_config, variables, f"{config.model} with {adapter} ({peft.digest(adapter)})"
 
@@ -236,7 +251,8 @@ def load_variables(workdir: Path, config: Any, adapter: str):
     if config.method == "lora":
         shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
     trains = masks.mask(shapes, tuple(config.trainable), tuple(config.frozen))
-    variables = {"params": inputs.load_base(config.model, config.dtype, trains["params"])}
+    params = inputs.load_base(config.model, config.dtype, trains["params"], place)
+    variables = {"params": params}
     if config.method == "lora":
         variables["lora"], variables["params"] = inputs.on_base(
             shapes["lora"],

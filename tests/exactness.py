@@ -17,7 +17,8 @@ HEAD = """\
 
 What the tests promise, how far off they may be, and the worst that was seen. Everything is float32
 on a CPU; θ is a tensor of weights, θ₀ where it started, g its gradient, and "ref" marks the
-reference implementation's.
+reference implementation's, a prime (θ') the same work of ours done otherwise. D is the width of the
+model, m DoRA's magnitudes; a mesh is (data, fsdp, tensor), see `docs/many_devices.md`.
 
 Written by `make parity` (`pytest tests -m parity`) when every promise was measured and kept, last
 with {versions}. Not to be edited.

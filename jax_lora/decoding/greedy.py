@@ -7,6 +7,7 @@ prompt at any time. `decoding.batching.answers` drives these programs.
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from jax_lora.model import cache
 from jax_lora.model.llama import Block, Llama, Place
-from jax_lora.model.products import on_cpu, sliceable, values
+from jax_lora.model.products import on_cpu
 from jax_lora.model.rope import rope_tables
 
 Caches = tuple[cache.Arrays, ...]  # of every layer
@@ -44,25 +45,26 @@ class Rows(NamedTuple):
     running: Bool[Array, " B"]
 
 
-@jax.jit
 def apart(variables: Any) -> Weights:
     """{"params": base} and perhaps "lora", each layer's part of the stacks in arrays of its own:
-    slices inside the loop would copy the whole model once a token. On a CPU kernels lie across."""
+    slices inside the loop would copy the whole model once a token. On a CPU kernels lie across.
 
-    def laid(tree: Any) -> Any:
-        if not on_cpu():
-            return tree
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x.T if path[-1].key == "kernel" else x, tree
-        )
+    Stacks may be numpy's. Then the device never holds more than what is returned and one layer.
+    """
+    stacks = {name: tree["layers"] for name, tree in variables.items()}
+    outside = {k: v for k, v in variables["params"].items() if k != "layers"}
+    depth = len(stacks["params"]["input_layernorm"]["scale"])
+    layers = (jax.tree.map(operator.itemgetter(i), stacks) for i in range(depth))
+    return Weights({"params": _laid(outside)}, tuple(map(_laid, layers)))
 
-    def layer(i: int) -> Any:
-        stacks = {name: sliceable(tree["layers"]) for name, tree in variables.items()}
-        return laid(jax.tree.map(lambda x: values(x[i]), stacks))
 
-    outside = laid({k: v for k, v in variables["params"].items() if k != "layers"})
-    depth = len(variables["params"]["layers"]["input_layernorm"]["scale"])
-    return Weights({"params": outside}, tuple(layer(i) for i in range(depth)))
+@jax.jit
+def _laid(tree: Any) -> Any:
+    if not on_cpu():
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.T if path[-1].key == "kernel" else x, tree
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "batch", "slots", "new_tokens"))
