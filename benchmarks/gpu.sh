@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# LLaMA-7B's shapes on one NVIDIA GPU, transformers + PEFT beside us, about 10 minutes in all.
+# LLaMA-7B's shapes on one NVIDIA GPU, transformers + PEFT beside us, about 10 minutes in all; then a
+# study of SmolLM2 (all of the paper's ranks, three sets, three rounds), as many of its cells as 15
+# minutes allow: given again, it goes on.
 #
 #   bash benchmarks/gpu.sh                 every part
 #   bash benchmarks/gpu.sh ranks decode    some
 #   SIZE=tiny bash benchmarks/gpu.sh       a rehearsal on any machine
 #
 # Weights are random. It needs jax[cuda], flax, optax, jaxtyping, pandas, torch, transformers and
-# peft; `mix`, which scores SmolLM2 (`make base`) on ../shared/data/niv2-slice or on DATA, also
-# needs gguf. Results are in OUT (runs/gpu) by part as they come; a part that ends early leaves
-# what it has, a case that does not fit says so.
+# peft; `mix` and `study`, which are of SmolLM2 (`make base`) on DATA, a checkout of at least 11
+# train tasks (../shared/data/niv2-slice), need gguf too, and `study` the whole package. Results are
+# in OUT (runs/gpu) by part as they come; a part that ends early leaves what it has, a case that does
+# not fit says so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,10 +22,15 @@ export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TF_CPP_MIN_LOG_LEVEL=2
 if [ "${SIZE:-7b}" = tiny ]; then
 	size=tiny dtype=float32 shape=2x32 lengths=4x16,2x32 row=1x32 prompt=1x8 unroll=2 kernels=xla
 	small=2,4 large=2,8 batches=1,2 many=4 new=4 mix="--per-task=1 --batch=2"
+	study=(--config=configs/study_smoke.py)
 else
 	size=7b dtype=bfloat16 shape=4x2048 lengths=16x512,8x1024 row=1x2048 prompt=1x512 unroll=32
 	small=8,64,512 large=8,2048,4096 batches=1,32,128 many=256 new=64 kernels=xla,cudnn
 	mix="--per-task=50 --batch=64"
+	study=("--config=configs/study_smollm2.py:data=${DATA:-../shared/data/niv2-slice}"
+		"--config.ranks=(4,8,16,32,64,128,256,512,1024,2048,4096,'full')"
+		"--config.sets=('T3','T6','T11')" "--config.run.data.sizes=(3,6,11)"
+		"--config.rounds=(0,1,2)" --config.run.epochs=6 --config.run.batch_size=128)
 fi
 
 measure() { # NAME SECONDS FLAGS…
@@ -35,7 +43,7 @@ measure() { # NAME SECONDS FLAGS…
 peer=--peer=hf_peft
 step="--parts=step --repeats=3 --dropout=0.05"
 decode="--parts=decode --repeats=2 --ranks=8 --shapes=$prompt --new-tokens=$new"
-[ $# -gt 0 ] || set -- ranks decode unroll remat full mix options large_batch
+[ $# -gt 0 ] || set -- ranks decode unroll remat full mix options large_batch study
 for part in "$@"; do
 	case $part in
 		ranks) measure ranks 150 $peer $step --parts=products,step --profile --remat=none \
@@ -50,6 +58,9 @@ for part in "$@"; do
 		mix) timeout 150 "$python" -m benchmarks.decoding --peer=hf --dtype=$dtype $mix \
 			--buckets=1024 --new-tokens=$new --repeats=1 --out="$out/mix" \
 			${DATA:+--data="$DATA"} || echo "mix: ended early" >&2 ;;
+		study) timeout 900 "$python" study.py --workdir="$out/study" "${study[@]}" ||
+			echo "study: ended early" >&2
+			"$python" study.py --workdir="$out/study" --report ;;
 		*) echo "$part: no such part" >&2 && exit 2 ;;
 	esac
 done

@@ -221,8 +221,8 @@ def learning_rates(
 ) -> Figure:
     """A score by rank and learning rate, the best rate of each rank joined by a line.
 
-    The best is the best on the test set shown: it says where the optimum lies, and is no fair
-    estimate of the score there.
+    Rates that tie are all framed, and the line has a gap there. The best is the best on the test
+    set shown: it says where the optimum lies, and is no fair estimate of the score there.
 
     Args:
       study: checked rows and grid.
@@ -248,10 +248,11 @@ def learning_rates(
             words[at] = "–" if np.isnan(row[metric]) else f"{row[metric]:.1f}{few}"
         axis.grid(False)
         known = [j for j in range(len(columns)) if np.isfinite(values[:, j]).any()]
-        best = [int(np.nanargmax(values[:, j])) for j in known]
+        best = [np.flatnonzero(values[:, j] > np.nanmax(values[:, j]) - 1e-9) for j in known]
         ranks = [j for j in known if columns[j] != "full"]
-        axis.plot(ranks, best[: len(ranks)], color=COLOURS[5], lw=1.5, label="best rate")
-        for j, i in zip(known, best, strict=True):
+        line = [at[0] if len(at) == 1 else np.nan for at in best[: len(ranks)]]
+        axis.plot(ranks, line, color=COLOURS[5], lw=1.5, label="best rate")
+        for j, i in ((j, i) for j, at in zip(known, best, strict=True) for i in at):
             axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fc="none", ec=COLOURS[5], lw=1.5))
         shades = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
         for (i, j), text in words.items():

@@ -32,8 +32,8 @@ _CAPTIONS = {
     "on the largest of these sets.",
     "figure5": "Figure 5. As many training examples from more and more tasks.",
     "costs": "Scores against the trainable share and against training operations (analytic).",
-    "learning_rates": "Rank × learning rate, each rank's best rate framed: the best on the very "
-    "test set shown, so its score is no fair estimate. \\*: rounds are missing.",
+    "learning_rates": "Rank × learning rate, each rank's best rate framed, or all that tie: the "
+    "best on the very test set shown, so its score is no fair estimate. \\*: rounds are missing.",
 }
 _METHOD = f"""## How to read the numbers
 

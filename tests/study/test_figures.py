@@ -196,9 +196,13 @@ def test_the_best_rate_of_each_rank_is_joined(rates):
     for axis in figure.axes:
         (best,) = named(axis, "best rate")
         assert list(best.get_xdata()) == [*range(11)]
-        # Rank 16 is best at 1e-4, which is missing: the rates beside it tie, the lower one first.
-        assert list(best.get_ydata()) == [2, 2, 0, 1, 1, 1, 1, 0, 0, 0, 0]
-        assert [patch.get_xy() for patch in axis.patches][-1] == (10.5, -0.5)
+        # Rank 16 is best at 1e-4, which is missing: the rates beside it tie, and both are framed.
+        tie = float("nan")
+        np.testing.assert_equal(
+            np.asarray(best.get_ydata(), float), [2, 2, tie, 1, 1, 1, 1, 0, 0, 0, 0]
+        )
+        framed = [patch.get_xy() for patch in axis.patches]
+        assert framed[2:4] == [(1.5, -0.5), (1.5, 1.5)] and framed[-1] == (10.5, -0.5)
         words = {text.get_position(): text.get_text() for text in axis.texts}
         assert words[2, 1] == "–" and words[0, 0] == "30.0*" and words[11, 0] == "40.0"
         assert (11, 1) not in words  # not planned
