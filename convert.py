@@ -39,17 +39,15 @@ def convert(source: str, destination: str, dtype: str, adapter: str | None) -> N
     tokenizer = tokenizers.load_tokenizer(path)
     generation_path = path / "generation_config.json"
     generation = hf.read_json(generation_path) if generation_path.is_file() else None
-    run = Path(adapter) if adapter and peft.trained_base(adapter) else None
-    found = peft.load_trained(adapter, base.read_config(path)) if adapter and not run else None
 
     # ------------------------------------------------------------ the weights
-    if run:
-        config, params = of_run(source, run if (run / "checkpoints").is_dir() else run.parent)
+    if adapter and peft.trained_base(adapter):
+        config, params = of_run(source, peft.run_of(adapter))
     else:
+        found = peft.load_trained(adapter, base.read_config(path)) if adapter else None
         kept = stored_dtype(path) if found else dtype
         config, params = base.load(path, kept, place=lambda _, array: array)
-    if found:
-        params = merge.merge(params, found.adapters)
+        params = merge.merge(params, found.adapters) if found else params
 
     # ------------------------------------------------------------ the new folder
     hf.save(destination, config, params, tokenizer, dtype, generation=generation)

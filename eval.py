@@ -220,8 +220,10 @@ def untuned_scores(folder: Path, settings: dict) -> dict | None:
 def folder_name(adapter: str) -> str:
     """`eval` for the run's own result, `eval-none` for the base's; those of other adapters are
     told apart by what they hold, as a run's is always called "adapter"."""
-    if adapter in ("last", "none"):
-        return {"last": "eval", "none": "eval-none"}[adapter]
+    if adapter == "last":
+        return "eval"
+    if adapter == "none":
+        return "eval-none"
     return f"eval-{Path(adapter).resolve().name}-{peft.digest(adapter)}"
 
 
@@ -251,8 +253,7 @@ def load_variables(
     if config.method == "lora":
         shapes["lora"] = inputs.new_adapters(model_config, **cli.adapter_options(config))
     trains = masks.mask(shapes, tuple(config.trainable), tuple(config.frozen))
-    params = inputs.load_base(config.model, config.dtype, trains["params"], place)
-    variables = {"params": params}
+    variables = {"params": inputs.load_base(config.model, config.dtype, trains["params"], place)}
     if config.method == "lora":
         variables["lora"], variables["params"] = inputs.on_base(
             shapes["lora"],

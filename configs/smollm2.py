@@ -1,6 +1,6 @@
 """SmolLM2-135M on a real checkout of Natural Instructions, for two CPU cores.
 
-Training is a quarter of an hour; the tests of a full checkout, 4,380 prompts, are hours.
+Training is a quarter of an hour; a full checkout's tests are 4,380 prompts.
 
     make base
     python train.py --config=configs/smollm2.py:rank=16 --config.data.path=natural-instructions \\

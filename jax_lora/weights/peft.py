@@ -87,12 +87,18 @@ def digest(folder: str | os.PathLike[str]) -> str:
     return content.hexdigest()[:12]
 
 
+def run_of(folder: str | os.PathLike[str]) -> Path:
+    """The folder of a run, where that of the adapter in it may be given."""
+    found = resolve(folder)
+    return found.parent if found.name == "adapter" else found
+
+
 def trained_base(folder: str | os.PathLike[str]) -> list[str]:
-    """Weights of the base that the run of this folder, or of this adapter in it, trained too."""
-    run = resolve(folder).parent if resolve(folder).name == "adapter" else Path(folder)
-    if not (run / "parameters.json").is_file():
+    """Weights of the base that the run of this folder (see `run_of`) trained."""
+    table = run_of(folder) / "parameters.json"
+    if not table.is_file():
         return []
-    modules = read_json(run / "parameters.json")["modules"]
+    modules = read_json(table)["modules"]
     return [m["module"] for m in modules if m["trainable"] and not m["module"].startswith("lora.")]
 
 

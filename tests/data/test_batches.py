@@ -133,9 +133,9 @@ def test_packed_rows_are_as_few_as_they_need_be(parts):
     made = batches(
         lengths, batch_size=64, packed=True, buckets=(640,), micro_tokens=32768, row_parts=parts
     )
-    epochs = [made.at(step) for step in range(30)]
-    assert {b.tokens.shape for step in epochs for b in step} == {(made.rows_of(640), 640)}
-    first = [step for (step,) in epochs[:10]]  # a micro-batch a step
+    steps = [made.at(step) for step in range(30)]
+    assert {b.tokens.shape for step in steps for b in step} == {(made.rows_of(640), 640)}
+    first = [batch for (batch,) in steps[:10]]  # of the first epoch: a micro-batch a step
     filled = max(int((b.example >= 0).any(1).sum()) for b in first)
     assert made.rows_of(640) % parts == 0 and 0 <= made.rows_of(640) - filled < parts
     few = batches(lengths, batch_size=64, packed=True, buckets=(640,), micro_tokens=7 * 640).at(0)
