@@ -10,7 +10,7 @@ command goes on after an interruption, and only scores where all answers are the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_lora import check as invariance
@@ -40,6 +41,12 @@ if __name__ == "__main__":  # study.py, which imports this file, has flags of it
     _ADAPTER = flags.DEFINE_string(
         "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
     )
+    _DEVICES_PER_COPY = flags.DEFINE_integer(
+        "devices_per_copy",
+        None,
+        "devices that share one copy of the weights; instead of the config's",
+        lower_bound=1,
+    )
     _MAX_NEW_TOKENS = flags.DEFINE_integer(
         "max_new_tokens", None, "instead of the config's", lower_bound=1
     )
@@ -58,10 +65,15 @@ def main(_):
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected a folder that train.py made")
         workdir = Path(_WORKDIR.value)
+    given = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "devices_per_copy": _DEVICES_PER_COPY.value,
+    }
+    instead = {key: value for key, value in given.items() if value is not None}
     if _CHECK.value:
-        check(workdir, _ADAPTER.value, _CHECK_PROMPTS.value, _MAX_NEW_TOKENS.value)
+        check(workdir, _ADAPTER.value, _CHECK_PROMPTS.value, instead)
     else:
-        run(workdir, _SETS.value, _ADAPTER.value, _MAX_NEW_TOKENS.value, place=on_host)
+        run(workdir, _SETS.value, _ADAPTER.value, instead, place=on_host)
 
 
 def on_host(_, array: Any) -> Any:
@@ -74,19 +86,23 @@ def run(
     workdir: Path,
     names: Sequence[str],
     adapter: str,
-    max_new_tokens: int | None,
+    instead: Mapping[str, int],
     place: Callable[..., Any] | None = None,
 ) -> None:
-    """Score a run's folder on the test sets `names`; see the flags, and for `place`
-    `inputs.load_base`: the cells of a study share a base that is on the device."""
+    """Score a run's folder on the test sets `names`; see the flags. `instead`: of the config's
+    `eval`. For `place` see `inputs.load_base`: the cells of a study share a base that is on the
+    device, where one device can hold it."""
     logging.set_verbosity(logging.WARNING)
     with cli.input_errors():
         # -------------------------------------------------------------- the run
         said, config = read_run(workdir)
+        config.eval.update(instead)
+        copies = copies_of(config)
+        if config.eval.devices_per_copy > 1:
+            place = on_host
         for name in names:
             if name not in ("seen", "unseen"):
                 raise ValueError(f"--sets: found {name!r}, expected seen, unseen or both")
-        max_new_tokens = max_new_tokens or config.eval.max_new_tokens
 
         # -------------------------------------------------------------- examples
         checkout = inputs.open_checkout(config.data.path, config.data.categories)
@@ -101,7 +117,8 @@ def run(
         model_config, variables, origin = load_variables(workdir, config, adapter, place)
         model = Llama(model_config, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
-        settings = {"origin": origin, "max_new_tokens": max_new_tokens, "config": said["config"]}
+        settings = {"origin": origin, "config": said["config"]}
+        settings["max_new_tokens"] = config.eval.max_new_tokens
         results = workdir / folder_name(adapter)
         for name in names:
             folder = results / name
@@ -109,7 +126,7 @@ def run(
             evaluate.write_labels(folder, checkout, sets[name].tasks)
 
     # ------------------------------------------------------------------ answers and scores
-    generate = batching.dealt_out(generators(config, model, variables, max_new_tokens, end_ids))
+    generate = batching.dealt_out(generators(config, model, variables, copies, end_ids))
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
     del variables
 
@@ -143,12 +160,14 @@ def read_run(workdir: Path) -> tuple[dict, Any]:
     return said, ConfigDict(said["config"])
 
 
-def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None) -> None:
+def check(workdir: Path, adapter: str, prompts: int, instead: Mapping[str, int]) -> None:
     """Print what changes when answers and updates are batched otherwise; exit code 1 if any
     answer in float32 does, or an update by more than rounding."""
     logging.set_verbosity(logging.WARNING)
     with cli.input_errors():
         _, config = read_run(workdir)
+        config.eval.update(instead)
+        copies = copies_of(config)
         sets = inputs.task_sets(*cli.data_options(config))
         encoder = inputs.encoder(*cli.encoder_options(config))
         # Every so many examples, so that all tasks take part.
@@ -167,7 +186,7 @@ def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None)
             model_config, variables, origin = load_variables(workdir, config, adapter)
         model = Llama(model_config, dtype=jnp.dtype(dtype), unroll=config.unroll)
         end_ids = (encoder.tokenizer.eos_token_id,)
-        one, *others = generators(config, model, variables, max_new_tokens, end_ids)
+        one, *others = generators(config, model, variables, copies, end_ids)
         print(f"\n{origin}, {dtype}: answers to {len(asked)} prompts that change", flush=True)
         many = batching.dealt_out([one, *others]) if others else None
         for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
@@ -188,23 +207,33 @@ def check(workdir: Path, adapter: str, prompts: int, max_new_tokens: int | None)
         raise SystemExit("error: results depend on how work is cut")
 
 
+def copies_of(config: Any) -> list[Mesh]:
+    """This process's devices, those together that share one copy of the weights."""
+    devices, share = jax.local_devices(), config.eval.devices_per_copy
+    if share < 1 or len(devices) % share:
+        raise ValueError(
+            f"devices_per_copy: found {share}, expected a divisor of the {len(devices)} devices here"
+        )
+    groups = (devices[i : i + share] for i in range(0, len(devices), share))
+    return [sharding.make_mesh((1, 1, share), group) for group in groups]
+
+
 def generators(
-    config: Any, model: Llama, variables: Any, max_new_tokens: int | None, end_ids: tuple
+    config: Any, model: Llama, variables: Any, copies: Sequence[Mesh], end_ids: tuple
 ) -> list[Any]:
-    """`batching.answers` on every device, all but the prompts and their groups bound."""
-    weights = greedy.apart(variables)
+    """`batching.answers` on each copy's devices, all but the prompts and their groups bound."""
     return [
         functools.partial(
             batching.answers,
-            model,
-            jax.device_put(weights, device),
-            max_new_tokens=max_new_tokens or config.eval.max_new_tokens,
+            model.clone(settle=sharding.Activations(mesh)),
+            greedy.apart(variables, mesh),
+            max_new_tokens=config.eval.max_new_tokens,
             end_ids=end_ids,
             buckets=tuple(config.eval.buckets),
             batch_tokens=config.eval.batch_tokens,
             max_batch=config.eval.max_batch,
         )
-        for device in jax.local_devices()
+        for mesh in copies
     ]
 
 

@@ -113,7 +113,7 @@ def setups(config: Any, where: Target) -> list[Setup]:
     if not full and config.lora.contract == "auto":
         contracted = lora.contracted(shape, config.lora.rank, targets)
     platform, kernel = where.device.platform, config.attention
-    lengths = cli.row_lengths(config)
+    lengths = tuple(config.data.buckets)
     if kernel == "auto":
         kernel = attention.best(platform, config.dtype, shape.head_dim, lengths)
     attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)

@@ -279,7 +279,7 @@ def run_cell(config: Any, workdir: Path, team: Team, cell: Cell, folder: Path) -
     with output(workdir, cell.id), faults():
         train_together(config, workdir, team, cell.id)
         trained = time.perf_counter()
-        scoring.run(folder, study.TESTS, "last", None)
+        scoring.run(folder, study.TESTS, "last", {})
     results.share_examples(cell, folder, workdir / "examples")
     taskset, parameters = taskset_of(run), hf.read_json(folder / "parameters.json")
     tokens, (training, forward) = train_tokens(run), grid.operations(parameters["modules"])

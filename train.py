@@ -121,7 +121,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
         model_config = base_weights.read_config(config.model)
         platform = jax.default_backend()
         attend = config.attention
-        lengths = cli.row_lengths(config)
+        lengths = tuple(config.data.buckets)
         if attend == "auto":
             attend = attention.best(platform, config.dtype, model_config.head_dim, lengths)
         attention.check(attend, platform, config.dtype, model_config.head_dim, lengths)

@@ -16,7 +16,7 @@ from benchmarks.work import Case
 BATCH = 16  # examples of an optimizer step
 THEIR_ROWS = 8  # of a micro-batch: what Trainer's `per_device_train_batch_size` is by default
 # Row lengths, and micro_tokens: few of them, or 16 examples would leave many rows empty.
-OURS = {"packed": ((512,), 512), "buckets": (tuple(range(64, 385, 32)), 384)}
+OURS = {"packed": ((128, 256, 384, 512), 512), "buckets": (tuple(range(64, 385, 32)), 384)}
 
 
 class Contender(NamedTuple):

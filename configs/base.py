@@ -65,7 +65,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.data.source_length = 1024  # tokens of a prompt; a longer input loses its end
     config.data.target_length = 128  # tokens set aside for the answer
     config.data.buckets = (128, 256, 384, 512, 768, 1152)  # row lengths, each compiled once
-    config.data.packed = False  # several examples a row, all rows as long as the last bucket
+    config.data.packed = False  # several examples a row of the last bucket; leftovers, a shorter one
 
     # ---- optimizer: AdamW
     config.optim = ConfigDict()
@@ -85,6 +85,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.eval.buckets = (128, 256, 384, 512, 768, 1024)  # prompt lengths
     config.eval.batch_tokens = 16384  # prompt tokens of a batch on a device, padding included
     config.eval.max_batch = 64  # rows of a batch on a device
+    config.eval.devices_per_copy = 1  # that share one copy of the weights, and its batch
     return config
 
 

@@ -179,12 +179,6 @@ def encoder_options(config: Any) -> tuple[Any, ...]:
     return config.model, d.template, d.source_length, d.target_length
 
 
-def row_lengths(config: Any) -> tuple[int, ...]:
-    """The lengths of a config's training rows."""
-    buckets = tuple(config.data.buckets)
-    return (max(buckets),) if config.data.packed else buckets
-
-
 def check_same_run(path: Path, resolved: dict[str, Any]) -> None:
     """Raise ValueError where a run's config.json says another config or other data.
 

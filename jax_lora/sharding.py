@@ -167,6 +167,17 @@ def placer(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     return put
 
 
+def place_layer(tree: Any, mesh: Mesh) -> Any:
+    """One layer's part of stacked arrays, laid out as the stacks are."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        cut = spec(name, (1, *leaf.shape), mesh)  # a stack's first side is never cut
+        return _put(leaf, NamedSharding(mesh, P(*cut[1:])))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def place_rows(batch: Any, mesh: Mesh | None) -> Any:
     """A micro-batch, equal in every process, each device taking its rows; without a mesh, all.
 
@@ -232,7 +243,8 @@ def embeddings_gathered(variables: Any, mesh: Mesh) -> Any:
 
 @dataclass(frozen=True)
 class Activations:
-    """Where activations (B, T, ·) lie: rows by data and fsdp, the last side by tensor if it is cut.
+    """Where activations (B, T, ·) lie: rows by data and fsdp, the last side by tensor if it is cut;
+    and keys and values in a cache (B, K, ·, ·), their heads then.
 
     `Llama.settle` of a model on many devices. Left alone, the partitioner cuts activations as the
     adapters are, and sends them around all the time. So it does with the product of a B (R, ·),
@@ -243,7 +255,8 @@ class Activations:
 
     def __call__(self, x: jax.Array, cut: bool) -> jax.Array:
         last = "tensor" if cut else None
-        sides = P(None, last) if x.ndim == 2 else P(("data", "fsdp"), None, last)
+        rows = ("data", "fsdp")
+        sides = {2: P(None, last), 3: P(rows, None, last), 4: P(rows, last)}[x.ndim]
         where = NamedSharding(self.mesh, _dividing(sides, x.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x, where)
 

@@ -124,12 +124,14 @@ def test_two_processes_stop_together_and_one_device_goes_on(
 
 def test_answers_of_eight_devices(one, tmp_path):
     answers = []
-    for devices in (1, 8):
-        workdir = tmp_path / str(devices)
+    for devices, share in ((1, 1), (8, 1), (8, 2)):
+        workdir = tmp_path / f"{devices}-{share}"
         shutil.copytree(one, workdir)
-        finish(start(command("eval.py", f"--workdir={workdir}", "--sets=unseen"), devices))
-        answers.append((workdir / "eval" / "unseen" / "predictions.jsonl").read_text())
-    assert sorted(answers[0].splitlines()) == sorted(answers[1].splitlines())
+        flags = (f"--workdir={workdir}", "--sets=unseen", f"--devices_per_copy={share}")
+        finish(start(command("eval.py", *flags), devices))
+        said = (workdir / "eval" / "unseen" / "predictions.jsonl").read_text()
+        answers.append(sorted(said.splitlines()))
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_nothing_depends_on_how_work_is_cut(one):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -63,8 +64,8 @@ def pack(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list[i
     return rows
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+def _longest_first(lengths: Sequence[int], places: Iterable[int]) -> list[int]:
+    return sorted(places, key=lambda i: (-lengths[i], i))
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Batches:
       buckets: lengths in tokens that rows are padded to; each shape compiles once.
       by_example: an example's losses weigh 1 together, however long its answer; otherwise each
         token's does.
-      packed: lay several examples into a row of the largest bucket, the only shape then.
+      packed: lay several examples into a row of the largest bucket; what is left for the last
+        micro-batch of a step, into rows of the smallest bucket that holds it.
       micro_tokens: most tokens (padding included) of a micro-batch in each of its `row_parts`,
         unless one row has more.
       answer_only: loss on the answer and its end token only; otherwise on the prompt too.
@@ -132,7 +134,10 @@ class Batches:
         """
         chosen = self.indices(step)
         lengths = [len(self.rows[i].ids) for i in chosen]
-        laid = self._packed(step) if self.packed else [[place] for place in _longest_first(lengths)]
+        if self.packed:
+            laid = self._packed(step)
+        else:
+            laid = [[place] for place in _longest_first(lengths, range(len(lengths)))]
         batches = []
         while laid:
             bucket = max(self.buckets)
@@ -140,6 +145,8 @@ class Batches:
                 bucket = bucket_for(lengths[laid[0][0]], self.buckets)
             size = self.rows_of(bucket)
             rows, laid = laid[:size], laid[size:]
+            if self.packed and not laid:
+                rows, bucket = self._shortened(rows, lengths, size)
             batches.append(self._fill(rows, chosen, size, bucket))
         return batches
 
@@ -159,7 +166,19 @@ class Batches:
 
     def _packed(self, step: int) -> list[list[int]]:
         lengths = [len(self.rows[i].ids) for i in self.indices(step)]
-        return pack(lengths, _longest_first(lengths), max(self.buckets))
+        return pack(lengths, _longest_first(lengths, range(len(lengths))), max(self.buckets))
+
+    def _shortened(
+        self, rows: list[list[int]], lengths: Sequence[int], size: int
+    ) -> tuple[list[list[int]], int]:
+        # The examples of these rows in at most `size` rows of the smallest bucket.
+        places = _longest_first(lengths, chain.from_iterable(rows))
+        for bucket in sorted(self.buckets):
+            if lengths[places[0]] <= bucket:
+                shorter = pack(lengths, places, bucket)
+                if len(shorter) <= size:
+                    return shorter, bucket
+        return rows, max(self.buckets)  # a subset may pack worse than within the whole
 
     def _fill(self, laid: list[list[int]], chosen: np.ndarray, size: int, bucket: int) -> Batch:
         tokens = np.full((size, bucket), self.pad_id, np.int32)

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from jax_lora import sharding
 from jax_lora.model import cache
 from jax_lora.model.llama import Block, Llama, Place
 from jax_lora.model.products import on_cpu
@@ -45,16 +47,25 @@ class Rows(NamedTuple):
     running: Bool[Array, " B"]
 
 
-def apart(variables: Any) -> Weights:
+def apart(variables: Any, mesh: Mesh | None = None) -> Weights:
     """{"params": base} and perhaps "lora", each layer's part of the stacks in arrays of its own:
     slices inside the loop would copy the whole model once a token. On a CPU kernels lie across.
 
-    Stacks may be numpy's. Then the device never holds more than what is returned and one layer.
+    Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
+    one layer.
+
+    Args:
+      variables: arrays, or numpy's.
+      mesh: of the devices that share the weights; the model needs its `sharding.Activations`. By
+        default they lie on one device.
     """
     stacks = {name: tree["layers"] for name, tree in variables.items()}
     outside = {k: v for k, v in variables["params"].items() if k != "layers"}
     depth = len(stacks["params"]["input_layernorm"]["scale"])
     layers = (jax.tree.map(operator.itemgetter(i), stacks) for i in range(depth))
+    if mesh is not None:
+        outside = sharding.place(outside, mesh)
+        layers = (sharding.place_layer(layer, mesh) for layer in layers)
     return Weights({"params": _laid(outside)}, tuple(map(_laid, layers)))
 
 
@@ -171,7 +182,8 @@ def rearrange(rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
 
 
 def _no_tokens(model: Llama, batch: int, slots: int) -> Caches:
-    return (cache.empty(model.config, batch, slots, model.dtype),) * model.config.num_hidden_layers
+    k, v = cache.empty(model.config, batch, slots, model.dtype)
+    return ((model.settle(k, True), model.settle(v, True)),) * model.config.num_hidden_layers
 
 
 def _read(
@@ -209,7 +221,8 @@ def _extend(
     model: Llama, weights: Weights, caches: Caches, starts: Array, rope: Any, tokens: Array
 ) -> tuple[Array, Caches]:
     """The states (B, T, D) of tokens whose first stands at `starts` (B,), and the caches after."""
-    place, block = Place(rope, None), Block(model.config, across=on_cpu())
+    place = Place(rope, None)
+    block = Block(model.config, settle=model.settle, across=on_cpu())
     x, grown = model.apply(weights.outside, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
         x, kv = block.apply(weights.layers[i], x, i, place, cache.Cache(k, v, starts), None)

@@ -36,7 +36,8 @@ from jax_lora.model.rope import rope_tables, rotate
 REMAT = ("none", "full", "products")
 _INIT = nn.initializers.normal(0.02)
 Tokens = Int[Array | np.ndarray, "B T"]  # ids, not necessarily on the device yet
-# Lays activations (B, T, ·) or a B (R, ·) out on many devices: (x, is its last side cut?) → x.
+# Lays activations (B, T, ·), a B (R, ·) or a cache (B, K, ·, ·) out on many devices: (x, is its
+# last side cut, of a cache the heads?) → x.
 Settle = Callable[[Array, bool], Array]
 
 
@@ -207,6 +208,7 @@ class Attention(nn.Module):
             mixed, grown = attention.kernel(self.kernel)(q, keys, values, place.segments), None
         else:
             mixed, grown = cache.attend(q, keys, values)
+            grown = tuple(self.settle(x, True) for x in grown)
         mixed = checkpoint_name(mixed, "product")
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
         return project("o_proj", c.hidden_size, mixed), grown

@@ -1,0 +1,64 @@
+"""What test_many_devices.py runs in a process with 4 devices: answers of a model that 2 or 4 of
+them share, beside those of one.
+
+    python -m tests.decoding.many_devices
+
+prints JSON: for each number of devices the answers, and of every device the bytes that it holds of
+the weights and, after each stretch of decoding, of a layer's cache; `planned` is what the table of
+`jax_lora.sharding` gives a device of the weights.
+"""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora import sharding
+from jax_lora.decoding import batching, greedy
+from jax_lora.model.llama import Llama
+from tests.training.many_devices import CONFIG, variables
+
+SHARED = list(range(1, 21))  # what half of the prompts begin with
+LIMITS = dict(max_new_tokens=6, end_ids=(7,), buckets=(32,), batch_tokens=128, max_batch=4)
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    rests = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (1, 5, 9, 12, 3, 30, 17)]
+    return [SHARED + rest if i < 4 else rest for i, rest in enumerate(rests)]
+
+
+def held(tree, device):
+    """Bytes of the arrays' parts on a device."""
+    shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+    return sum(s.data.nbytes for s in shards if s.device == device)
+
+
+def answered(count):
+    mesh = sharding.make_mesh((1, 1, count), jax.devices()[:count])
+    model = Llama(CONFIG, dtype=jnp.float32, settle=sharding.Activations(mesh))
+    weights = greedy.apart(variables(), mesh)
+    caches, decode = [], greedy.decode
+
+    def watched(*args, **options):
+        rows = decode(*args, **options)
+        caches.append([held(rows.caches[0], device) for device in jax.devices()])
+        return rows
+
+    greedy.decode = watched
+    groups = [len(prompt) > len(SHARED) for prompt in prompts()]
+    ended = batching.answers(model, weights, prompts(), groups, **LIMITS)
+    answers = dict(itertools.chain.from_iterable(ended))
+    greedy.decode = decode
+    return {
+        "answers": [answers[i].tolist() for i in range(len(answers))],
+        "weights": [held(weights, device) for device in jax.devices()],
+        "planned": sharding.local_bytes(variables(), mesh),
+        "caches": caches,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({count: answered(count) for count in (1, 2, 4)}))

@@ -1,0 +1,42 @@
+"""Devices that share one copy of the weights answer as one device does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY, many_cpus
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What tests/decoding/many_devices.py prints, by the number of devices."""
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.decoding.many_devices"],
+        cwd=REPOSITORY,
+        env=os.environ | many_cpus(4),
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    return json.loads(said.stdout)
+
+
+@pytest.mark.parametrize("count", ["2", "4"])
+def test_answers_are_those_of_one_device(found, count):
+    assert found[count]["answers"] == found["1"]["answers"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_device_holds_its_part_of_the_weights(found, count):
+    planned = found[str(count)]["planned"]
+    assert found[str(count)]["weights"] == [planned] * count + [0] * (4 - count)
+    assert planned < 1.4 * found["1"]["planned"] / count  # an odd vocabulary is whole on each
+
+
+def test_caches_are_cut_where_the_heads_divide(found):
+    for (whole, *_), two, four in zip(*(found[n]["caches"] for n in "124"), strict=True):
+        assert two == [whole // 2, whole // 2, 0, 0]  # 2 kv heads
+        assert four == [whole] * 4
