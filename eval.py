@@ -212,7 +212,8 @@ def copies_of(config: Any) -> list[Mesh]:
     devices, share = jax.local_devices(), config.eval.devices_per_copy
     if share < 1 or len(devices) % share:
         raise ValueError(
-            f"devices_per_copy: found {share}, expected a divisor of the {len(devices)} devices here"
+            f"devices_per_copy: found {share}, expected a divisor of the number of devices here, "
+            f"{len(devices)}"
         )
     groups = (devices[i : i + share] for i in range(0, len(devices), share))
     return [sharding.make_mesh((1, 1, share), group) for group in groups]

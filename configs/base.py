@@ -65,7 +65,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.data.source_length = 1024  # tokens of a prompt; a longer input loses its end
     config.data.target_length = 128  # tokens set aside for the answer
     config.data.buckets = (128, 256, 384, 512, 768, 1152)  # row lengths, each compiled once
-    config.data.packed = False  # several examples a row of the last bucket; leftovers, a shorter one
+    config.data.packed = False  # several examples a row of the last bucket, leftovers in a shorter
 
     # ---- optimizer: AdamW
     config.optim = ConfigDict()
