@@ -195,7 +195,10 @@ def place_rows(batch: Any, mesh: Mesh | None) -> Any:
 
 
 def _put(array: Any, where: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
+    if isinstance(array, jax.Array) and (
+        array.sharding.device_set == where.device_set
+        or (array.is_fully_addressable and where.is_fully_addressable)
+    ):
         return jax.device_put(array, where)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
@@ -244,7 +247,7 @@ def embeddings_gathered(variables: Any, mesh: Mesh) -> Any:
 @dataclass(frozen=True)
 class Activations:
     """Where activations (B, T, ·) lie: rows by data and fsdp, the last side by tensor if it is cut;
-    and keys and values in a cache (B, K, ·, ·), their heads then.
+    of those that have heads, (B, K, …), these.
 
     `Llama.settle` of a model on many devices. Left alone, the partitioner cuts activations as the
     adapters are, and sends them around all the time. So it does with the product of a B (R, ·),
@@ -256,7 +259,7 @@ class Activations:
     def __call__(self, x: jax.Array, cut: bool) -> jax.Array:
         last = "tensor" if cut else None
         rows = ("data", "fsdp")
-        sides = {2: P(None, last), 3: P(rows, None, last), 4: P(rows, last)}[x.ndim]
+        sides = {2: P(None, last), 3: P(rows, None, last)}.get(x.ndim, P(rows, last))
         where = NamedSharding(self.mesh, _dividing(sides, x.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x, where)
 

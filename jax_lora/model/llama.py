@@ -36,8 +36,8 @@ from jax_lora.model.rope import rope_tables, rotate
 REMAT = ("none", "full", "products")
 _INIT = nn.initializers.normal(0.02)
 Tokens = Int[Array | np.ndarray, "B T"]  # ids, not necessarily on the device yet
-# Lays activations (B, T, ·), a B (R, ·) or a cache (B, K, ·, ·) out on many devices: (x, is its
-# last side cut, of a cache the heads?) → x.
+# Lays activations (B, T, ·), (B, K, …) or a B (R, ·) out on many devices: (x, is its last side cut,
+# or are its heads?) → x.
 Settle = Callable[[Array, bool], Array]
 
 
@@ -207,6 +207,8 @@ class Attention(nn.Module):
         if cache is None:
             mixed, grown = attention.kernel(self.kernel)(q, keys, values, place.segments), None
         else:
+            # Left alone, the partitioner sends the past around where `tensor` does not divide K.
+            q, keys, values = (self.settle(x, True) for x in (q, keys, values))
             mixed, grown = cache.attend(q, keys, values)
             grown = tuple(self.settle(x, True) for x in grown)
         mixed = checkpoint_name(mixed, "product")

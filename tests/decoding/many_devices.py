@@ -5,7 +5,7 @@ them share, beside those of one.
 
 prints JSON: for each number of devices the answers, and of every device the bytes that it holds of
 the weights and, after each stretch of decoding, of a layer's cache; `planned` is what the table of
-`jax_lora.sharding` gives a device of the weights.
+`jax_lora.sharding` gives a device of the weights; `communication` is of the loop that decodes.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 from jax_lora import sharding
 from jax_lora.decoding import batching, greedy
 from jax_lora.model.llama import Llama
-from tests.training.many_devices import CONFIG, variables
+from tests.training.many_devices import CONFIG, communication, variables
 
 SHARED = list(range(1, 21))  # what half of the prompts begin with
 LIMITS = dict(max_new_tokens=6, end_ids=(7,), buckets=(32,), batch_tokens=128, max_batch=4)
@@ -40,6 +40,8 @@ def answered(count):
     mesh = sharding.make_mesh((1, 1, count), jax.devices()[:count])
     model = Llama(CONFIG, dtype=jnp.float32, settle=sharding.Activations(mesh))
     weights = greedy.apart(variables(), mesh)
+    rows = greedy.free(model, 4, 38, 6)
+    program = greedy.decode.lower(model, weights, rows, 0, end_ids=(7,)).compile()
     caches, decode = [], greedy.decode
 
     def watched(*args, **options):
@@ -57,6 +59,7 @@ def answered(count):
         "weights": [held(weights, device) for device in jax.devices()],
         "planned": sharding.local_bytes(variables(), mesh),
         "caches": caches,
+        "communication": communication(program),
     }
 
 

@@ -36,6 +36,15 @@ def test_a_device_holds_its_part_of_the_weights(found, count):
     assert planned < 1.4 * found["1"]["planned"] / count  # an odd vocabulary is whole on each
 
 
+@pytest.mark.parametrize("count", ["2", "4"])
+def test_devices_exchange_two_sums_a_layer_and_nothing_of_the_past(found, count):
+    shapes = [shape for _, _, shapes in found[count]["communication"] for shape in shapes]
+    states = [shape for shape in shapes if sorted(shape) == [1, 4, 32]]  # of a token a row
+    assert len(states) == 2 * 3
+    assert not any(38 in shape for shape in shapes)  # slots
+    assert found["1"]["communication"] == []
+
+
 def test_caches_are_cut_where_the_heads_divide(found):
     for (whole, *_), two, four in zip(*(found[n]["caches"] for n in "124"), strict=True):
         assert two == [whole // 2, whole // 2, 0, 0]  # 2 kv heads
