@@ -169,13 +169,13 @@ def placer(mesh: Mesh) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
 
 def place_layer(tree: Any, mesh: Mesh) -> Any:
     """One layer's part of stacked arrays, laid out as the stacks are."""
-
-    def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        cut = spec(name, (1, *leaf.shape), mesh)  # a stack's first side is never cut
-        return _put(leaf, NamedSharding(mesh, P(*cut[1:])))
-
-    return jax.tree_util.tree_map_with_path(one, tree)
+    # The table is of stacks, whose first side is never cut.
+    stacks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
+    return jax.tree.map(
+        lambda x, where: _put(x, NamedSharding(mesh, P(*where.spec[1:]))),
+        tree,
+        shardings(stacks, mesh),
+    )
 
 
 def place_rows(batch: Any, mesh: Mesh | None) -> Any:

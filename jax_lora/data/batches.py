@@ -130,7 +130,8 @@ class Batches:
 
         Rows are sorted by length and cut from the longest down, each micro-batch as many rows as
         its bucket allows; the last one is filled with empty rows, so that a bucket is one shape.
-        Packed rows, which are fewer than the examples, are cut evenly.
+        Packed rows, which are fewer than the examples, are cut evenly, and the last of them laid
+        anew in a shorter bucket if they fit.
         """
         chosen = self.indices(step)
         lengths = [len(self.rows[i].ids) for i in chosen]
