@@ -1,0 +1,313 @@
+"""The configuration of a run: every key with its unit, its default and its domain.
+
+`RunConfig()` is the paper's recipe (section 2.3); where the paper is silent, the values are those
+of the code that it builds on (tloen/alpaca-lora). The files in configs/ are short changes of it.
+
+A config is checked as a whole by `validate` and never changes afterwards. `identity` are the keys
+that decide a run's results: a run may be resumed with any other value of the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from jax_lora.errors import ConfigError
+
+SETS = "T100 T250 T500 Tall T*100 T*500"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh. They multiply to the number of devices; -1 takes what is left."""
+
+    data: int = 1  # copies of the parameters, each with its own rows
+    fsdp: int = -1  # shards of the parameters, each with its own rows
+    tensor: int = 1  # shards of the heads and of the MLP, all with the same rows
+
+    def sizes(self, devices: int) -> tuple[int, int, int]:
+        """The sizes of data, fsdp and tensor on that many devices.
+
+        Raises:
+          ConfigError: sizes that do not multiply to the number of devices.
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        known = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) == 1 and known > 0:
+            sizes = [devices // known if size == -1 else size for size in sizes]
+        if min(sizes) < 1 or math.prod(sizes) != devices:
+            raise ConfigError(
+                f"config.mesh: found {self.data} × {self.fsdp} × {self.tensor} on {devices} "
+                "devices, expected data × fsdp × tensor to be their number; one of the sizes may "
+                "be -1, which takes what the others leave"
+            )
+        data, fsdp, tensor = sizes
+        return data, fsdp, tensor
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapters."""
+
+    rank: int = 16  # r, 1 to 4096 and above
+    alpha_per_rank: float = 2.0  # α/r; the paper sets α = 2r
+    scaling: str = "alpha/r"  # of the update; rsLoRA's is "alpha/sqrt(r)"
+    dropout: float = 0.05  # on the input of A, in training only
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    init: str = "kaiming"  # as PEFT draws A; "gaussian", "pissa"; or the folder of a PEFT adapter
+    variant: str = "lora"  # or "dora"
+    materialize_delta: str = "auto"  # form A·B once per step where that is cheaper; or "never"
+
+    @property
+    def alpha(self) -> float:
+        """α."""
+        return self.alpha_per_rank * self.rank
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The tasks, prompts and rows."""
+
+    path: str = ""  # Natural Instructions checkout, or the id of the data set on the hub
+    categories: str = ""  # JSON, task → category; for the hub's data set, which has none
+    set: str = "T100"  # T100 T250 T500 Tall T*100 T*500
+    sizes: tuple[int, ...] = (100, 250, 500)  # tasks in the three nested sets, which they name
+    train_per_task: int = 100  # examples
+    test_per_task: int = 100  # examples, seen and unseen
+    template: str = "alpaca"  # or "tk"
+    answer: str = "first"  # which of several references to train on; or "random"
+    answer_only: bool = False  # loss on the answer alone; False: on the prompt too
+    loss_mean: str = "tokens"  # over a global batch; "examples": each weighs the same
+    source_length: int = 1024  # tokens of a prompt; a longer input loses its end
+    target_length: int = 128  # tokens set aside for the answer
+    buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1152)  # row lengths, each compiled once
+    packed: bool = False  # several examples per row of the last bucket, the rest in a shorter one
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    learning_rate: float = 5e-5
+    schedule: str = "linear"  # to 0; "cosine" to 0, "constant"
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the whole gradient; 0: no clip
+    loraplus_lr_ratio: float = 1.0  # how many times faster B learns than A; LoRA+ proposes 16
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Greedy decoding of the test sets."""
+
+    max_new_tokens: int = 128
+    buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1024)  # prompt lengths
+    batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
+    max_batch: int = 64  # rows per batch on a device
+    devices_per_copy: int = 1  # that share one copy of the weights, and its batch
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run and its evaluation."""
+
+    # ---- the run
+    seed: int = 0  # of A's initialization, the data order and dropout
+    round: int = 0  # which draw of the task sets; the paper averages over three
+    epochs: int = 6
+    max_steps: int = 0  # stop earlier; 0 runs all epochs
+    batch_size: int = 128  # examples per optimizer step
+    micro_tokens: int = 4096  # most tokens of a micro-batch on a device, padding included
+    log_every: int = 1  # steps
+    checkpoint_every: int = 100  # steps; the last step is always saved
+
+    # ---- the base model
+    model: str = ""  # Hugging Face folder, hub id or GGUF file
+    dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32
+    remat: str = "full"  # recomputed in the backward pass: layers; "products" or "none": less
+    unroll: int = 1  # layers per iteration of the scan
+    attention: str = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
+    loss_chunk: int = 1024  # positions whose logits exist at once, on a device
+
+    # ---- what trains: regular expressions on leaf names, the first list wins
+    method: str = "lora"  # "lora" adds adapters, "full" does not
+    trainable: tuple[str, ...] = (r"lora/.*/[abm]",)
+    frozen: tuple[str, ...] = (r"lora/.*/scale", r"params/.*")
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @classmethod
+    def from_config_dict(cls, config: Mapping[str, object]) -> RunConfig:
+        """The typed config of an `ml_collections.ConfigDict`, or of a nested dict.
+
+        Keys that are missing keep their default. The result is validated.
+
+        Raises:
+          ConfigError: an unknown key (a renamed one with its new name), a value of another type,
+            or one outside of its domain.
+        """
+        made = _typed(cls, config, "")
+        assert isinstance(made, cls)
+        made.validate()
+        return made
+
+    def to_dict(self) -> dict[str, object]:
+        """Nested dicts of plain values, tuples as lists: what config.json holds."""
+        return _plain(self)
+
+    def replace(self, **changes: object) -> RunConfig:
+        """A copy with other values, by dotted key: `replace(**{"lora.rank": 8, "seed": 1})`.
+
+        Raises:
+          ConfigError: as `from_config_dict`.
+        """
+        tree = self.to_dict()
+        for key, value in changes.items():
+            group, _, name = key.rpartition(".")
+            owner = tree[group] if group else tree
+            if not isinstance(owner, dict) or name not in owner:
+                raise ConfigError(f"config.{key}: no such key{_renamed(key)}")
+            owner[name] = value
+        return RunConfig.from_config_dict(tree)
+
+    def validate(self) -> None:
+        """Check what can be checked without the model, the data and the devices.
+
+        Raises:
+          ConfigError: the key, what was found and what is expected.
+        """
+        values = dict(flatten(self.to_dict()))
+        for key, allowed in CHOICES.items():
+            if values[key] not in allowed:
+                raise ConfigError(
+                    f"config.{key}: found {values[key]!r}, expected one of {', '.join(allowed)}"
+                )
+        for key, (low, high, note) in DOMAINS.items():
+            value = values[key]
+            for number in value if isinstance(value, list) else [value]:
+                if not isinstance(number, int | float) or not low <= number <= high:
+                    raise ConfigError(f"config.{key}: found {value!r}, expected {note}")
+        for key in ("data.buckets", "eval.buckets", "lora.targets"):
+            if not values[key]:
+                raise ConfigError(f"config.{key}: found none, expected at least one")
+        if len(self.data.sizes) != 3:
+            raise ConfigError(f"config.data.sizes: found {self.data.sizes}, expected three sizes")
+        if self.data.source_length > max(self.eval.buckets):
+            raise ConfigError(
+                f"config.data.source_length: found {self.data.source_length}, expected at most "
+                f"{max(self.eval.buckets)}, the largest of config.eval.buckets"
+            )
+
+    def identity(self) -> dict[str, object]:
+        """The keys that decide a run's results, by dotted name.
+
+        The base and the data are known by their digests, wherever they lie.
+        """
+        return {
+            key: value
+            for key, value in flatten(self.to_dict())
+            if key not in FREE and not key.startswith(("mesh.", "eval."))
+        }
+
+
+# What may change between the parts of one run: speed, memory, logging, and where files lie.
+FREE = (
+    *("micro_tokens", "log_every", "checkpoint_every", "remat", "unroll", "attention"),
+    *("loss_chunk", "model", "data.path", "data.categories"),
+)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("lora", "full"),
+    "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
+    "remat": ("none", "full", "products"),
+    "attention": ("auto", "xla", "cudnn", "flash"),
+    "lora.scaling": ("alpha/r", "alpha/sqrt(r)"),
+    "lora.variant": ("lora", "dora"),
+    "lora.materialize_delta": ("auto", "never"),
+    "data.answer": ("first", "random"),
+    "data.loss_mean": ("tokens", "examples"),
+    "optim.schedule": ("linear", "cosine", "constant"),
+}
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+_POSITIVE = (math.nextafter(0.0, 1.0), math.nextafter(math.inf, 0.0), "a number above 0")
+_NOT_NEGATIVE = (0.0, math.nextafter(math.inf, 0.0), "a number of at least 0")
+_SHARE = (0.0, _BELOW_ONE, "at least 0 and below 1")
+_COUNT = (1, math.inf, "at least 1")
+_COUNT_OR_NONE = (0, math.inf, "0 or more")
+DOMAINS: dict[str, tuple[float, float, str]] = (
+    dict.fromkeys(
+        (
+            *("epochs", "batch_size", "micro_tokens", "log_every", "checkpoint_every"),
+            *("unroll", "loss_chunk", "lora.rank", "data.sizes"),
+            *("data.train_per_task", "data.test_per_task", "data.source_length"),
+            *("data.target_length", "data.buckets", "eval.max_new_tokens", "eval.buckets"),
+            *("eval.batch_tokens", "eval.max_batch", "eval.devices_per_copy"),
+        ),
+        _COUNT,
+    )
+    | dict.fromkeys(("seed", "round", "max_steps", "optim.warmup_steps"), _COUNT_OR_NONE)
+    | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)
+    | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
+    | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)
+    | dict.fromkeys(("lora.dropout", "optim.b1", "optim.b2"), _SHARE)
+)
+RENAMED = {
+    "lora.contract": "lora.materialize_delta",
+    "optim.b_ratio": "optim.loraplus_lr_ratio",
+}
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The (dotted key, value) pairs of nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _renamed(key: str) -> str:
+    return f"; it is called {RENAMED[key]} now" if key in RENAMED else ""
+
+
+def _plain(value: object) -> typing.Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _typed(kind: typing.Any, value: object, key: str) -> object:
+    """`value` as a field of that type: a dataclass, a tuple or a plain value."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            if not hasattr(value, "items"):  # a ConfigDict is no Mapping
+                raise ConfigError(f"config.{key}: found {value!r}, expected a group of keys")
+        given = dict(typing.cast(Mapping, value).items())
+        hints = typing.get_type_hints(kind)
+        for name in given:
+            if name not in hints:
+                dotted = f"{key}.{name}" if key else str(name)
+                raise ConfigError(f"config.{dotted}: no such key{_renamed(dotted)}")
+        made = {n: _typed(hints[n], v, f"{key}.{n}" if key else n) for n, v in given.items()}
+        return typing.cast(typing.Any, kind)(**made)
+    if isinstance(kind, types.GenericAlias):
+        (inner, *_) = typing.get_args(kind)
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"config.{key}: found {value!r}, expected a list")
+        return tuple(_typed(inner, one, key) for one in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+        raise ConfigError(f"config.{key}: found {value!r}, expected {names[kind]}")
+    return value

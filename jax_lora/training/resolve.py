@@ -1,0 +1,127 @@
+"""A config, a model's shape and a platform, resolved into what training runs.
+
+What a config leaves open ("auto", -1) is decided here, once. The run and the planner build their
+model, mask, optimizer and step from the same `Resolved`, so that what is planned is what runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jax_lora.config import RunConfig
+from jax_lora.model import attention, lora
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.llama import Llama
+from jax_lora.training.step import Step, adamw, make_step, schedule
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run's config with nothing left open; from `resolve`.
+
+    Attributes:
+      config: as it was given.
+      shape: of the base model.
+      platform: "cpu", "gpu"/"cuda" or "tpu".
+      mesh_sizes: of data, fsdp and tensor; their product is the number of devices.
+      attention: the kernel, among `attention.KERNELS`.
+      materialized: the targets whose delta s·A·B is formed once per step.
+    """
+
+    config: RunConfig
+    shape: LlamaConfig
+    platform: str
+    mesh_sizes: tuple[int, int, int]
+    attention: str
+    materialized: tuple[str, ...]
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether there are adapters."""
+        return self.config.method == "lora"
+
+    @property
+    def rank(self) -> int | None:
+        """Of the adapters; None in full fine-tuning."""
+        return self.config.lora.rank if self.is_lora else None
+
+    @property
+    def dropout(self) -> float:
+        """On the input of A; 0 where there is no A."""
+        return self.config.lora.dropout if self.is_lora else 0.0
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of devices with rows of their own: data × fsdp."""
+        data, fsdp, _ = self.mesh_sizes
+        return data * fsdp
+
+    def model(self) -> Llama:
+        """The Flax module that training applies."""
+        c = self.config
+        return Llama(
+            self.shape,
+            dtype=jnp.dtype(c.dtype),
+            remat=c.remat,
+            unroll=c.unroll,
+            attention=self.attention,
+        )
+
+    def schedule(self, total_steps: int) -> optax.Schedule:
+        """The learning rate by step."""
+        o = self.config.optim
+        return schedule(o.schedule, o.learning_rate, o.warmup_steps, total_steps)
+
+    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
+        """The optimizer at that learning rate."""
+        o = self.config.optim
+        return adamw(
+            rate,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm or None,
+            b_ratio=o.loraplus_lr_ratio,
+        )
+
+    def step(self, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Step:
+        """The compiled functions of a step; `mesh` None is one device."""
+        c = self.config
+        return make_step(
+            self.model(),
+            optimizer,
+            seed=c.seed,
+            dropout_rate=self.dropout,
+            packed=c.data.packed,
+            contracted=self.materialized,
+            loss_chunk=c.loss_chunk,
+            mesh=mesh,
+        )
+
+
+def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) -> Resolved:
+    """Decide what a config leaves open.
+
+    Args:
+      config: of the run.
+      shape: of its base model.
+      platform: of the devices: "cpu", "gpu"/"cuda" or "tpu".
+      devices: how many there are.
+
+    Raises:
+      ConfigError: a mesh that does not fit the devices, or an attention kernel that cannot run.
+    """
+    lengths = config.data.buckets
+    kernel = config.attention
+    if kernel == "auto":
+        kernel = attention.best(platform, config.dtype, shape.head_dim, lengths)
+    attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
+    materialized = ()
+    if config.method == "lora" and config.lora.materialize_delta == "auto":
+        materialized = lora.contracted(shape, config.lora.rank, config.lora.targets)
+    return Resolved(config, shape, platform, config.mesh.sizes(devices), kernel, materialized)
