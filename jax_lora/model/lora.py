@@ -17,7 +17,7 @@ fourth leaf, m (L, out), see `jax_lora.model.variants`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,19 @@ from jax_lora.model.config import ATTENTION, GROUP, LINEAR, LlamaConfig
 
 INITS = ("kaiming", "gaussian")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
+
+
+class SeedKeys(NamedTuple):
+    """Independent random keys of a run: one for the draw of A, one for dropout."""
+
+    adapters: jax.Array
+    dropout: jax.Array
+
+
+def seed_keys(seed: int) -> SeedKeys:
+    """The keys of a run's seed, split once, so that no draw of A shares its bits with a mask."""
+    adapters, dropout = jax.random.split(jax.random.key(seed))
+    return SeedKeys(adapters, dropout)
 
 
 def check_targets(targets: Sequence[str]) -> None:

@@ -14,10 +14,28 @@ from jax import Array
 from jax_lora.training.step import Micro, State, Step, zeros
 
 
+_COMPILED = {"seconds": 0.0}
+
+
+def _listen(event: str, seconds: float, **_: object) -> None:
+    # Tracing, lowering, and XLA's compiler or its cache on disk: they follow one another.
+    if event.startswith("/jax/core/compile/"):
+        _COMPILED["seconds"] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def compiled_seconds() -> float:
+    """Seconds that this process has spent on tracing and compiling so far."""
+    return _COMPILED["seconds"]
+
+
 class Report(NamedTuple):
     """One step. `loss` and `gradient_norm` (before the clip) are still on the device: reading
     them waits for it. Tokens are counted on the host: `tokens` real ones, `padded` the padding,
-    `loss_tokens` those that have a loss."""
+    `loss_tokens` those that have a loss. `compile_seconds`: how long the host was busy compiling
+    for this step, 0 where all its shapes had been seen."""
 
     step: int
     loss: Array
@@ -25,6 +43,7 @@ class Report(NamedTuple):
     tokens: int
     padded: int
     loss_tokens: int
+    compile_seconds: float
 
 
 def train(
@@ -34,10 +53,10 @@ def train(
     functions: Step,
     place: Callable[[Micro], Micro] | None = None,
 ) -> Iterator[tuple[State, Report]]:
-    """Take a step for every global batch.
+    """Take a step for every global batch; nothing here waits for the device.
 
     Args:
-      state: where to start; its buffers are given up.
+      state: where to start; its buffers are donated.
       frozen: the frozen half of the variables, never returned or changed.
       batches: global batches, each a sequence of micro-batches with `tokens`, `loss_mask` and
         `example`, (B, T) each, numpy arrays; `example` is -1 on padding.
@@ -51,6 +70,7 @@ def train(
     step = int(state.step)
     for batch in batches:
         weight = np.float32(sum(float(micro.loss_mask[:, 1:].sum()) for micro in batch))
+        compiled = compiled_seconds()
         working = functions.begin(state, frozen)
         gradients, loss = zeros(working)
         for micro in batch:
@@ -63,4 +83,5 @@ def train(
         tokens = sum(int((micro.example >= 0).sum()) for micro in batch)
         padded = sum(micro.tokens.size for micro in batch) - tokens
         loss_tokens = sum(int((micro.loss_mask[:, 1:] > 0).sum()) for micro in batch)
-        yield state, Report(step, loss, norm, tokens, padded, loss_tokens)
+        seconds = compiled_seconds() - compiled
+        yield state, Report(step, loss, norm, tokens, padded, loss_tokens, seconds)

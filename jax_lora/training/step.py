@@ -350,6 +350,6 @@ def _without(half: Any, contracted: Sequence[str]) -> Any:
 def _keys(seed: int, step: Array, micro: Micro, segments: Array | None) -> Array:
     # (B, T) keys: of the example, then of the token's place in it.
     fold = jax.vmap(jax.vmap(jax.random.fold_in))
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(lora.seed_keys(seed).dropout, step)
     keys = jnp.broadcast_to(key, micro.tokens.shape)
     return fold(fold(keys, micro.example), positions(micro.tokens, segments))

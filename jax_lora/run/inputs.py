@@ -1,7 +1,7 @@
-"""What a run reads: tasks, rows, base, adapters. Kept for the next run of the same process.
+"""What a run reads: tasks, rows, base, adapters. Cached for the next run of the same process.
 
-`train.py` and `eval.py` read the same things, and the cells of a study share them: what is equal
-is read, encoded and put on the device once.
+Training and scoring read the same things, and the cells of a study share them: what is equal is
+read, encoded and put on the device once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from jax_lora import sharding
+from jax_lora.config import RunConfig
 from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, Example, read_checkout
 from jax_lora.data.prompts import Encoder, Row
 from jax_lora.data.tasksets import TaskSet, draw
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.model import lora, variants
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import base as base_weights
@@ -55,19 +60,74 @@ def _open_checkout(source: str, categories: str) -> Checkout:
     return read_hub(source, categories=categories or None)
 
 
+def task_sets(config: RunConfig) -> dict[str, TaskSet]:
+    """The sets of the config's round by name, see `tasksets.draw`."""
+    d = config.data
+    return _task_sets(
+        d.path, d.categories, config.round, d.sizes, d.train_per_task, d.test_per_task
+    )
+
+
 @functools.lru_cache(maxsize=8)
-def task_sets(
-    source: str, categories: str, round: int, sizes: tuple[int, int, int], train: int, test: int
+def _task_sets(
+    source: str, categories: str, round: int, sizes: Any, train: int, test: int
 ) -> dict[str, TaskSet]:
-    """The sets of a round, see `tasksets.draw`; `train` and `test` are examples a task."""
     checkout = open_checkout(source, categories)
     return draw(checkout, round, sizes=sizes, train_per_task=train, test_per_task=test)
 
 
+def training_set(config: RunConfig) -> TaskSet:
+    """The set that a run trains on.
+
+    Raises:
+      ConfigError: no set of that name.
+    """
+    sets = task_sets(config)
+    if config.data.set not in sets:
+        raise ConfigError(
+            f"config.data.set: found {config.data.set!r}, expected one of {', '.join(sets)}"
+        )
+    return sets[config.data.set]
+
+
+def encoder(config: RunConfig) -> Encoder:
+    """The encoder with the base's own tokenizer."""
+    d = config.data
+    return _encoder(config.model, d.template, d.source_length, d.target_length)
+
+
 @functools.lru_cache(maxsize=2)
-def encoder(model: str, template: str, source_length: int, target_length: int) -> Encoder:
-    """The encoder with a model's own tokenizer."""
+def _encoder(model: str, template: str, source_length: int, target_length: int) -> Encoder:
     return Encoder(load_tokenizer(model), template, source_length, target_length)
+
+
+@functools.lru_cache(maxsize=8)
+def base_digest(model: str) -> str:
+    """The identity of a base's files, wherever they lie, see `base.digest`."""
+    return base_weights.digest(model)
+
+
+def check_token_ids(
+    encoder: Encoder, rows: Sequence[Row], taskset: TaskSet, vocab_size: int, model: str
+) -> None:
+    """Refuse ids that the embeddings do not have: looked up on a device, they become NaN.
+
+    Raises:
+      DataError: the tokenizer, the id and its token, the example, and the vocabulary's size.
+    """
+    end = encoder.tokenizer.eos_token_id
+    if end is not None and end >= vocab_size:
+        raise DataError(
+            f"{model}: the tokenizer's end token {encoder.tokenizer.eos_token!r} has the id {end}, "
+            f"expected one below vocab_size, {vocab_size}"
+        )
+    for row, example in zip(rows, taskset.examples, strict=True):
+        if (most := int(np.max(row.ids))) >= vocab_size:
+            token = encoder.tokenizer.convert_ids_to_tokens(most)
+            raise DataError(
+                f"{model}: the tokenizer gives {token!r} the id {most}, in example {example.id} of "
+                f"{example.task}; expected ids below vocab_size, {vocab_size}"
+            )
 
 
 @functools.cache
@@ -130,6 +190,24 @@ def _whole(_, array: Any) -> jax.Array:
     return jnp.asarray(array)
 
 
+def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None) -> Any:
+    """The adapters that a run starts from, see `new_adapters`; drawn ones made on the mesh."""
+    c = config.lora
+    draw = functools.partial(
+        new_adapters,
+        shape,
+        seed=config.seed,
+        rank=c.rank,
+        alpha=c.alpha,
+        targets=c.targets,
+        scaling=c.scaling,
+        init=c.init,
+        variant=c.variant,
+    )
+    drawn = c.init in (*lora.INITS, "pissa")  # else read from a folder
+    return sharding.make(draw, mesh) if drawn else draw()
+
+
 def new_adapters(
     config: LlamaConfig,
     *,
@@ -150,15 +228,15 @@ def new_adapters(
       variant: "lora" or "dora".
 
     Raises:
-      ValueError: an unknown choice, or an adapter of another shape, scale or variant.
-      FileNotFoundError: an `init` that is neither a choice nor a folder.
+      ConfigError: an unknown choice, an `init` that is neither a choice nor a folder, or an adapter
+        of another shape, scale or variant.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"lora variant: found {variant!r}, expected one of {', '.join(VARIANTS)}")
+        raise ConfigError(f"lora variant: found {variant!r}, expected one of {', '.join(VARIANTS)}")
     if variant == "dora" and init == "pissa":
-        raise ValueError("lora variant and init: found dora and pissa, expected one of the two")
+        raise ConfigError("lora variant and init: found dora and pissa, expected one of the two")
     drawn = lora.init(
-        jax.random.key(seed),
+        lora.seed_keys(seed).adapters,
         config,
         rank,
         alpha=alpha,
@@ -174,7 +252,7 @@ def new_adapters(
         return drawn
     if not Path(init).is_dir():
         choices = ", ".join((*lora.INITS, "pissa"))
-        raise FileNotFoundError(f"lora init: found {init!r}, expected {choices} or a PEFT folder")
+        raise ConfigError(f"lora init: found {init!r}, expected {choices} or a PEFT folder")
     found = peft.load(init).adapters
     lora.check(found, config)
     there, here = (
@@ -184,12 +262,12 @@ def new_adapters(
     for name in sorted(there.keys() | here.keys()):
         shapes = [jnp.shape(part[name]) if name in part else None for part in (there, here)]
         if shapes[0] != shapes[1]:
-            raise ValueError(
+            raise ConfigError(
                 f"{init}: {name} is {shapes[0]}, expected {shapes[1]}: "
                 "give the adapter's own lora.rank, targets and variant"
             )
         if name.endswith("/scale") and not jnp.allclose(there[name], here[name]):
-            raise ValueError(
+            raise ConfigError(
                 f"{init}: {name} is {there[name]}, expected {here[name][0]}: "
                 "give the adapter's own lora.alpha_per_rank and scaling"
             )

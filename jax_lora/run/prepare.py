@@ -1,0 +1,226 @@
+"""What a training run reads and builds before its first step.
+
+`read_inputs` checks everything that can be wrong, before any compute and before anything is
+written; `build` then loads the base and lays the arrays out on the devices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+from jax.sharding import Mesh
+
+from jax_lora import sharding
+from jax_lora.config import RunConfig
+from jax_lora.data.batches import Batches
+from jax_lora.data.prompts import Row
+from jax_lora.data.tasksets import TaskSet
+from jax_lora.errors import ConfigError
+from jax_lora.model import lora
+from jax_lora.model.products import sliceable
+from jax_lora.planning import counts
+from jax_lora.run import folder, inputs
+from jax_lora.training import masks
+from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.resolve import Resolved, resolve
+from jax_lora.training.step import State, Step
+from jax_lora.weights import base as base_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a training run reads, checked.
+
+    Attributes:
+      resolved: the config with nothing left open.
+      mesh: of all devices; None where there is one.
+      shapes: of {"params": base, "lora": adapters}; adapters that are drawn are arrays already.
+      mask: which leaves train.
+      digests: of the data and the base.
+      taskset: what is trained on.
+      rows: one per example.
+      batches, total: the global batches, and how many steps the run has.
+    """
+
+    resolved: Resolved
+    mesh: Mesh | None
+    shapes: Any
+    mask: Any
+    digests: dict[str, str]
+    taskset: TaskSet
+    rows: list[Row]
+    batches: Batches
+    total: int
+
+    @property
+    def parameters(self) -> pd.DataFrame:
+        """Frozen and trainable parameters by module, see `counts.table`."""
+        return counts.table(self.shapes, self.mask)
+
+
+def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Inputs:
+    """Read and check everything that a run needs but the base's weights.
+
+    Args:
+      config: of the run.
+      workdir: its folder, which may hold an interrupted run of the same config.
+      verify: see `instructions.read_checkout`.
+
+    Raises:
+      ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
+    """
+    for key, value in (("model", config.model), ("data.path", config.data.path)):
+        if not value:
+            raise ConfigError(f"config.{key}: found none, expected a folder or a hub id")
+    if config.lora.init == "pissa" and jax.process_count() > 1:
+        raise ConfigError(
+            f"config.lora.init: found pissa in {jax.process_count()} processes, expected one "
+            "that has the whole base"
+        )
+    shape = base_weights.read_config(config.model)
+    resolved = resolve(config, shape, jax.default_backend(), len(jax.devices()))
+    mesh = sharding.make_mesh(resolved.mesh_sizes)
+    mesh = mesh if mesh.size > 1 else None
+    shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
+    if resolved.is_lora:
+        shapes["lora"] = inputs.adapters_of(config, shape, mesh)
+    mask = masks.mask(shapes, config.trainable, config.frozen)
+    jax.eval_shape(resolved.model().apply, shapes, jnp.zeros((1, 2), jnp.int32))
+
+    logger.info("reading tasks")
+    checkout = inputs.open_checkout(config.data.path, config.data.categories, verify)
+    digests = {
+        "data_fingerprint": checkout.fingerprint,
+        "base_digest": inputs.base_digest(config.model),
+    }
+    folder.check_same_run(workdir, config, digests)
+    taskset = inputs.training_set(config)
+
+    logger.info("encoding examples")
+    encoder = inputs.encoder(config)
+    rows = inputs.training_rows(encoder, taskset, config.data.answer, config.seed)
+    inputs.check_token_ids(encoder, rows, taskset, shape.vocab_size, config.model)
+    batches, total = batches_of(config, rows, resolved.row_groups)
+    resolved.schedule(total)  # checks the warm-up
+    return Inputs(resolved, mesh, shapes, mask, digests, taskset, rows, batches, total)
+
+
+def batches_of(config: RunConfig, rows: list[Row], row_groups: int = 1) -> tuple[Batches, int]:
+    """The batches of a run and the number of its steps."""
+    batches = Batches(
+        rows,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        buckets=config.data.buckets,
+        micro_tokens=config.micro_tokens,
+        answer_only=config.data.answer_only,
+        by_example=config.data.loss_mean == "examples",
+        pad_id=0,
+        packed=config.data.packed,
+        row_parts=row_groups,
+    )
+    total = batches.steps_per_epoch * config.epochs
+    return batches, min(total, config.max_steps) if config.max_steps else total
+
+
+@dataclass
+class Training:
+    """Arrays and compiled functions of a run, where it starts or is resumed.
+
+    Attributes:
+      state: what a step changes; its buffers are donated to the step.
+      frozen: the other half of the variables.
+      step: the compiled functions.
+      learning_rates: (total,) of every step, on the host.
+      checkpoints: of the run.
+      start: steps that are done.
+    """
+
+    state: State
+    frozen: Any
+    step: Step
+    learning_rates: np.ndarray
+    checkpoints: Checkpoints
+    start: int
+
+
+def build(given: Inputs, workdir: Path) -> Training:
+    """Load the base, lay the variables out, and restore the last checkpoint if there is one."""
+    config, mesh = given.resolved.config, given.mesh
+    logger.info("loading the base model")
+    place = sharding.placer(mesh) if mesh else None
+    params = inputs.load_base(config.model, config.dtype, given.mask["params"], place)
+    variables = {"params": params}
+    if given.resolved.is_lora:
+        variables["lora"], variables["params"] = inputs.on_base(
+            given.shapes["lora"],
+            params,
+            given.resolved.shape,
+            init=config.lora.init,
+            variant=config.lora.variant,
+            folder=workdir / "pissa",
+        )
+    del params
+    rate = given.resolved.schedule(given.total)
+    optimizer = given.resolved.optimizer(rate)
+    number, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
+    trainable, frozen = masks.partition(variables, given.mask)
+    frozen = sliceable(frozen)
+    state = State(number, trainable, sharding.make(optimizer.init, mesh, trainable))
+    del variables, trainable  # a resumed run holds one copy of what trains
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    start = checkpoints.latest() or 0
+    if start:
+        state = checkpoints.restore(state)
+    step = given.resolved.step(optimizer, mesh)
+    return Training(state, frozen, step, learning_rates(rate, given.total), checkpoints, start)
+
+
+def learning_rates(rate: optax.Schedule, total: int) -> np.ndarray:
+    """The learning rate of every step, as numbers on the host.
+
+    Asked one at a time, each would be a small program on the device, and reading its result would
+    wait for the training step that is queued before it.
+    """
+    ask: Callable[[Any], Any] = jax.vmap(lambda step: jnp.asarray(rate(step), jnp.float32))
+    return np.asarray(ask(jnp.arange(total)))
+
+
+def write_start(given: Inputs, workdir: Path) -> None:
+    """Write config.json and parameters.json."""
+    table, device = given.parameters, jax.devices()[0]
+    frozen, trainable = (int(table[kind].to_numpy().sum()) for kind in ("frozen", "trainable"))
+    folder.write_json(
+        workdir / "config.json",
+        {
+            "config": given.resolved.config.to_dict(),
+            **given.digests,
+            "versions": folder.versions(),
+            "device": f"{len(jax.devices())} × {device.device_kind} ({device.platform})",
+        },
+    )
+    folder.write_json(
+        workdir / "parameters.json",
+        {
+            "frozen": frozen,
+            "trainable": trainable,
+            "trainable_percent": 100 * trainable / (frozen + trainable),
+            "modules": table.to_dict("records"),
+        },
+    )
+
+
+def does_nothing(variables: Any) -> bool:
+    """Whether the adapters of these variables leave the base as it is."""
+    return "lora" in variables and lora.does_nothing(variables["lora"])

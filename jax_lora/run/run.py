@@ -1,0 +1,242 @@
+"""`Run`: one config and one folder, trained, scored and exported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+
+from jax_lora import sharding
+from jax_lora.config import RunConfig
+from jax_lora.decoding import batching
+from jax_lora.evaluation.evaluate import read_jsonl
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.llama import Llama
+from jax_lora.run import folder, inputs, invariance, prepare, scoring, training
+from jax_lora.text import table
+from jax_lora.training import masks
+from jax_lora.weights import merge
+
+logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+class Run:
+    """One training run and its scores, in a folder.
+
+        run = Run.open(RunConfig().replace(model="…", **{"data.path": "…"}), "runs/r16")
+        run.train()
+        run.score(["seen", "unseen"])
+
+    Nothing here exits or prints: what there is to say goes to `say` and, for progress, to the
+    logger "jax_lora". Every method may be called again: what is finished is not done twice.
+
+    Attributes:
+      config: the run's `RunConfig`.
+      workdir: its folder; see design and docs for what lies in it.
+    """
+
+    def __init__(self, config: RunConfig, workdir: Path, say: Say):
+        self.config, self.workdir, self._say = config, workdir, say
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig | Mapping[str, Any] | None,
+        workdir: str | os.PathLike[str],
+        say: Say = logger.info,
+    ) -> Run:
+        """A new run, or one that is in the folder already.
+
+        Args:
+          config: of the run, a `RunConfig` or what `RunConfig.from_config_dict` takes; None reads
+            the folder's own config.json.
+          workdir: the run's folder; made by `train`.
+          say: gets tables and results as text.
+
+        Raises:
+          ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
+        """
+        path = Path(workdir)
+        if config is None:
+            config, _ = folder.read_saved(path)
+        elif not isinstance(config, RunConfig):
+            config = RunConfig.from_config_dict(config)
+        config.validate()
+        return cls(config, path, say)
+
+    def train(
+        self, *, verify: bool = False, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> pd.DataFrame:
+        """Train to the end, from the start or from the last checkpoint.
+
+        On all devices of all processes: each of them calls this.
+
+        Args:
+          verify: read every file of a large checkout, whatever its size and time say.
+          asked_to_stop: asked after every step; True saves a checkpoint and raises `Stopped`.
+
+        Returns:
+          `metrics()`.
+
+        Raises:
+          ConfigError, DataError, OSError: wrong input, before any compute.
+          RunFailed: a fault while running: what is safe and how to resume.
+          Stopped: see `asked_to_stop`.
+        """
+        is_primary = jax.process_index() == 0
+        say = self._say if is_primary else lambda _: None
+        given = prepare.read_inputs(self.config, self.workdir, verify)
+        with folder.all_or_nothing(self.workdir, is_primary):
+            if is_primary:
+                prepare.write_start(given, self.workdir)
+            ready = prepare.build(given, self.workdir)
+        say(_summary(given))
+        if ready.start:
+            say(f"resuming from step {ready.start}")
+        began = time.perf_counter()
+        state, tokens = training.fit(given, ready, self.workdir, asked_to_stop)
+        if self.config.method == "lora":
+            safe = "rerun the same command to write the adapter again"
+            with training.running(lambda _: safe):
+                training.save_adapter(given, ready, state, self.workdir)
+            say(f"adapter: {self.workdir / 'adapter'}")
+            if any(jax.tree.leaves(given.mask["params"])):
+                say("it holds A and B alone; what else trained is in the checkpoint")
+        seconds = time.perf_counter() - began
+        say(f"{seconds:.0f} s of training, {tokens:,} tokens; {self.workdir}")
+        return self.metrics()
+
+    def metrics(self) -> pd.DataFrame:
+        """What metrics.jsonl holds: one row per logged step."""
+        return pd.DataFrame(read_jsonl(self.workdir / "metrics.jsonl"))
+
+    def score(
+        self,
+        sets: Sequence[str] = scoring.TESTS,
+        adapter: str = "last",
+        *,
+        overwrite: bool = False,
+        base_on_host: bool = True,
+        **eval_options: int,
+    ) -> pd.DataFrame:
+        """Answer test sets greedily and score the answers.
+
+        Args:
+          sets: "seen", held-out examples of the smallest task set; "unseen", the test tasks.
+          adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
+          overwrite: make answers again that are there already.
+          base_on_host: the host keeps the base, and a device holds it once; False leaves it on the
+            device, where several runs of a process share it.
+          **eval_options: other values of `config.eval`, such as max_new_tokens.
+
+        Returns:
+          One row per set and task: examples, exact_match, rougeL and more, in percent.
+
+        Raises:
+          ConfigError, DataError, OSError: wrong input, before any compute.
+          RunFailed: a fault while running.
+        """
+        config = self._with_eval(eval_options)
+        place = scoring.on_host if base_on_host else None
+        for _, text in scoring.score(
+            self.workdir, config, sets, adapter, place=place, overwrite=overwrite
+        ):
+            self._say(f"\n{text}")
+        return scoring.score_frame(self.workdir, sets, adapter)
+
+    def check(self, adapter: str = "last", prompts: int = 64, **eval_options: int) -> bool:
+        """Say what changes when answers and updates are batched otherwise.
+
+        Args:
+          adapter: as for `score`.
+          prompts: how many are answered; a quarter as many examples are trained on.
+          **eval_options: as for `score`.
+
+        Returns:
+          Whether no answer in float32 changes, and no update by more than rounding.
+
+        Raises:
+          ConfigError, DataError, OSError: wrong input, before any compute.
+        """
+        config = self._with_eval(eval_options)
+        meshes = scoring.copies(config)
+        sets, encoder = inputs.task_sets(config), inputs.encoder(config)
+        # Every so many examples, so that all tasks take part.
+        seen = sets["seen"].examples
+        some = seen[:: -(-len(seen) // prompts)]
+        asked, tasks = [encoder.prompt_row(e) for e in some], [e.task for e in some]
+        train = sets["T" + str(config.data.sizes[0])].examples
+        trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
+        end_ids = (encoder.tokenizer.eos_token_id,)
+        good, several = True, len(jax.devices()) > 1
+        for dtype in dict.fromkeys((config.dtype, "float32")):
+            config = config.replace(dtype=dtype)
+            scored = scoring.load(self.workdir, config, adapter)
+            model = Llama(scored.shape, dtype=jnp.dtype(dtype), unroll=config.unroll)
+            one, *others = scoring.generators(config, model, scored.variables, meshes, end_ids)
+            self._say(f"\n{scored.origin}, {dtype}: answers to {len(asked)} prompts that change")
+            many = batching.dealt_out([one, *others]) if others else None
+            for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
+                self._say(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%")
+                good &= dtype != "float32" or changed == 0
+        if config.method == "lora" and adapter == "last":
+            mask = masks.mask(scored.variables, config.trainable, config.frozen)
+            self._say(f"\nfloat32: a step on {len(trained)} examples at once, and cut otherwise")
+            for name, loss, gradient in invariance.updates(
+                model.clone(remat="full"),
+                scored.variables,
+                mask,
+                trained,
+                dropout_rate=config.lora.dropout,
+                mesh=sharding.make_mesh((1, -1, 1)) if several else None,
+            ):
+                self._say(f"  {name:<32}loss {loss:.1e}  gradient {gradient:.1e}, relative")
+                good &= loss <= 1e-5 and gradient <= 1e-5
+        if not several:
+            self._say("\non several devices: one device here, not tried")
+        return bool(good)
+
+    def weights(self, base: str | None = None) -> tuple[LlamaConfig, dict[str, Any]]:
+        """The shape, and the weights with all that was trained in float32, adapters merged.
+
+        Args:
+          base: where the base lies; by default where the run found it.
+        """
+        config = self.config.replace(dtype="float32", **({"model": base} if base else {}))
+        scored = scoring.load(self.workdir, config, "last")
+        params = scored.variables["params"]
+        if "lora" in scored.variables:
+            params = merge.merge(params, scored.variables["lora"])
+        return scored.shape, params
+
+    def _with_eval(self, options: Mapping[str, int]) -> RunConfig:
+        return self.config.replace(**{f"eval.{key}": value for key, value in options.items()})
+
+
+def _summary(given: prepare.Inputs) -> str:
+    """The parameters by module, and what will be trained on, in words."""
+    parameters = given.parameters
+    frozen, trainable = (int(parameters[k].to_numpy().sum()) for k in ("frozen", "trainable"))
+    rows = [
+        (r["module"], "×".join(map(str, r["shape"])), r["frozen"], r["trainable"])
+        for r in parameters.to_dict("records")
+    ]
+    rows.append(("all", "", frozen, trainable))
+    cut = sum(row.truncated for row in given.rows)
+    return "\n".join(
+        (
+            table(("module", "shape", "frozen", "trainable"), rows),
+            f"trainable {100 * trainable / (frozen + trainable):.3f}% of the parameters; "
+            f"{given.taskset.name}: {len(given.taskset.tasks)} tasks, {len(given.rows)} examples, "
+            f"{cut} inputs cut to fit; {given.total} steps of "
+            f"{given.resolved.config.batch_size}",
+        )
+    )

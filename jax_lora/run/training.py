@@ -1,0 +1,240 @@
+"""The training of a run: the loop's log, its checkpoints, its stop and its faults."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+
+from jax_lora import sharding
+from jax_lora.errors import RunFailed, Stopped
+from jax_lora.model import variants
+from jax_lora.run.folder import MetricsLog
+from jax_lora.run.prepare import Inputs, Training
+from jax_lora.training import loop, masks
+from jax_lora.training.step import State
+from jax_lora.weights import peft
+
+logger = logging.getLogger(__name__)
+WINDOW = 20  # steps that the reported speed is a mean of
+
+
+class Speed:
+    """Real tokens per second over the last steps, without the time that compiling took."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._before = clock, clock()
+        self._steps: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+
+    def step(self, tokens: int, compile_seconds: float) -> None:
+        """A step of so many tokens has ended; so long was spent on compiling meanwhile."""
+        now = self._clock()
+        self._steps.append((tokens, max(now - self._before - compile_seconds, 1e-9)))
+        self._before = now
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The mean of the window."""
+        tokens, seconds = (sum(part) for part in zip(*self._steps, strict=True))
+        return tokens / seconds
+
+
+class StopAgreement:
+    """The step after which all processes of a run stop, once one of them was asked to.
+
+    A process that is asked during step n writes n + 2 into the runtime's store of keys and values;
+    the smallest number written counts. No collective is needed and no step is waited for: a
+    process checks for step n + 2 after it has read the loss of step n + 1, that loss needs all
+    processes to have dispatched step n + 1, and whoever was asked during step n has written by
+    then.
+
+    Args:
+      store: see `sharding.store`; None for a process that is alone, which stops at once.
+      process: the number of this process.
+      run: tells the agreements of one process apart; equal in all processes.
+    """
+
+    _count = itertools.count()
+
+    def __init__(self, store: Any | None, process: int = 0, run: int | None = None):
+        self._store, self._process, self._has_asked = store, process, False
+        self._folder = f"stop_after/{next(self._count) if run is None else run}/"
+
+    def is_last(self, step: int, asked: bool) -> bool:
+        """Whether the run ends with this step.
+
+        Args:
+          step: the one that was dispatched last; the loss of the one before has been read.
+          asked: whether this process was asked to stop.
+        """
+        if self._store is None:
+            return asked
+        found = [int(last) for _, last in self._store.key_value_dir_get(self._folder)]
+        if asked and not self._has_asked:
+            self._store.key_value_set(f"{self._folder}{self._process}", str(step + 2))
+            self._has_asked = True
+            found.append(step + 2)
+        return bool(found) and step >= min(found)
+
+
+def fit(
+    given: Inputs, training: Training, workdir: Path, asked_to_stop: Callable[[], bool]
+) -> tuple[State, int]:
+    """Train to the end.
+
+    Returns:
+      The last state, and the real tokens that were trained on.
+
+    Raises:
+      Stopped: `asked_to_stop` said so; the last step has a checkpoint.
+      RunFailed: a fault while running.
+    """
+    total, config = given.total, given.resolved.config
+    is_primary = jax.process_index() == 0
+    checkpoints, state, last = training.checkpoints, training.state, training.start
+    log = _Log(given, training, workdir if is_primary else None)
+    agreement = StopAgreement(sharding.store(), jax.process_index())
+    put = functools.partial(sharding.place_rows, mesh=given.mesh)
+    batches = given.batches.stream(training.start, total)
+    unread = None  # the report of the step before: read only once the next one is on its way
+    stopping = False
+    with running(what_is_safe(given, checkpoints)):
+        for state, report in loop.train(state, training.frozen, batches, training.step, put):
+            if unread is not None:
+                log.read(unread)
+            unread, last = report, report.step
+            stopping = agreement.is_last(last, asked_to_stop())
+            if last == total or last % config.checkpoint_every == 0 or stopping:
+                log.read(unread)
+                unread = None
+                checkpoints.save(state)
+            if stopping:
+                break
+        log.close()
+        checkpoints.close()
+    if last < total:
+        raise Stopped(f"stopped at step {last} of {total}; rerun the same command to resume there")
+    return state, log.tokens
+
+
+class _Log:
+    """Reads the reports of steps: metrics.jsonl, the progress bar, and whether all is finite."""
+
+    def __init__(self, given: Inputs, training: Training, workdir: Path | None):
+        self.tokens = self._padded = 0
+        self._given, self._rates = given, training.learning_rates
+        self._metrics = MetricsLog(workdir, training.start) if workdir else None
+        self._bar = tqdm.tqdm(
+            total=given.total,
+            initial=training.start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=workdir is None,
+        )
+        self._speed = Speed()
+
+    def read(self, report: loop.Report) -> None:
+        """Wait for a step and write it down.
+
+        Raises:
+          FloatingPointError: its loss or gradient is not finite.
+        """
+        loss, norm = float(report.loss), float(report.gradient_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"loss {loss} and gradient norm {norm} at step {report.step}: try a lower "
+                "optim.learning_rate in another --workdir"
+            )
+        self.tokens += report.tokens
+        self._padded += report.padded
+        self._speed.step(report.tokens, report.compile_seconds)
+        values = {
+            "loss": loss,
+            "learning_rate": float(self._rates[report.step - 1]),
+            "gradient_norm": norm,
+            "tokens_per_second": self._speed.tokens_per_second,
+            "compile_seconds": report.compile_seconds,
+            "padding_percent": 100 * self._padded / max(1, self.tokens + self._padded),
+            "examples": self._given.batches.examples_until(report.step),
+            "loss_tokens": report.loss_tokens,
+        }
+        every = self._given.resolved.config.log_every
+        if self._metrics and (report.step % every == 0 or report.step == self._given.total):
+            self._metrics.write(report.step, values)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {values['learning_rate']:.1e}, "
+            f"{values['tokens_per_second']:.0f} tokens/s, {values['padding_percent']:.0f}% padding"
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        """Finish the files and the bar."""
+        self._bar.close()
+        if self._metrics:
+            self._metrics.close()
+
+
+def what_is_safe(given: Inputs, checkpoints: Any) -> Callable[[BaseException], str]:
+    """What a fault leaves behind, how to resume, and for too little memory what to lower."""
+    config = given.resolved.config
+
+    def tell(error: BaseException) -> str:
+        step = checkpoints.latest()
+        safe = "there is no checkpoint yet: rerun the same command to start over"
+        if step is not None:
+            safe = f"the last checkpoint is step {step}: rerun the same command to resume there"
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+            remat = "" if config.remat == "full" else ", or set config.remat=full"
+            safe += (
+                f"; to need less memory, lower config.micro_tokens (now {config.micro_tokens})"
+                f"{remat}: both may change in a resumed run, and plan.py says what fits"
+            )
+        return safe
+
+    return tell
+
+
+@contextmanager
+def running(what_is_safe: Callable[[BaseException], str]) -> Iterator[None]:
+    """Turn a fault of the machine or of the numbers into `RunFailed`: what happened, what is safe.
+
+    That is a lost or full disk, a loss that is not finite, or an error of the runtime such as too
+    little memory. Anything else is a fault of ours and is raised as it is.
+    """
+    try:
+        yield
+    except (OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        raise RunFailed(f"{text[:500]}; {what_is_safe(error)}") from error
+
+
+def save_adapter(given: Inputs, training: Training, state: State, workdir: Path) -> None:
+    """Write the trained adapter in PEFT's format; all processes take part, one writes."""
+    config = given.resolved.config
+    adapters = sharding.whole(masks.combine(state.trainable, training.frozen)["lora"])
+    rank, alpha = config.lora.rank, config.lora.alpha
+    rslora = config.lora.scaling == "alpha/sqrt(r)"
+    if config.lora.init == "pissa":
+        # For the whole base, whose principal part the adapters held at the start.
+        adapters = variants.since(adapters, peft.load(workdir / "pissa").adapters)
+        rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
+    if jax.process_index() == 0:
+        peft.save(
+            workdir / "adapter",
+            jax.device_get(adapters),
+            rank=rank,
+            alpha=alpha,
+            dropout=config.lora.dropout,
+            base_name=config.model,
+            use_rslora=rslora,
+        )
