@@ -48,7 +48,9 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj")
     config.lora.init = "kaiming"  # as PEFT draws A; "gaussian", "pissa"; or a PEFT adapter's folder
     config.lora.variant = "lora"  # or "dora"
-    config.lora.contract = "auto"  # form A·B once a step where that is cheaper; or "never"
+    config.lora.materialize_delta = (
+        "auto"  # form A·B once per step where that is cheaper; or "never"
+    )
 
     # ---- data
     config.data = ConfigDict()
@@ -77,7 +79,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes have no types
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.clip_norm = 1.0  # of the whole gradient; 0: no clip
-    config.optim.b_ratio = 1.0  # how many times faster B learns than A; LoRA+ proposes 16
+    config.optim.loraplus_lr_ratio = 1.0  # how many times faster B learns than A; LoRA+ proposes 16
 
     # ---- scoring
     config.eval = ConfigDict()
