@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from benchmarks import measure, work
@@ -35,7 +34,7 @@ def curves(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
     base = flags.cases[0]
     for axis, values in VALUES[flags.size].items():
         for value in values:
-            case = replace(base, **{axis: value})
+            case = base.changed(axis, value)
             one = measure.together(case, ["ours"], flags.repeats)["ours"]
             seconds = measure.median(one)
             yield {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ def epoch(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
                 found[name]["seconds"] += time.perf_counter() - start
         real = sum(len(row.ids) for row in rows)
         shared = {
-            key: value for key, value in asdict(case).items() if key not in ("rows", "length")
+            key: value for key, value in case.record().items() if key not in ("rows", "length")
         }
         for name, record in found.items():
             seconds, computed = record["seconds"], record["computed_tokens"]

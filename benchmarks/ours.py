@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,34 +16,33 @@ import numpy as np
 import optax
 
 from benchmarks.work import LEARNING_RATE, Case
-from jax_lora.model import attention, lora
-from jax_lora.model.config import ATTENTION
+from jax_lora.model import lora
 from jax_lora.model.llama import Llama
 from jax_lora.model.products import contract, sliceable
 from jax_lora.training import loop, masks
-from jax_lora.training.step import State, adamw, make_step
+from jax_lora.training.step import State
 
 
 def variables(case: Case) -> dict[str, Any]:
     """Random weights and new adapters, a function of the case alone, made on the device."""
     shapes = jax.eval_shape(
-        Llama(case.config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+        Llama(case.shape).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     )["params"]
-    dtype = jnp.dtype("float32" if case.rank is None else case.dtype)
+    dtype = jnp.dtype("float32" if case.rank is None else case.config.dtype)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     base = tree.unflatten(
         [
             # Those of a norm have ones.
             jnp.ones(x.shape, dtype)
-            if x.ndim == 1 or x.shape[-2] == case.config.num_hidden_layers
+            if x.ndim == 1 or x.shape[-2] == case.shape.num_hidden_layers
             else _drawn(key, x.shape, dtype)
             for x, key in zip(leaves, keys, strict=True)
         ]
     )
     if case.rank is None:
         return {"params": base}
-    adapters = lora.init(jax.random.key(1), case.config, case.rank, alpha=2.0 * case.rank)
+    adapters = lora.init(jax.random.key(1), case.shape, case.rank, alpha=case.config.lora.alpha)
     return {"params": base, "lora": adapters}
 
 
@@ -51,39 +51,18 @@ def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
-def model_of(case: Case) -> Llama:
-    """The module, its attention the best that runs here unless the case says which."""
-    kernel = case.attention
-    if kernel == "auto":
-        kernel = attention.best(jax.default_backend(), case.dtype, case.config.head_dim)
-    return Llama(
-        case.config,
-        dtype=jnp.dtype(case.dtype),
-        remat=case.remat,
-        attention=kernel,
-        unroll=min(case.unroll, case.config.num_hidden_layers),
-    )
-
-
 class Trainer:
-    """Training in progress. It gives up the buffers of the adapters it is given."""
+    """Training in progress. It donates the buffers of the adapters that it is given."""
 
     def __init__(self, case: Case, weights: Any, packed: bool = False):
-        rules = masks.FULL if case.rank is None else masks.LORA
-        trainable, frozen = masks.partition(weights, masks.mask(weights, *rules))
+        case = replace(case, config=case.config.replace(**{"data.packed": packed}))
+        resolved = case.planned(jax.default_backend()).resolved
+        config = resolved.config
+        trains = masks.mask(weights, config.trainable, config.frozen)
+        trainable, frozen = masks.partition(weights, trains)
         self.frozen = sliceable(frozen)
-        optimizer = adamw(optax.constant_schedule(LEARNING_RATE))
-        self.functions = make_step(
-            model_of(case),
-            optimizer,
-            seed=0,
-            dropout_rate=0.0 if case.rank is None else case.dropout,
-            packed=packed,
-            contracted=()
-            if case.rank is None
-            else lora.contracted(case.config, case.rank, ATTENTION),
-            loss_chunk=case.loss_chunk,
-        )
+        optimizer = resolved.optimizer(optax.constant_schedule(LEARNING_RATE))
+        self.functions = resolved.step(optimizer, mesh=None)
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
     def steps(self, batches: Any) -> Iterator[float]:
@@ -102,7 +81,8 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
     """(prompts (B, P), new tokens N) → greedy continuations (B, N) that never end early."""
     from jax_lora.decoding import batching, greedy
 
-    module, parts = model_of(case), greedy.apart(weights)
+    module = case.planned(jax.default_backend()).resolved.model()
+    parts = greedy.apart(weights)
 
     def generate(prompts: np.ndarray, new: int) -> np.ndarray:
         rows, length = prompts.shape
@@ -112,7 +92,7 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
             prompts,
             range(rows),
             max_new_tokens=new,
-            end_ids=(case.config.vocab_size,),
+            end_ids=(case.shape.vocab_size,),
             buckets=(length,),
             batch_tokens=rows * length,
             max_batch=rows,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
         return
     for case in flags.cases:
         found = measure.together(case, sides, flags.repeats)
-        record: Record = asdict(case)
+        record: Record = case.record()
         for side, one in found.items():
             record[side] = _speed(case, side, one, flags)
         if len(found) > 1:
@@ -88,7 +88,7 @@ def _apart(
         profiled = flags.profile and side == "ours"
         found = measure.in_a_row(side, cases, flags.repeats, new_tokens, profiled)
         for case, one in found:
-            record = {"side": side} | asdict(case)
+            record = {"side": side} | case.record()
             if new_tokens:
                 record["new_tokens"] = new_tokens
                 one.pop("answers", None)
@@ -113,7 +113,7 @@ def _speed(case: Case, side: str, one: Record, flags: Namespace) -> Record:
     rate = case.tokens / seconds
     record = {"seconds": seconds, "tokens_per_second": rate}
     worth, computed = work.operations(case)
-    if flags.peak and case.dtype == "bfloat16":
+    if flags.peak and case.config.dtype == "bfloat16":
         record["mfu"] = worth * rate / flags.peak
     if side == "ours" and flags.product_rate:
         record["ceiling_share"] = computed * rate / flags.product_rate
@@ -142,7 +142,7 @@ def startup(flags: Namespace, sides: list[str]) -> Iterator[Record]:
             one = measure.alone(side, case, repeats=2, same_weights=False)
             if "error" not in one:
                 one = {"seconds": measure.median(one)} | _renamed(one, answers="losses")
-            yield {"side": side} | asdict(case) | one
+            yield {"side": side} | case.record() | one
 
 
 # ------------------------------------------------------------------ decoding
@@ -156,7 +156,7 @@ def decode(flags: Namespace, sides: list[str]) -> Iterator[Record]:
         return
     for case in cases:
         found = measure.together(case, sides, flags.repeats, flags.new_tokens)
-        record = asdict(case) | {"new_tokens": flags.new_tokens}
+        record = case.record() | {"new_tokens": flags.new_tokens}
         tokens = {side: one.pop("answers")[-1] for side, one in found.items()}
         for side, one in found.items():
             seconds = measure.median(one)

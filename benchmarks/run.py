@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         flags.parts = _several(flags, "parts", _among(PARTS), f"some of {','.join(PARTS)}")
         flags.batches = _several(flags, "batches", _positive, "numbers of rows as 1,32")
         flags.cases = [
-            work.Case(
+            work.case(
                 size=flags.size,
                 rank=rank,
                 rows=rows,
@@ -86,10 +86,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 layers=flags.layers,
                 dtype=flags.dtype,
                 remat=remat,
-                dropout=flags.dropout,
                 attention=attention,
                 unroll=flags.unroll,
                 loss_chunk=flags.loss_chunk,
+                **{"lora.dropout": flags.dropout},
             )
             for (rows, length), loss, remat, attention, rank in itertools.product(
                 _several(flags, "shapes", _shape, "rows x length as 8x128,4x256"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,11 +26,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: take no acce
 import jax
 
 from jax_lora.cli import input_errors, write_json
-from jax_lora.model import attention, lora
-from jax_lora.model.config import ATTENTION, CONFIGS, LINEAR
+from jax_lora.config import RunConfig
+from jax_lora.model.config import LINEAR
 from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import MOST_DEVICES, fewest, memory
-from jax_lora.planning.setup import Setup
+from jax_lora.planning.steps import PlannedStep, planned
 from jax_lora.planning.targets import DEVICES, target
 from jax_lora.training import masks
 
@@ -39,25 +40,33 @@ MODELS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-3-70b")
 METHODS = (16, 2048, 4096, None)  # ranks; None is full fine-tuning
 KINDS = ("a100-80gb", "h100", "h200", "v5e", "v5p")
 COMPILERS = {"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
+FULL = {"method": "full", "trainable": masks.FULL[0], "frozen": masks.FULL[1]}
+KEYS = {key: f"lora.{key}" for key in ("dropout", "variant", "targets")}  # of a recorded row
 GIB = 2**30
 
 
-def setup(model: str, rank: int | None, kind: str, **fields: Any) -> Setup:
-    """A run of the paper's kind: q, k, v, o, batches of 128 rows; `fields` as in `Setup`, and
-    contract=False for A and B as two products at every rank."""
-    config = CONFIGS[model]
-    if rank is None:
-        fields = {"trainable": masks.FULL[0], "frozen": masks.FULL[1], "dropout": 0.0} | fields
-    elif fields.pop("contract", True):
-        fields = {"contracted": lora.contracted(config, rank, ATTENTION)} | fields
-    platform = DEVICES[kind].platform
-    if "attention" not in fields:
-        fields = fields | {"attention": attention.best(platform, "bfloat16", config.head_dim)}
-    return Setup(config, rank, platform=platform, **fields)
+def step(
+    model: str,
+    rank: int | None,
+    kind: str,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    rows: int = 4,
+    length: int = 1024,
+    **keys: Any,
+) -> PlannedStep:
+    """A step of the paper's kind: LoRA on q, k, v, o or full, batches of 128 rows.
+
+    `keys` are of the recorded rows: remat, dropout, variant, targets.
+    """
+    changes: dict[str, Any] = FULL if rank is None else {"lora.rank": rank}
+    changes = changes | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    changes |= {KEYS.get(key, key): value for key, value in keys.items()}
+    config = RunConfig().replace(**changes)
+    return planned(config, model, DEVICES[kind].platform, math.prod(mesh), rows, length)
 
 
 def wanted() -> Iterator[dict[str, Any]]:
-    """What is compiled: arguments of `setup`."""
+    """What is compiled: arguments of `step`."""
     seven: dict[str, Any] = {"model": "llama-7b", "kind": "a100-80gb"}
     for rank in METHODS:
         yield seven | {"rank": rank}
@@ -101,14 +110,14 @@ def wanted() -> Iterator[dict[str, Any]]:
 
 def smallest(model: str, rank: int | None, kind: str) -> dict[str, Any]:
     """The row on the fewest devices that fit, a row of tokens each."""
-    count = fewest(setup(model, rank, kind), DEVICES[kind])
+    count = fewest(step(model, rank, kind), DEVICES[kind])
     return {"model": model, "rank": rank, "kind": kind, "rows": 1, "mesh": (1, count, 1)}
 
 
-def from_record(row: dict[str, Any]) -> Setup:
-    """The setup of a recorded row."""
+def from_record(row: dict[str, Any]) -> PlannedStep:
+    """The step of a recorded row."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row["setup"].items()}
-    return setup(**fields)
+    return step(**fields)
 
 
 def read_record() -> list[dict[str, Any]]:
@@ -126,7 +135,7 @@ def compile_missing(kinds: list[str]) -> None:
             continue
         print(json.dumps(plain), flush=True)
         where = target(plain["kind"])
-        verdict = compile_step(setup(**arguments), where)
+        verdict = compile_step(step(**arguments), where)
         compiler = COMPILERS[where.device.platform]
         record.append(
             {
@@ -144,7 +153,7 @@ def document(record: list[dict[str, Any]]) -> str:
     parts = [HEAD, "| | " + " | ".join(KINDS) + " |\n|---|" + "---:|" * len(KINDS)]
     for model in MODELS:
         for rank in METHODS:
-            counts = [fewest(setup(model, rank, kind), DEVICES[kind]) for kind in KINDS]
+            counts = [fewest(step(model, rank, kind), DEVICES[kind]) for kind in KINDS]
             cells = [str(count) if count else f"> {MOST_DEVICES}" for count in counts]
             parts.append(f"| {model}, {_method(rank)} | " + " | ".join(cells) + " |")
     told = {(row["date"], *(f"{k} {v}" for k, v in row["versions"].items())) for row in record}
@@ -155,7 +164,7 @@ def document(record: list[dict[str, Any]]) -> str:
         found = max(one["peak"] for one in row["programs"].values())
         other = {k: v for k, v in asked.items() if k not in ("model", "rank", "kind", "mesh")}
         cells = [
-            f"{asked['model']}, {_method(made.rank)}",
+            f"{asked['model']}, {_method(made.resolved.rank)}",
             f"{made.devices} × {asked['kind']}",
             ", ".join(f"{k} {'all' if k == 'targets' else v}" for k, v in other.items()),
             f"{memory(made).peak / GIB:.2f}",

@@ -36,9 +36,9 @@ class Trainer:
     """
 
     def __init__(self, case: Case, weights: Any):
-        self.dtype = getattr(torch, case.dtype)
+        self.dtype = getattr(torch, case.config.dtype)
         self.model = _model(case, weights, torch.float32 if case.rank is None else self.dtype)
-        if case.remat != "none":
+        if case.config.remat != "none":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -114,7 +114,7 @@ def _padded(rows: Sequence[Any], answer_only: bool) -> Micro:
 
 def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarray]:
     """(prompts (B, P), new tokens N) → greedy continuations (B, N) that never end early."""
-    model = _model(case, weights, getattr(torch, case.dtype)).eval()
+    model = _model(case, weights, getattr(torch, case.config.dtype)).eval()
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     @torch.inference_mode()
@@ -127,7 +127,7 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
 
 
 def _model(case: Case, weights: Any, dtype: torch.dtype) -> Any:
-    c = case.config
+    c = case.shape
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -149,8 +149,8 @@ def _model(case: Case, weights: Any, dtype: torch.dtype) -> Any:
     if case.rank is not None:
         settings = peft.LoraConfig(
             r=case.rank,
-            lora_alpha=2 * case.rank,
-            lora_dropout=case.dropout,
+            lora_alpha=case.config.lora.alpha,
+            lora_dropout=case.config.lora.dropout,
             target_modules=list(ATTENTION),
         )
         with torch.device(DEVICE):

@@ -5,51 +5,51 @@ from __future__ import annotations
 import random
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_lora.config import RunConfig
+
 LEARNING_RATE = 1e-4  # of both sides
 REPOSITORY = Path(__file__).resolve().parents[1]
 SLICE = REPOSITORY.parent / "shared" / "data" / "niv2-slice"
 GGUF = REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = {"smollm2": "smollm2-135m", "7b": "llama-7b"}
+FULL = {"method": "full", "trainable": (r"params/.*",), "frozen": ()}
+DEFAULTS = {"dtype": "float32", "remat": "none", "lora.dropout": 0.0, "loss_chunk": 256}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training step of ours or of a peer.
+    """A training step of ours or of a peer; from `case`.
 
     Attributes:
+      config: of the run: rank, dtype, remat and dropout are of both sides, the rest is of ours.
       size: "tiny", "smollm2" or "7b".
-      rank: of adapters on q, k, v and o; None is full fine-tuning.
       rows, length: of the batch, no padding.
       loss: on "all" tokens, or on the last eighth of each row, its "answer".
       layers: in place of the size's own number; 0 keeps it.
-      dtype, remat, dropout: of both sides; attention, unroll, loss_chunk: of ours.
     """
 
-    size: str = "tiny"
-    rank: int | None = 8
-    rows: int = 8
-    length: int = 128
-    loss: str = "all"
-    layers: int = 0
-    dtype: str = "float32"
-    remat: str = "none"
-    dropout: float = 0.0
-    attention: str = "auto"
-    unroll: int = 1
-    loss_chunk: int = 256
+    config: RunConfig
+    size: str
+    rows: int
+    length: int
+    loss: str
+    layers: int
 
     @property
-    def config(self) -> Any:
-        """The model's shape, a `LlamaConfig`."""
-        from dataclasses import replace
+    def rank(self) -> int | None:
+        """Of the adapters; None in full fine-tuning."""
+        return self.config.lora.rank if self.config.method == "lora" else None
 
+    @property
+    def shape(self) -> Any:
+        """The model's shape, a `LlamaConfig`."""
         from jax_lora.model.config import CONFIGS, LlamaConfig
 
         if self.size == "tiny":
@@ -63,6 +63,47 @@ class Case:
         """Of a batch."""
         return self.rows * self.length
 
+    def planned(self, platform: str) -> Any:
+        """The step on one device, a `PlannedStep`."""
+        from jax_lora.planning.steps import planned
+
+        unroll = min(self.config.unroll, self.shape.num_hidden_layers)
+        config = self.config.replace(unroll=unroll, batch_size=self.rows)
+        share = float(np.mean(batch(self).loss_mask))
+        return planned(config, self.shape, platform, 1, self.rows, self.length, share)
+
+    def changed(self, axis: str, value: int) -> Case:
+        """Another rank, or another number of rows, tokens per row or layers."""
+        if axis == "rank":
+            return replace(self, config=self.config.replace(**{"lora.rank": value}))
+        return replace(self, **{axis: value})
+
+    def record(self) -> dict[str, Any]:
+        """What it is, as columns of a table of results."""
+        found = {"size": self.size, "rank": self.rank, "rows": self.rows, "length": self.length}
+        found |= {"loss": self.loss, "layers": self.layers}
+        found |= {key: getattr(self.config, key) for key in ("dtype", "remat")}
+        found |= {"dropout": self.config.lora.dropout}
+        keys = ("attention", "unroll", "loss_chunk")
+        return found | {key: getattr(self.config, key) for key in keys}
+
+
+def case(
+    size: str = "tiny",
+    rank: int | None = 8,
+    rows: int = 8,
+    length: int = 128,
+    loss: str = "all",
+    layers: int = 0,
+    **keys: Any,
+) -> Case:
+    """A case with LoRA of a rank on q, k, v and o, or fully fine-tuned with rank None.
+
+    `keys` are of `RunConfig`; the defaults that differ from its own are those of `DEFAULTS`.
+    """
+    changes: dict[str, Any] = FULL if rank is None else {"lora.rank": rank}
+    return Case(RunConfig().replace(**DEFAULTS | changes | keys), size, rows, length, loss, layers)
+
 
 class Micro(NamedTuple):
     """A micro-batch as `jax_lora.training.step` has it, here without importing JAX."""
@@ -75,7 +116,7 @@ class Micro(NamedTuple):
 def batch(case: Case, seed: int = 0) -> Micro:
     """A micro-batch of random tokens, numpy arrays, which is the whole global batch."""
     shape = (case.rows, case.length)
-    tokens = np.random.default_rng(seed).integers(0, case.config.vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(seed).integers(0, case.shape.vocab_size, shape, np.int32)
     mask = np.zeros(shape, bool)
     mask[:, 1 if case.loss == "all" else -max(1, case.length // 8) :] = True
     example = np.broadcast_to(np.arange(case.rows, dtype=np.int32)[:, None], shape)
@@ -111,7 +152,7 @@ def task_rows(case: Case, count: int) -> tuple[list[Any], str]:
     from jax_lora.data.toy import write_checkout
 
     real = case.size != "tiny" and SLICE.is_dir()
-    tokenizer: Any = Words(case.config.vocab_size)
+    tokenizer: Any = Words(case.shape.vocab_size)
     if case.size != "tiny" and GGUF.is_file():
         from jax_lora.weights.tokenizers import load_tokenizer
 
@@ -135,7 +176,7 @@ def made_up_rows(case: Case, count: int) -> list[Any]:
     dice = np.random.default_rng(0)
     lengths = np.clip(dice.lognormal(5.25, 0.45, count).astype(int), 16, 384)
     return [
-        Row(dice.integers(1, case.config.vocab_size, n, np.int32), n - n // 8, "", False)
+        Row(dice.integers(1, case.shape.vocab_size, n, np.int32), n - n // 8, "", False)
         for n in lengths
     ]
 
@@ -144,42 +185,20 @@ def made_up_rows(case: Case, count: int) -> list[Any]:
 
 
 def operations(case: Case) -> tuple[float, float]:
-    """Multiplications and additions of matrix products a token: what the step is worth (forward
-    and backward), and what it computes with all that it computes again."""
+    """Multiplications and additions of matrix products per token: what the step is worth (forward
+    and backward), and what it computes, all that is recomputed included."""
     from jax_lora.planning.operations import operations as count
 
-    parts = count(_setup(case)).values()
+    parts = count(case.planned(_platform(case))).values()
     return sum(p.forward + p.backward for p in parts), sum(p.total for p in parts)
 
 
 def planned_bytes(case: Case) -> int:
-    """The peak of device memory that plan.py tells of the step on a card."""
+    """The peak of device memory that plan.py gives for the step on a card."""
     from jax_lora.planning.memory import memory
 
-    return memory(_setup(case)).peak
+    return memory(case.planned(_platform(case))).peak
 
 
-def _setup(case: Case) -> Any:
-    from jax_lora.model import lora
-    from jax_lora.model.config import ATTENTION
-    from jax_lora.planning.setup import Setup
-    from jax_lora.training import masks
-
-    rules = masks.FULL if case.rank is None else masks.LORA
-    contracted = () if case.rank is None else lora.contracted(case.config, case.rank, ATTENTION)
-    return Setup(
-        case.config,
-        case.rank,
-        rows=case.rows,
-        length=case.length,
-        batch_rows=case.rows,
-        contracted=contracted,
-        trainable=rules[0],
-        frozen=rules[1],
-        dtype=case.dtype,
-        remat=case.remat,
-        attention="cudnn" if case.attention == "auto" else case.attention,
-        loss_chunk=case.loss_chunk,
-        dropout=0.0 if case.rank is None else case.dropout,
-        loss_share=float(np.mean(batch(case).loss_mask)),
-    )
+def _platform(case: Case) -> str:
+    return "tpu" if case.config.attention == "flash" else "cuda"

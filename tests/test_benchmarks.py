@@ -37,7 +37,7 @@ def test_a_step_is_its_tokens_in_its_seconds(found):
 
 
 def test_padding_of_an_epoch_is_counted(found):
-    rows, _ = work.task_rows(work.Case(), 12)
+    rows, _ = work.task_rows(work.case(), 12)
     real = sum(len(row.ids) for row in rows)
     for record, (buckets, _) in zip(found[0]["epoch"], epoch.OURS.values(), strict=True):
         assert record["real_tokens"] == real <= record["computed_tokens"]
@@ -101,7 +101,7 @@ def test_both_sides_do_the_same_work(rank):
     pytest.importorskip("peft")
     from benchmarks import measure
 
-    both = measure.together(work.Case(rank=rank, rows=2, length=16), ["ours", "theirs"], 1)
+    both = measure.together(work.case(rank=rank, rows=2, length=16), ["ours", "theirs"], 1)
     ours, theirs = (both[side]["answers"] for side in ("ours", "theirs"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert ours[2] < ours[0]
@@ -112,7 +112,7 @@ def test_their_batches_hold_every_row_once(grouped):
     pytest.importorskip("peft")
     from benchmarks import theirs
 
-    rows, _ = work.task_rows(work.Case(), 20)
+    rows, _ = work.task_rows(work.case(), 20)
     batches = list(theirs.batches(rows, 8, 4, grouped=grouped, answer_only=True))
     micros = [micro for batch in batches for micro in batch]
     assert [len(batch) for batch in batches] == [2, 2, 1]

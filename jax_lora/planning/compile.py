@@ -27,9 +27,10 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
 from jax_lora import sharding
+from jax_lora.errors import ConfigError
 from jax_lora.model.products import compiling_for
 from jax_lora.planning.memory import memory
-from jax_lora.planning.setup import Setup, functions, trees
+from jax_lora.planning.steps import PlannedStep, trees
 from jax_lora.planning.targets import Target
 
 # What XLA's CUDA compiler asks of a card, after openxla/xla, backends/gpu/target_config/specs.
@@ -101,23 +102,23 @@ def devices(target: Target, count: int) -> Sequence[Any]:
     """Devices to compile for.
 
     Raises:
-      ValueError: an extra that is not installed, or a number of chips that no slice has.
+      ConfigError: an extra that is not installed, or a number of chips that no slice has.
     """
     kind, platform = target.kind, target.device.platform
     if platform == "cpu":
         found = jax.devices("cpu")
         if len(found) < count:
-            raise ValueError(
+            raise ConfigError(
                 f"--target: found cpu-{count}, expected at most {len(found)} devices; set "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
             )
         return found[:count]
     if platform == "tpu":
         if find_spec("libtpu") is None:
-            raise ValueError(f"{kind}: compiling needs the tpu extra: pip install -e '.[tpu]'")
+            raise ConfigError(f"{kind}: compiling needs the tpu extra: pip install -e '.[tpu]'")
         if count not in _SLICES[kind]:
             known = ", ".join(map(str, _SLICES[kind]))
-            raise ValueError(f"{kind}: found {count} chips, expected a slice of {known}")
+            raise ConfigError(f"{kind}: found {count} chips, expected a slice of {known}")
         # There is no metadata server to ask, and another process may hold the library.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -125,7 +126,7 @@ def devices(target: Target, count: int) -> Sequence[Any]:
         host = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}  # by default 2x2x1
         return topologies.get_topology_desc(name, platform="tpu", **host).devices
     if not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        raise ValueError(f"{kind}: compiling needs the cuda12 extra: pip install -e '.[cuda12]'")
+        raise ConfigError(f"{kind}: compiling needs the cuda12 extra: pip install -e '.[cuda12]'")
     chip, name = _CARDS[kind]
     card = _CARD.format(
         bytes=target.device.bytes, bandwidth=int(target.device.bandwidth or 0), chip=chip, name=name
@@ -135,32 +136,32 @@ def devices(target: Target, count: int) -> Sequence[Any]:
     ).devices
 
 
-def compile_step(setup: Setup, target: Target) -> Verdict:
+def compile_step(planned: PlannedStep, target: Target) -> Verdict:
     """Compile the functions of a step for the target's devices.
 
     Args:
-      setup: the step; its mesh says how many devices.
+      planned: the step; its mesh says how many devices.
       target: the kind of device; its count is not looked at.
 
     Raises:
-      ValueError: as `devices`, and a mesh that the devices do not fill.
+      ConfigError: as `devices`; a mesh that the devices do not fill.
     """
-    mesh = sharding.make_mesh(setup.mesh, devices(target, setup.devices))
-    frozen, state, working, micro = trees(setup, mesh)
-    step, _ = functions(setup, mesh if setup.devices > 1 else None)
+    mesh = sharding.make_mesh(planned.resolved.mesh_sizes, devices(target, planned.devices))
+    frozen, state, diff_params, micro = trees(planned, mesh)
+    step, _ = planned.functions(mesh if planned.devices > 1 else None)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     with compiling_for(target.device.platform):
         lowered = {
             "accumulate": step.accumulate.lower(  # pyright: ignore[reportFunctionMemberAccess]
-                working, scalar, working, state.step, frozen, micro, scalar
+                diff_params, scalar, diff_params, state.step, frozen, micro, scalar
             ),
-            "update": step.update.lower(state, frozen, working),  # pyright: ignore
+            "update": step.update.lower(state, frozen, diff_params),  # pyright: ignore
         }
-        if setup.contracted:
+        if planned.resolved.materialized:
             lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
-    takes = {"accumulate": (working, working, frozen), "update": (state, working)}
+    takes = {"accumulate": (diff_params, diff_params, frozen), "update": (state, diff_params)}
     takes["begin"] = (state.trainable,)
-    held = memory(setup).held
+    held = memory(planned).held
     programs = {}
     for name, program in lowered.items():
         start = time.perf_counter()

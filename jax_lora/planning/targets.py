@@ -11,6 +11,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from jax_lora.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -115,20 +117,22 @@ def target(name: str) -> Target:
     """The target of a name such as `a100-80gb`, `h200-8` or `v5e-8`.
 
     Raises:
-      ValueError: an unknown device, or a number that is no number of chips.
+      ConfigError: an unknown device, or a number that is no number of chips.
     """
     kind, count = name, None
     if name not in DEVICES:
         found = re.fullmatch(r"(.+)-(\d+)", name)
         kind, count = (found[1], int(found[2])) if found else (name, None)
     if kind not in DEVICES:
-        raise ValueError(
+        raise ConfigError(
             f"--target: found {name!r}, expected one of {', '.join(DEVICES)}, "
             "with -N behind it for N devices"
         )
     cores = _CORES.get(kind, 1)
     if count is not None and (count < 1 or count % cores):
-        raise ValueError(f"--target: found {name!r}, expected a multiple of {cores} behind {kind}-")
+        raise ConfigError(
+            f"--target: found {name!r}, expected a multiple of {cores} behind {kind}-"
+        )
     return Target(kind, DEVICES[kind], count and count // cores)
 
 

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError
 from jax_lora.model import attention, lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.llama import Llama
@@ -114,13 +115,19 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
       devices: how many there are.
 
     Raises:
-      ConfigError: a mesh that does not fit the devices, or an attention kernel that cannot run.
+      ConfigError: a mesh that does not fit the devices, an attention kernel that cannot run, or a
+        LoRA target that the model does not have.
     """
     lengths = config.data.buckets
     kernel = config.attention
     if kernel == "auto":
         kernel = attention.best(platform, config.dtype, shape.head_dim, lengths)
-    attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
+    try:
+        attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
+        if config.method == "lora":
+            lora.check_targets(config.lora.targets)
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from None
     materialized = ()
     if config.method == "lora" and config.lora.materialize_delta == "auto":
         materialized = lora.contracted(shape, config.lora.rank, config.lora.targets)

@@ -3,58 +3,73 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.planning.arguments tiny cpu
     python -m tests.planning.arguments tiny a100-80gb
 
-Prints a line of JSON for every setup and function: its label, the compiler's bytes, the plan's.
+Prints a line of JSON for every step and function: its label, the compiler's bytes, the plan's.
 """
 
 import json
+import math
 import sys
+from typing import Any
 
 from benchmarks import scale
-from jax_lora.model.config import ATTENTION, LlamaConfig
+from jax_lora.config import RunConfig
+from jax_lora.model.config import LlamaConfig
 from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import memory
-from jax_lora.planning.setup import Setup
+from jax_lora.planning.steps import PlannedStep, planned
 from jax_lora.planning.targets import target
-from jax_lora.training import masks
 
 CONFIG = LlamaConfig(64, 32, 48, 2, 4, 2, 8)
-TINY = dict(rows=1, length=8, batch_rows=8, attention="xla", loss_chunk=8)
-FULL = dict(trainable=masks.FULL[0], frozen=masks.FULL[1], dropout=0.0)
-SETUPS = {
-    ("tiny", "cpu"): [Setup(CONFIG, 3, mesh=(2, 2, 2), **TINY)],
-    ("tiny", "a100-80gb"): [Setup(CONFIG, 3, mesh=(1, 2, 1), **TINY)],
+
+
+def tiny(platform: str, mesh: tuple[int, int, int], **keys: Any) -> PlannedStep:
+    """A step of the tiny model, one row of 8 tokens per device."""
+    keys |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    config = RunConfig().replace(batch_size=8, attention="xla", loss_chunk=8, **keys)
+    return planned(config, CONFIG, platform, math.prod(mesh), rows=1, length=8)
+
+
+STEPS = {
+    ("tiny", "cpu"): [tiny("cpu", (2, 2, 2), **{"lora.rank": 3})],
+    ("tiny", "a100-80gb"): [tiny("cuda", (1, 2, 1), **{"lora.rank": 3})],
     ("llama-7b", "cpu"): [
-        Setup(CONFIG, 40, mesh=(1, 8, 1), contracted=ATTENTION, **TINY),
-        Setup(CONFIG, None, mesh=(2, 2, 2), **TINY, **FULL),
-        scale.setup("llama-7b", 16, "cpu", mesh=(1, 8, 1)),
-        scale.setup("llama-7b", 4096, "cpu", mesh=(1, 8, 1)),
-        scale.setup("llama-7b", None, "cpu", mesh=(2, 4, 1)),
+        tiny("cpu", (1, 8, 1), **{"lora.rank": 40}),
+        tiny("cpu", (2, 2, 2), **scale.FULL),
+        scale.step("llama-7b", 16, "cpu", mesh=(1, 8, 1)),
+        scale.step("llama-7b", 4096, "cpu", mesh=(1, 8, 1)),
+        scale.step("llama-7b", None, "cpu", mesh=(2, 4, 1)),
     ],
 }
 
 
-def planned(setup: Setup) -> dict[str, int]:
-    """By the plan: what each function takes of what the run holds."""
-    held = memory(setup)
-    scales = 4 * setup.config.num_hidden_layers * len(setup.targets) if setup.rank else 0
-    tokens = setup.rows * setup.length
+def by_plan(step: PlannedStep) -> dict[str, int]:
+    """What each function takes of what the run holds."""
+    held, resolved = memory(step), step.resolved
+    scales = 0
+    if resolved.is_lora:
+        scales = 4 * step.shape.num_hidden_layers * len(step.config.lora.targets)
+    tokens = step.rows * step.length
     # Token ids and loss mask, the sum of losses and the weight of the batch; for dropout the
     # examples' numbers and the step's.
-    batch = tokens * (4 + 1) + 4 + 4 + (tokens * 4 + 4 if setup.dropout else 0)
-    trained = held.adapters - scales if setup.rank else held.base
-    adapters = held.deltas if setup.contracted else held.adapters
+    batch = tokens * (4 + 1) + 4 + 4 + (tokens * 4 + 4 if resolved.dropout else 0)
+    trained = held.adapters - scales if resolved.is_lora else held.base
+    adapters = held.deltas if resolved.materialized else held.adapters
     return {
         "accumulate": held.base + adapters + held.gradients + batch,
-        "update": trained + held.optimizer + held.gradients + (scales if setup.contracted else 0),
+        "update": trained
+        + held.optimizer
+        + held.gradients
+        + (scales if resolved.materialized else 0),
     }
 
 
 def main() -> None:
     model, kind = sys.argv[1:]
-    for setup in SETUPS[model, kind]:
-        found = compile_step(setup, target(kind)).programs
-        for name, bytes_ in planned(setup).items():
-            label = f"{name}, rank {setup.rank}, mesh {setup.mesh}, D {setup.config.hidden_size}"
+    for step in STEPS[model, kind]:
+        found = compile_step(step, target(kind)).programs
+        for name, bytes_ in by_plan(step).items():
+            label = f"{name}, rank {step.resolved.rank}, mesh {step.resolved.mesh_sizes}"
+            label += f", D {step.shape.hidden_size}"
             print(json.dumps([label, found[name].arguments, bytes_]), flush=True)
 
 

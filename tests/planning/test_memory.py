@@ -31,7 +31,7 @@ def peak(row):
 
 
 def seven(rank, **fields):
-    return scale.setup("llama-7b", rank, "a100-80gb", **fields)
+    return scale.step("llama-7b", rank, "a100-80gb", **fields)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=label)
@@ -74,21 +74,21 @@ def test_the_papers_claim():
 def test_what_is_held_is_counted_from_the_parameters():
     found = memory(seven(16))
     table = counts.parameter_table(CONFIGS["llama-7b"], 16)
-    scales = 4 * 32 * len(ATTENTION)  # float32, one a layer and target
+    scales = 4 * 32 * len(ATTENTION)  # float32, one per layer and target
     trainable = 4 * table.trainable.sum()
     assert found.base == 2 * table.frozen.sum()
     assert found.adapters == trainable + scales
-    assert found.gradients == found.fresh == trainable
+    assert found.gradients == found.micro_gradients == trainable
     assert 2 * trainable <= found.optimizer < 2 * trainable + 16  # and the step's number
     cut = memory(seven(16, mesh=(1, 8, 1)))
     assert cut.gradients * 8 == found.gradients
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits():
-    setup = seven(2048)
-    rows = largest(setup, A100)
-    assert memory(replace(setup, rows=rows)).peak <= A100.usable
-    assert memory(replace(setup, rows=rows + 1)).peak > A100.usable
+    step = seven(2048)
+    rows = largest(step, A100)
+    assert memory(replace(step, rows=rows)).peak <= A100.usable
+    assert memory(replace(step, rows=rows + 1)).peak > A100.usable
     assert largest(seven(None), A100) == 0
 
 

@@ -8,6 +8,9 @@ import sys
 import pytest
 
 import plan
+from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError
+from jax_lora.planning import report
 from tests.conftest import REPOSITORY
 
 
@@ -25,9 +28,14 @@ def full(**keys):
     return config("full_7b_8xa100", **keys)
 
 
-def test_the_papers_claim_and_what_a_run_needs(capsys):
-    plan.run(lora(2048), "a100-80gb")
-    text = capsys.readouterr().out
+def printed(made, target, tokens=None):
+    typed = RunConfig.from_config_dict(made)
+    model, shape = plan.base_model(typed)
+    return "\n".join(report.plan(typed, shape, model, target, tokens))
+
+
+def test_the_papers_claim_and_what_a_run_needs():
+    text = printed(lora(2048), "a100-80gb")
     assert "2,147,483,648 trainable (24.167%)" in text
     assert re.search(r"by formula it fits: [\d.]+ GiB of 75\.3 usable", text)
     assert re.search(r"^base +12\.55$", text, re.M)
@@ -56,36 +64,35 @@ def test_the_papers_claim_and_what_a_run_needs(capsys):
         (config("lora", model="smollm2-135m"), "cpu", "it fits"),
     ],
 )
-def test_verdicts(capsys, made, target, line):
-    plan.run(made, target)
-    assert line in capsys.readouterr().out
+def test_verdicts(made, target, line):
+    assert line in printed(made, target)
 
 
-def test_shorter_examples_take_less_time(capsys):
+def test_shorter_examples_take_less_time():
     def days(tokens):
-        plan.run(lora(16), "h100", tokens)
-        return float(re.search(r"([\d.]+) days", capsys.readouterr().out)[1])
+        return float(re.search(r"([\d.]+) days", printed(lora(16), "h100", tokens))[1])
 
     assert days(288) < 0.3 * days(1152)
-    with pytest.raises(ValueError, match="--tokens: found 1153, expected 1 to 1152"):
-        plan.run(lora(16), "h100", 1153)
+    with pytest.raises(ConfigError, match="--tokens: found 1153, expected 1 to 1152"):
+        printed(lora(16), "h100", 1153)
 
 
 @pytest.mark.parametrize(
     ("made", "target", "line"),
     [
         (lora(16), "a101", "--target: found 'a101', expected one of"),
-        (full(), "a100-80gb-6", "--config.mesh: found 1 × 8 × 1, expected sizes that"),
-        (lora(0), "h100", "lora rank: found 0"),
-        (lora(16, data__set="T7"), "h100", "--config.data.set: found 'T7'"),
+        (full(), "a100-80gb-6", "config.mesh: found 1 × 8 × 1 on 6 devices"),
+        (lora(0), "h100", "config.lora.rank: found 0"),
+        (lora(16, data__set="T7"), "h100", "config.data.set: found 'T7'"),
+        (lora(16, lora__targets=("q",)), "h100", "lora targets: found q, expected some of q_proj"),
         (lora(16, attention="cudnn"), "v5e-8", "attention: 'cudnn' needs"),
-        (lora(16, remat="fully"), "h100", "--config.remat: found 'fully', expected one of"),
-        (lora(16, batch_size=0), "h100", "--config.batch_size: found 0, expected at least 1"),
+        (lora(16, remat="fully"), "h100", "config.remat: found 'fully', expected one of"),
+        (lora(16, batch_size=0), "h100", "config.batch_size: found 0, expected at least 1"),
     ],
 )
 def test_wrong_input_is_refused(made, target, line):
-    with pytest.raises(ValueError, match=re.escape(line)):
-        plan.run(made, target)
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        printed(made, target)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""A training step to plan: the resolved config and the shape of a micro-batch; no array exists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from jax_lora import sharding
+from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError
+from jax_lora.model.config import CONFIGS, GROUP, LlamaConfig
+from jax_lora.planning import counts
+from jax_lora.planning.targets import Target
+from jax_lora.training import masks
+from jax_lora.training.resolve import Resolved, resolve
+from jax_lora.training.step import Micro, State, Step
+
+TRAIN_TASKS = 756  # in Tall, as the paper counts them
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A training step to plan.
+
+    Attributes:
+      resolved: the model, the mask, the optimizer and the mesh, as training has them.
+      rows, length: of a micro-batch: the rows that one device computes (each of the data × fsdp
+        groups has as many) and the tokens per row, padding included.
+      loss_share: the share of the positions that are loss tokens.
+    """
+
+    resolved: Resolved
+    rows: int
+    length: int
+    loss_share: float = 1.0
+
+    @property
+    def shape(self) -> LlamaConfig:
+        """Of the base model."""
+        return self.resolved.shape
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        return self.resolved.config
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a whole optimizer step, on all devices."""
+        return self.config.batch_size
+
+    @property
+    def devices(self) -> int:
+        """In the mesh."""
+        return math.prod(self.resolved.mesh_sizes)
+
+    @property
+    def abstract_mesh(self) -> AbstractMesh:
+        """The mesh without devices."""
+        return AbstractMesh(self.resolved.mesh_sizes, sharding.AXES)
+
+    def functions(self, mesh: Mesh | None = None) -> tuple[Step, optax.GradientTransformation]:
+        """The step that training compiles, and its optimizer."""
+        optimizer = self.resolved.optimizer(optax.constant_schedule(0.0))
+        return self.resolved.step(optimizer, mesh), optimizer
+
+
+def planned(
+    config: RunConfig,
+    model: str | LlamaConfig,
+    platform: str,
+    devices: int = 1,
+    rows: int = 4,
+    length: int = 1024,
+    loss_share: float = 1.0,
+) -> PlannedStep:
+    """A step with micro-batches of one given shape, whatever the config's buckets.
+
+    Args:
+      config: of the run.
+      model: the name of a known model, such as "llama-7b", or a shape.
+      platform: of the devices: "cpu", "cuda" or "tpu".
+      devices: how many there are.
+      rows, length, loss_share: as in `PlannedStep`.
+
+    Raises:
+      ConfigError: as `resolve`.
+    """
+    shape = CONFIGS[model] if isinstance(model, str) else model
+    config = config.replace(**{"data.buckets": (length,)})
+    return PlannedStep(resolve(config, shape, platform, devices), rows, length, loss_share)
+
+
+def planned_steps(config: RunConfig, shape: LlamaConfig, where: Target) -> list[PlannedStep]:
+    """One step for every shape of micro-batch that the config trains on.
+
+    A target without a number has as many devices as the config's mesh.
+
+    Raises:
+      ConfigError: as `resolve`.
+    """
+    mesh = config.mesh
+    count = where.count or math.prod(max(1, n) for n in (mesh.data, mesh.fsdp, mesh.tensor))
+    resolved = resolve(config, shape, where.device.platform, count)
+    share = -(-config.batch_size // resolved.row_groups)  # rows of the batch per device
+    return [
+        PlannedStep(resolved, min(share, max(1, config.micro_tokens // length)), length)
+        for length in config.data.buckets
+    ]
+
+
+def step_count(config: RunConfig) -> int:
+    """Steps of the run, if no task has fewer examples than the config asks for.
+
+    Raises:
+      ConfigError: an unknown set.
+    """
+    d = config.data
+    tasks = {f"T{size}": size for size in d.sizes} | {"Tall": TRAIN_TASKS}
+    tasks |= dict.fromkeys((f"T*{d.sizes[0]}", f"T*{d.sizes[-1]}"), d.sizes[1])
+    if d.set not in tasks:
+        raise ConfigError(f"config.data.set: found {d.set!r}, expected one of {', '.join(tasks)}")
+    steps = -(-tasks[d.set] * d.train_per_task // config.batch_size) * config.epochs
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+# ---------------------------------------------------------------- arrays, as shapes
+
+
+class Trees(NamedTuple):
+    """The arrays of a step as `jax.ShapeDtypeStruct`s, laid out on a mesh.
+
+    `frozen` and `state` are what a run holds, `diff_params` is what a step differentiates and what
+    its gradients look like, `micro` is one micro-batch of all devices.
+    """
+
+    frozen: Any
+    state: State
+    diff_params: Any
+    micro: Micro
+
+
+@lru_cache(maxsize=64)
+def variables(step: PlannedStep) -> tuple[Any, Any]:
+    """Shapes of {"params": …, "lora": …} in the dtypes of a run, and the mask.
+
+    Raises:
+      ValueError: a rank below 1, an unknown target, or expressions that `masks.mask` refuses.
+    """
+    config, shape = step.config, step.shape
+    tree: dict[str, Any] = {"params": counts.base_shapes(shape)}
+    if step.resolved.rank is not None:
+        tree["lora"] = counts.adapter_shapes(shape, step.resolved.rank, config.lora.targets)
+        layers = shape.num_hidden_layers
+        for name in config.lora.targets:
+            leaf = tree["lora"]["layers"][GROUP[name]][name]
+            leaf["scale"] = jax.ShapeDtypeStruct((layers,), jnp.float32)
+            if config.lora.variant == "dora":
+                leaf["m"] = jax.ShapeDtypeStruct((layers, leaf["b"].shape[2]), jnp.float32)
+    trains = masks.mask(tree, config.trainable, config.frozen)
+
+    def with_dtype(x, trained):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32 if trained else jnp.dtype(config.dtype))
+
+    params = jax.tree.map(with_dtype, tree["params"], trains["params"])
+    return tree | {"params": params}, trains
+
+
+def trees(step: PlannedStep, mesh: Mesh | AbstractMesh | None = None) -> Trees:
+    """The arrays of a step on a mesh, by default on the step's own, without devices."""
+    mesh = mesh or step.abstract_mesh
+    trainable, frozen = masks.partition(*variables(step))
+    functions, optimizer = step.functions()
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = State(number, trainable, jax.eval_shape(optimizer.init, trainable))
+    diff_params = jax.eval_shape(functions.begin, state, frozen)
+    tokens = (step.rows * step.resolved.row_groups, step.length)
+    by_rows = NamedSharding(mesh, sharding.ROWS)
+    micro: Any = [
+        jax.ShapeDtypeStruct(tokens, dtype, sharding=by_rows)
+        for dtype in (jnp.int32, jnp.bool_, jnp.int32)
+    ]
+    return Trees(
+        frozen=sharding.abstract(frozen, mesh),
+        state=sharding.abstract(state, mesh),
+        diff_params=sharding.abstract(diff_params, mesh),
+        micro=Micro(*micro),
+    )
