@@ -1,7 +1,16 @@
 """The errors that become one line.
 
-A script prints these, and an `OSError` that names its path, as one line with exit code 2. Every
+A script prints these, and an `OSError` that has a path, as one line with exit code 2. Every
 other exception is a fault of ours and shows its traceback. JAX_LORA_TRACEBACK=1 shows all of them.
+
+The rule for who raises what:
+- A setting is wrong: `ConfigError`. What a file holds is wrong: `DataError`.
+- A file that the user named is not there, or cannot be read or written: an `OSError` with
+  `filename`, either the one that `open` raises or `MissingFileError(ENOENT, text, path)`.
+  An `OSError` with one argument has no `filename`: do not raise one.
+- A library that reads a user's file raises whatever it likes (json, safetensors, tokenizers). The
+  reader, the function that was given the path, catches that and raises a `DataError` with the path.
+- A caller inside the package is wrong: a plain `ValueError` or `TypeError`, which stays one.
 """
 
 
@@ -11,3 +20,10 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A file that a user can fix: the path, what was found and what is expected."""
+
+
+class MissingFileError(FileNotFoundError):
+    """A file that is not there, and what was expected: `MissingFileError(ENOENT, text, path)`."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
