@@ -5,6 +5,15 @@
     Stopped                                        75: a stop was asked for, and can be resumed
 
 Every other exception is a fault of ours and shows its traceback; JAX_LORA_TRACEBACK=1 shows all.
+
+The rule for who raises what:
+- A setting is wrong: `ConfigError`. What a file holds is wrong: `DataError`.
+- A file that the user named is not there, or cannot be read or written: an `OSError` with
+  `filename`, either the one that `open` raises or `MissingFileError(ENOENT, text, path)`.
+  An `OSError` with one argument has no `filename`: do not raise one.
+- A library that reads a user's file raises whatever it likes (json, safetensors, tokenizers). The
+  reader, the function that was given the path, catches that and raises a `DataError` with the path.
+- A caller inside the package is wrong: a plain `ValueError` or `TypeError`, which stays one.
 """
 
 
@@ -22,3 +31,10 @@ class RunFailed(RuntimeError):
 
 class Stopped(RuntimeError):
     """The run was asked to stop and left a checkpoint: where it stands and how to resume."""
+
+
+class MissingFileError(FileNotFoundError):
+    """A file that is not there, and what was expected: `MissingFileError(ENOENT, text, path)`."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"

@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jax_lora.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +78,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _save(path: Path, entries: Mapping[str, Any]) -> None:
     body = json.dumps(entries).encode()
-    fresh = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False) as file:
-            fresh = Path(file.name)
-            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        os.replace(fresh, path)
+        write_bytes(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     except OSError as error:
-        if fresh:
-            fresh.unlink(missing_ok=True)
         logger.warning("%s: not kept, so it takes as long next time (%s)", path, error)

@@ -12,7 +12,6 @@ Scores are a function of these files alone: they need neither a model nor an acc
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from jax_lora.data.instructions import Checkout, Example
 from jax_lora.data.prompts import Encoder, Row
 from jax_lora.evaluation import behaviour, metrics
+from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def write_examples(folder: Path, rows: Sequence[tuple[Example, Row]]) -> None:
         | {"prompt": row.prompt, "references": list(example.references)}
         for example, row in rows
     ]
-    _write_whole(folder / "examples.jsonl", "".join(map(_line, lines)))
+    write_text(folder / "examples.jsonl", "".join(map(jsonl_line, lines)))
 
 
 def write_labels(folder: Path, checkout: Checkout, tasks: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ def write_labels(folder: Path, checkout: Checkout, tasks: Sequence[str]) -> None
         counts = behaviour.label_counts(i.outputs for i in checkout.task(name).instances())
         if behaviour.closed_label(counts):
             labels[name] = counts
-    _write_whole(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "labels.json", labels)
 
 
 def write_predictions(
@@ -119,7 +119,7 @@ def write_predictions(
     if not said.is_file() or said.read_text() != text:
         for stale in (final, partial, folder / "scores.json"):
             stale.unlink(missing_ok=True)
-        _write_whole(said, text)
+        write_text(said, text)
     wanted = {(example.task, example.id) for example, _ in rows}
     done = {(p["task"], p["id"]): p for p in read_jsonl(final if final.is_file() else partial)}
     done = {key: p for key, p in done.items() if key in wanted}
@@ -127,12 +127,13 @@ def write_predictions(
         return len(done)
     missing = [pair for pair in rows if (pair[0].task, pair[0].id) not in done]
     final.unlink(missing_ok=True)
-    _write_whole(partial, "".join(map(_line, done.values())))  # without a line cut in the middle
+    write_text(partial, "".join(map(jsonl_line, done.values())))  # without a line cut in the middle
     with partial.open("a", encoding="utf-8") as file:
         with tqdm(total=len(rows), initial=len(done), unit="prompt", desc=folder.name) as bar:
             for batch in answer(missing):
-                file.write("".join(_line(asdict(p)) for p in batch))
-                file.flush()
+                with naming(partial):
+                    file.write("".join(jsonl_line(asdict(p)) for p in batch))
+                    file.flush()
                 bar.update(len(batch))
     partial.replace(final)
     return len(done)
@@ -157,7 +158,7 @@ def score(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder}: expected examples.jsonl and predictions.jsonl, finished"
         )
-    labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    labels = read_json(folder / "labels.json", dict)
     answers = {key: p["prediction"] for key, p in predictions.items()}
     rows: list[dict[str, Any]] = [
         e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples
@@ -189,22 +190,3 @@ def score(folder: Path) -> dict[str, Any]:
     result["truncated"] = 100 * float(np.mean([p["truncated"] for p in said]))
     result["unfinished"] = 100 * float(np.mean([not p["finished"] for p in said]))
     return result
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, [] where it is missing; a last line cut in the middle is left."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

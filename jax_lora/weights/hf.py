@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jax_lora.files import check_vacant, fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.hf_config import config_to_hf, parse_config
 from jax_lora.weights.tree import Place, assemble, check_tensors, disassemble, numpy_dtype
@@ -30,6 +30,7 @@ __all__ = [
     "read_json",
     "resolve",
     "save",
+    "write_tensors",
 ]
 
 _DOWNLOAD = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
@@ -67,14 +68,6 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"{source}: no such folder or file here, and as a hub id it could not be had: {reason}"
         ) from None
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; a broken one is a ValueError naming the file and the place."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def read_config(folder: str | os.PathLike[str]) -> LlamaConfig:
@@ -162,33 +155,6 @@ def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple
 # ---------------------------------------------------------------- writing
 
 
-def check_vacant(folder: str | os.PathLike[str]) -> Path:
-    """The path of a folder that may be created: not there yet, or there and empty.
-
-    Raises:
-      FileExistsError: it is a file, or a folder with something in it.
-    """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        kind = "folder that is not empty" if path.is_dir() else "file"
-        raise FileExistsError(f"{path}: found a {kind}, expected a new or empty folder")
-    return path
-
-
-@contextmanager
-def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary sibling to write into; renamed into place at the end, or removed on an error."""
-    path = check_vacant(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        os.rename(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def save(
     folder: str | os.PathLike[str],
     config: LlamaConfig,
@@ -234,9 +200,9 @@ def save(
 
     with fresh_folder(folder) as partial:
         raw = config_to_hf(config) | ids | {"dtype": dtype.name, "torch_dtype": dtype.name}
-        _write_json(partial / "config.json", raw)
+        write_json(partial / "config.json", raw)
         if any(value is not None for value in generation.values()):
-            _write_json(partial / "generation_config.json", generation)
+            write_json(partial / "generation_config.json", generation)
         if tokenizer is not None:
             _save_tokenizer(partial, tokenizer)
         weight_map = {}
@@ -244,16 +210,28 @@ def save(
             alone = len(shards) == 1
             file = "model.safetensors" if alone else f"model-{i:05}-of-{len(shards):05}.safetensors"
             tensors = {name: fetch() for name, fetch in shard.items()}
-            try:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # its only way to say that a disk is full
-                raise OSError(f"{folder}: {error}") from None
+            write_tensors(partial / file, tensors)
             del tensors  # one shard is gone before the next is fetched
-            shutil.copymode(partial / "config.json", partial / file)  # it comes readable by us only
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(partial / "model.safetensors.index.json", index)
+            write_json(partial / "model.safetensors.index.json", index)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file, in place.
+
+    Raises:
+      OSError: with the path, where it cannot be written.
+    """
+    path.touch()  # with the mode of any new file; safetensors would let us alone read it
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its only way to say that a disk is full
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
+    path.chmod(mode)
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -263,8 +241,4 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # The name that both transformers 4 and 5 know for "just what tokenizer.json says".
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(path, settings)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, settings)

@@ -13,10 +13,8 @@ nothing to B·A, and `scale` carries each layer's own α/r (or α/√r). Saving 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.model import lora
 from jax_lora.model.config import GROUP, LINEAR, LlamaConfig
-from jax_lora.weights.hf import read_json
+from jax_lora.weights.hf import write_tensors
 from jax_lora.weights.peft_config import parse_config
 from jax_lora.weights.tree import numpy_dtype
 
@@ -325,17 +323,10 @@ def save(
         "modules_to_save": None,
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    partial, partial_config = (f.with_name(f".{f.name}.partial") for f in (path, config_path))
-    try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-    except SafetensorError as error:  # its only way to say that a disk is full
-        raise OSError(f"{path}: {error}") from None
-    partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(partial_config, partial)  # safetensors makes it readable by us only
-    os.replace(partial, path)
-    os.replace(partial_config, config_path)
+    with fresh_file(config_path) as partial_config, fresh_file(path) as partial:
+        write_json(partial_config, config)
+        write_tensors(partial, tensors)
 
 
 def _note(pattern: dict[str, Any], name: str, values: Sequence[float], common: float) -> None:

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from jax_lora.files import read_json
 from jax_lora.weights.gguf_file import open_gguf
-from jax_lora.weights.hf import read_json, resolve
+from jax_lora.weights.hf import resolve
 from jax_lora.weights.sentencepiece import NORMAL_KINDS, read_sentencepiece
 
 if TYPE_CHECKING:

@@ -1,0 +1,177 @@
+"""Files that are there whole or not at all, and JSON: the one copy of each.
+
+A file is written beside its place under a name that no other process uses, and then renamed: a
+reader finds the old file or the new one, and a full disk leaves the old one. Every `OSError` from
+here carries the path that the caller gave.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax_lora.errors import DataError
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def fresh_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to it at the end, or removed on an error.
+
+    Raises:
+      OSError: with the path, where the file cannot be written.
+    """
+    path = Path(path)
+    partial = _beside(path)
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # not there after the rename
+    except OSError as error:
+        _name(error, partial, path)
+        raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole; its folder is made if need be."""
+    with fresh_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def jsonl_line(row: Mapping[str, Any]) -> str:
+    """One line of a JSONL file, with its end."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def check_vacant(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder that may be created: not there yet, or there and empty.
+
+    Raises:
+      FileExistsError: it is a file, or a folder with something in it.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        kind = "folder that is not empty" if path.is_dir() else "file"
+        text = f"found a {kind}, expected a new or empty folder"
+        raise FileExistsError(errno.EEXIST, text, str(path))
+    return path
+
+
+@contextmanager
+def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside `folder` to write into; renamed to it at the end, or removed on an error.
+
+    Raises:
+      FileExistsError: see `check_vacant`.
+      OSError: with the path, where something in it cannot be written.
+    """
+    path = check_vacant(folder)
+    partial = _beside(path)
+    try:
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            os.rename(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        _name(error, partial, path)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    # The number tells processes of one machine apart, the random part those of several machines
+    # that share the disk, and threads.
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give the path to an `OSError` of the block that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        _name(error, Path(path), Path(path))
+        raise
+
+
+def _name(error: OSError, partial: Path, path: Path) -> None:
+    """Give an error the caller's path, where it names the temporary one, or none."""
+    found = error.filename
+    if found is not None and not str(found).startswith(str(partial)):
+        return
+    error.errno = errno.EIO if error.errno is None else error.errno
+    error.strerror = error.strerror or str(error)
+    error.filename = str(path) + ("" if found is None else str(found)[len(str(partial)) :])
+    if error.filename2 is not None:
+        del error.filename2
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
+    """Parse a JSON file.
+
+    Args:
+      path: the file.
+      kind: what it must hold, such as `dict` for an object.
+
+    Raises:
+      DataError: not UTF-8, not JSON, or something other than a `kind`; names the file.
+      OSError: no such file, or one that cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        found = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(found, kind):
+        expected = {dict: "object", list: "array"}.get(kind, kind.__name__)
+        raise DataError(f"{path}: found a {type(found).__name__}, expected a JSON {expected}")
+    return found
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The whole lines of a file, [] where it is missing; a last line cut in the middle is left.
+
+    Raises:
+      DataError: a line that is no JSON object; names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            found = type(row).__name__
+            raise DataError(f"{path}: line {number}: found a {found}, expected a JSON object")
+        rows.append(row)
+    return rows
