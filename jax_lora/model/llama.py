@@ -20,14 +20,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
 from jax_lora.model.cache import Cache
 from jax_lora.model.config import LINEAR, LlamaConfig
+from jax_lora.model.dropout import Dropout, drop
 from jax_lora.model.products import contract, contract_across, on_tpu, values
 from jax_lora.model.rope import rope_tables, rotate
 
@@ -39,14 +39,6 @@ Tokens = Int[Array | np.ndarray, "B T"]  # ids, not necessarily on the device ye
 # Lays activations (B, T, ·), (B, K, …) or a B (R, ·) out on many devices: (x, is its last side cut,
 # or are its heads?) → x.
 Settle = Callable[[Array, bool], Array]
-
-
-@struct.dataclass
-class Dropout:
-    """Dropout on the input of A. `keys`: (B, T) one key a token, `rate`: in [0, 1)."""
-
-    keys: Key[Array, "B T"]
-    rate: float = struct.field(pytree_node=False)
 
 
 class Place(NamedTuple):
@@ -89,8 +81,8 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
-                place = layer * len(LINEAR) + LINEAR.index(self.name_in_block)
-                dropped = self.settle(_dropped(x, dropout, place), back)
+                position = layer * len(LINEAR) + LINEAR.index(self.name_in_block)
+                dropped = self.settle(drop(x, dropout, position), back)
             update, delta = self._update(dropped, not back)
             if self.has_variable("lora", "m"):
                 if dropout is not None:
@@ -116,41 +108,6 @@ class Dense(nn.Module):
         # The scale meets the R numbers of a token, not the outputs, of which there are more.
         low = contract("btd,dr->btr", x.dtype, x, a) * scale.astype(x.dtype)
         return contract("btr,rf->btf", x.dtype, low, b), lambda: scale * (a @ b)
-
-
-def _dropped(x: Array, dropout: Dropout, place: Array | int) -> Array:
-    # One key a token, folded with the place in the network: how a batch is cut, padded or packed
-    # cannot change an example's mask. Sixteen random bits an element are enough, and half the
-    # work of threefry.
-    odds = round((1.0 - dropout.rate) * 2**16)
-    d = x.shape[-1]
-
-    def bits(key):
-        words = jax.random.bits(jax.random.fold_in(key, place), (-(-d // 2),), jnp.uint32)
-        return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:d]
-
-    return _thinned(x, jax.vmap(jax.vmap(bits))(dropout.keys), odds)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _thinned(x: Array, bits: Array, odds: int) -> Array:
-    # What is dropped becomes -0 and nothing else does, so that the result, which the product
-    # behind it keeps for its own gradient, is also the mask: no other one is stored.
-    kept = (x / (odds / 2**16)).astype(x.dtype)
-    return jnp.where(bits < odds, jnp.where(kept == 0, 0, kept), -jnp.zeros((), x.dtype))
-
-
-def _thinned_forward(x, bits, odds):
-    thinned = _thinned(x, bits, odds)
-    return thinned, thinned
-
-
-def _thinned_backward(odds, thinned, g):
-    gone = (thinned == 0) & jnp.signbit(thinned)
-    return jnp.where(gone, 0, g / (odds / 2**16)).astype(g.dtype), None
-
-
-_thinned.defvjp(_thinned_forward, _thinned_backward)
 
 
 class RMSNorm(nn.Module):

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora import sharding
 from jax_lora.model import attention, lora
-from jax_lora.model.llama import Dropout, Llama, positions
+from jax_lora.model.dropout import Dropout, keep_threshold
+from jax_lora.model.llama import Llama, positions
 from jax_lora.model.products import sliceable
 from jax_lora.training.masks import combine, leaf_name
 
@@ -269,11 +270,9 @@ def make_step(
         return lies as the table of `sharding` says. None is one device.
 
     Raises:
-      ValueError: a dropout rate outside [0, 1).
+      ValueError: a dropout rate outside [0, 1), or too near 1, see `keep_threshold`.
     """
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"lora dropout: found {dropout_rate}, expected 0 <= rate < 1")
-
+    keep_threshold(dropout_rate)  # refuses a bad rate before anything compiles
     groups = sharding.row_parts(mesh)
     if mesh is not None:
         local = sharding.LocalAttention(attention.kernel(model.attention), mesh)
