@@ -186,6 +186,22 @@ def last_sign(folder: Path, name: str) -> float:
     return max(signs, default=-math.inf)
 
 
+def is_held(folder: Path, name: str, silence: float = SILENCE) -> bool:
+    """Whether a living process holds a lock."""
+    sign = last_sign(folder, name)
+    return sign == math.inf or (sign > -math.inf and _now(folder) - sign < silence)
+
+
+def _now(folder: Path) -> float:
+    """The file server's time: that of a file made just now."""
+    fresh = folder / f".{uuid.uuid4().hex}"
+    try:
+        fresh.touch()
+        return fresh.stat().st_mtime
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def _sign(path: Path) -> float:
     """`last_sign` of one file."""
     try:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -192,6 +193,17 @@ def test_locks_are_signs_of_life(tmp_path):
         lock.renew()
         assert lock.path.stat().st_mtime > 0
     assert locks.last_sign(tmp_path, "cell") == -math.inf
+
+
+@pytest.mark.parametrize("skew", [-1e6, 0.0, 1e6])
+def test_what_runs_is_known_whatever_this_machines_clock_says(tmp_path, monkeypatch, skew):
+    foreign(tmp_path / "locks", CELLS[0].id, 20.0)
+    foreign(tmp_path / "locks", CELLS[1].id, 310.0)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + skew)
+    states = runner.states(tmp_path, CELLS)
+    assert states.pop(CELLS[0].id) == "running" and set(states.values()) == {"waiting"}
+    assert len(list((tmp_path / "locks").iterdir())) == 2
 
 
 def test_a_lock_that_another_took_over_ends_its_owner(tmp_path):
