@@ -2,11 +2,16 @@
 
     <folder>/<name>.<n>     held by the n-th process that took it; its owner as JSON
 
-Only the highest n counts. A lock is taken by making the file of the next n, which one process
-alone can do, when there is none before or the one before is dead: it is not deleted first, so no
-live lock can be deleted by mistake. A sign of life is the file's modification time, which its
-owner renews; on one machine a lock of the kernel on that file tells at once, however a process
-ended. Clocks of different machines are never compared: both times are the file server's.
+A lock is taken by linking the file of the next n, which one process alone can do, when every file
+that is there belongs to a dead owner. Dead owners' files are not deleted first, so that no live
+lock can be deleted by mistake. Between the look and the link others may have taken and released
+the lock, and the numbers start again at 1 then. So the taker looks again, and withdraws unless
+all that it found dead is still there, and nothing else.
+
+An owner's sign of life is its file's modification time, which it renews; on one machine a kernel
+lock on the file tells at once, however a process ended. Clocks of different machines are never
+compared: all times are the file server's. As with every lease, an owner that stands still for
+longer than `silence` may be replaced; it ends as soon as it runs again and notices.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import os
 import platform
 import re
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -47,10 +53,12 @@ class Lock:
     another one took its place must not go on writing: it ends at once, by `lost`.
     """
 
-    def __init__(self, path: Path, handle: Any, beat: float, lost: Callable[[str], None]):
+    def __init__(
+        self, path: Path, handle: Any, token: str, beat: float, lost: Callable[[str], None]
+    ):
         self.path = path
         self._handle = handle  # open: the kernel's lock goes with it
-        self._beat, self._lost = beat, lost
+        self._token, self._beat, self._lost = token, beat, lost
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
@@ -62,20 +70,31 @@ class Lock:
 
     def renew(self) -> None:
         """Give a sign of life, or end where the lock is another's by now."""
-        name, n = self.path.name.rsplit(".", 1)
-        if latest(self.path.parent, name) == int(n):
+        if self._is_held():
             os.utime(self.path)
         elif not self._released.is_set():
             self._lost(f"{self.path}: another process took this lock over; this one ends")
+
+    def _is_held(self) -> bool:
+        """Whether the file is there and no later owner took it from this one."""
+        name, n = self.path.name.rsplit(".", 1)
+        found = {i: json.loads(text) for i, text in _files(self.path.parent, name).items()}
+        if found.get(int(n), {}).get("token") != self._token:
+            return False
+        # A file whose owner took it from somebody else is one that is about to be withdrawn.
+        later = (file.get("after", self._token) for i, file in found.items() if i > int(n))
+        return self._token not in later
 
     def release(self) -> None:
         """Give it up; also removes what dead owners left."""
         self._released.set()
         self._thread.join()
-        name, n = self.path.name.rsplit(".", 1)
-        for i in range(1, int(n) + 1):
-            with suppress(FileNotFoundError):
-                self.path.with_name(f"{name}.{i}").unlink()
+        os.utime(self._handle.fileno())  # nobody may take it over while its files go
+        if self._is_held():
+            name, n = self.path.name.rsplit(".", 1)
+            for i in range(1, int(n) + 1):  # upwards: see `take`
+                with suppress(FileNotFoundError):
+                    self.path.with_name(f"{name}.{i}").unlink()
         self._handle.close()
 
     def __enter__(self) -> Lock:
@@ -108,45 +127,53 @@ def take(
       lost: called with a line when another process took over; must not return.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f".{platform.node()}-{os.getpid()}-{threading.get_ident()}"
-    handle, taken = own.open("w"), None
+    token = uuid.uuid4().hex
+    fresh = folder / f".{token}"
+    handle, taken = fresh.open("w"), None
     try:
-        json.dump({**owner(), "machine": _machine()}, handle)
-        handle.flush()
         with suppress(OSError):  # where the file system has none, times alone must do
             fcntl.flock(handle, fcntl.LOCK_EX)
-        n = latest(folder, name)
-        if n and os.stat(own).st_mtime - last_sign(folder, name) < silence:
+        dead = _files(folder, name)
+        now = os.stat(fresh).st_mtime
+        if any(now - _sign(folder / f"{name}.{i}") < silence for i in dead):
             return None
-        mine = folder / f"{name}.{n + 1}"
+        n = max(dead, default=0)
+        after = json.loads(dead[n]).get("token") if n else None
+        text = json.dumps({**owner(), "machine": _machine(), "token": token, "after": after})
+        handle.write(text)
+        handle.flush()
+        path = folder / f"{name}.{n + 1}"
         try:
-            os.link(own, mine)  # whole and locked from its first moment
+            os.link(fresh, path)  # complete and locked from its first moment
         except FileExistsError:
             return None
-        if latest(folder, name) != n + 1:  # the list of generations was out of date
-            mine.unlink()
+        # Whoever held n + 1 meanwhile deleted n before it, and who holds 1 now is not among `dead`.
+        if _files(folder, name) != dead | {n + 1: text}:
+            path.unlink()
             return None
-        taken = Lock(mine, handle, beat, lost)
+        taken = Lock(path, handle, token, beat, lost)
         return taken
     finally:
-        own.unlink()
+        fresh.unlink()
         if taken is None:
             handle.close()
 
 
-def latest(folder: Path, name: str) -> int:
-    """The number of the lock that counts, 0 where there is none."""
+def _files(folder: Path, name: str) -> dict[int, str]:
+    """The text of every file of a lock, by its number; no two files ever have the same text."""
     pattern = re.compile(rf"{re.escape(name)}\.(\d+)")
-    found = (pattern.fullmatch(file) for file in os.listdir(folder)) if folder.is_dir() else ()
-    return max((int(match[1]) for match in found if match), default=0)
+    matches = (pattern.fullmatch(file) for file in os.listdir(folder)) if folder.is_dir() else ()
+    found = {}
+    for match in filter(None, matches):
+        with suppress(FileNotFoundError), (folder / match[0]).open() as file:
+            found[int(match[1])] = file.read()
+    return dict(sorted(found.items()))
 
 
 def holder(folder: Path, name: str) -> dict[str, Any]:
     """Who took a lock last, see `owner`; empty where nobody holds it."""
-    try:
-        return json.loads((folder / f"{name}.{latest(folder, name)}").read_text())
-    except FileNotFoundError:
-        return {}
+    found = _files(folder, name)
+    return json.loads(found[max(found)]) if found else {}
 
 
 def last_sign(folder: Path, name: str) -> float:
@@ -155,8 +182,30 @@ def last_sign(folder: Path, name: str) -> float:
     Returns:
       ∞ for a process that is seen to live, -∞ for one that is seen to be dead or for no lock.
     """
+    signs = (_sign(folder / f"{name}.{i}") for i in _files(folder, name))
+    return max(signs, default=-math.inf)
+
+
+def is_held(folder: Path, name: str, silence: float = SILENCE) -> bool:
+    """Whether a living process holds a lock."""
+    sign = last_sign(folder, name)
+    return sign == math.inf or (sign > -math.inf and _now(folder) - sign < silence)
+
+
+def _now(folder: Path) -> float:
+    """The file server's time: that of a file made just now."""
+    fresh = folder / f".{uuid.uuid4().hex}"
     try:
-        with (folder / f"{name}.{latest(folder, name)}").open() as file:
+        fresh.touch()
+        return fresh.stat().st_mtime
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _sign(path: Path) -> float:
+    """`last_sign` of one file."""
+    try:
+        with path.open() as file:
             held = json.load(file)
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

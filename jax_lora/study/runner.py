@@ -60,9 +60,9 @@ def states(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
     found = {}
     for cell in cells:
         kinds = [k for k in ("done", "failed") if (place(folder, cell) / f"{k}.json").is_file()]
-        sign = locks.last_sign(folder / "locks", cell.id)
-        running = time.time() - sign < locks.SILENCE
-        found[cell.id] = kinds[0] if kinds else "running" if running else "waiting"
+        if not kinds:
+            kinds = ["running" if locks.is_held(folder / "locks", cell.id) else "waiting"]
+        found[cell.id] = kinds[0]
     return found
 
 

@@ -1,0 +1,208 @@
+"""Locks under every interleaving of a few processes, cut at their calls to the file system."""
+
+import fcntl
+import itertools
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from jax_lora.study import locks
+from tests.study.test_runner import foreign
+
+NAME = "cell"
+
+
+class Actor:
+    """A process as a thread that stops before each call to the file system until `step` lets
+    it go on."""
+
+    def __init__(self, program: Callable[[], None]):
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self.ended, self.error = False, None
+        self._thread = threading.Thread(target=self._run, args=(program,), daemon=True)
+        self._thread.start()
+
+    def _run(self, program):
+        self._go.acquire()
+        try:
+            program()
+        except BaseException as error:
+            self.error = error
+        self.ended = True
+        self._stopped.release()
+
+    def pause(self):
+        """Called by this thread itself, before a call to the file system."""
+        if threading.current_thread() is self._thread:
+            self._stopped.release()
+            self._go.acquire()
+
+    def step(self) -> bool:
+        """Run up to the next call; False where the program has ended."""
+        if not self.ended:
+            self._go.release()
+            self._stopped.acquire()
+        if self.error:
+            raise self.error
+        return not self.ended
+
+    def finish(self):
+        """Run to the end."""
+        while self.step():
+            pass
+
+
+class World:
+    """A folder of locks, who owns one now, and the processes that want one."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.owners, self.actors = folder, [], []
+
+    def take(self):
+        lock = locks.take(self.folder, NAME, beat=3600.0)
+        if lock:
+            self.owners.append(lock)
+            assert len(self.owners) == 1, [one.path.name for one in self.owners]
+        return lock
+
+    def release(self, lock):
+        if lock:
+            self.owners.remove(lock)
+            lock.release()
+
+    def take_and_release(self):
+        self.release(self.take())
+
+
+def nothing(world):
+    pass
+
+
+def dead(world):
+    foreign(world.folder, NAME, 1000.0)
+
+
+def two_dead(world):
+    (world.folder / f"{NAME}.2").write_text(foreign(world.folder, NAME, 1000.0).read_text())
+    os.utime(world.folder / f"{NAME}.2", (0, 0))
+
+
+def held(world):
+    world.held = world.take()
+
+
+def held_after_dead(world):
+    dead(world)
+    held(world)
+
+
+TAKE, BOTH = World.take, World.take_and_release
+
+
+def release(world):
+    world.release(world.held)
+
+
+def both_and_take(world):
+    world.take_and_release()
+    world.take()
+
+
+def release_and_take(world):
+    release(world)
+    world.take()
+
+
+@pytest.mark.parametrize(
+    ("start", "programs"),
+    [
+        (nothing, (TAKE, TAKE)),
+        (nothing, (TAKE, both_and_take)),
+        (dead, (TAKE, TAKE)),
+        (dead, (TAKE, both_and_take)),
+        (two_dead, (TAKE, both_and_take)),
+        (held, (TAKE, release_and_take)),
+        (held_after_dead, (TAKE, release_and_take)),
+        (nothing, (TAKE, TAKE, BOTH)),
+        (dead, (TAKE, TAKE, BOTH)),
+        (held, (TAKE, TAKE, release)),
+        (held_after_dead, (TAKE, TAKE, release)),
+    ],
+)
+def test_a_lock_never_has_two_owners(tmp_path, monkeypatch, start, programs):
+    """One process is cut after i of its calls, another one after j, and they go on in any order.
+
+    The kernel's locks are switched off, as between machines: the times of the files must do.
+    """
+    world = World(tmp_path)
+
+    def hook(owner, name):
+        call = getattr(owner, name)
+
+        def hooked(*args, **kwargs):
+            for actor in world.actors:
+                actor.pause()
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, hooked)
+
+    def no_kernel_lock(*_):
+        raise OSError
+
+    monkeypatch.setattr(fcntl, "flock", no_kernel_lock)
+    for owner, name in ((os, "link"), (os, "unlink"), (os, "listdir"), (Path, "open")):
+        hook(owner, name)
+
+    def run(folder: Path, order: Sequence[int], i: int, j: int, back: bool) -> list[int]:
+        """The calls that the first two made before they were cut."""
+        nonlocal world
+        folder.mkdir()
+        world = World(folder)
+        start(world)
+        world.actors = [Actor(lambda p=programs[k], w=world: p(w)) for k in order]
+        first, second, *rest = world.actors
+        made = []
+        for actor, count in ((first, i), (second, j)):
+            steps = 0
+            while steps < count and actor.step():
+                steps += 1
+            made.append(steps)
+        for actor in (*rest, *((first, second) if back else (second, first))):
+            actor.finish()
+        world.actors = []
+        for lock in list(world.owners):
+            world.release(lock)
+        return made
+
+    number = itertools.count()
+    for order in itertools.permutations(range(len(programs))):
+        for i in itertools.count():
+            made = [i, 0]
+            for j in itertools.count():
+                for back in (True, False):
+                    made = run(tmp_path / f"{next(number)}", order, i, j, back)
+                if made[1] < j:
+                    break
+            if made[0] < i:
+                break
+
+
+def test_a_released_lock_that_was_taken_over_leaves_the_next_ones_alone(tmp_path):
+    lock = locks.take(tmp_path, NAME)
+    lock.path.unlink()  # its owner stood still: another one took it over and released it,
+    other = foreign(tmp_path, NAME, 0.0)  # and a third one holds it now
+    lock.release()
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
+
+
+def test_a_taker_that_died_before_it_withdrew_ends_nobody(tmp_path):
+    with locks.take(tmp_path, NAME, lost=pytest.fail) as lock:
+        text = json.loads(lock.path.read_text()) | {"token": "t", "after": "another"}
+        (tmp_path / f"{NAME}.2").write_text(json.dumps(text))
+        os.utime(tmp_path / f"{NAME}.2", (0, 0))
+        lock.renew()
+        assert locks.take(tmp_path, NAME) is None
