@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from jax_lora import cli
 from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError
 from jax_lora.model.config import CONFIGS, LlamaConfig
 from jax_lora.planning import report, steps
 from jax_lora.planning.memory import memory  # noqa: F401  (study.py's, see below)
@@ -42,11 +43,11 @@ if __name__ == "__main__":  # study.py imports this file and has flags of its ow
 
 def main(_):
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
-    with cli.input_errors():
+    with cli.exit_codes():
         if _CONFIG.value is None:
-            raise ValueError("--config: found none, expected a file such as configs/lora.py")
+            raise ConfigError("--config: found none, expected a file such as configs/lora.py")
         if not _TARGET.value:
-            raise ValueError(f"--target: found none, expected one of {', '.join(DEVICES)}")
+            raise ConfigError(f"--target: found none, expected one of {', '.join(DEVICES)}")
         config = RunConfig.from_config_dict(_CONFIG.value)
         model, shape = base_model(config)
         options = _TARGET.value, _TOKENS.value, _COMPILE.value

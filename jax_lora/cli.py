@@ -71,10 +71,11 @@ def log_progress() -> None:
     """Show what the library logs, plain lines on stderr; of other libraries, warnings alone."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    for others in (None, "absl"):  # JAX names the backends that it lacks, Orbax every file
+        logging.getLogger(others).setLevel(logging.WARNING)
     own = logging.getLogger("jax_lora")
     own.handlers, own.propagate = [handler], False
     own.setLevel(logging.INFO if _is_primary() else logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax names every file that it writes
 
 
 def _is_primary() -> bool:

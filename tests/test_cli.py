@@ -3,10 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 
+import jax
 import pytest
 
 from jax_lora import cli
+from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
+from jax_lora.files import write_json
+from jax_lora.run import folder
 from tests.conftest import REPOSITORY
 
 SAY = """
@@ -29,20 +35,74 @@ def test_programs_are_kept_in_the_users_cache_unless_jax_is_told_otherwise(tmp_p
     assert folder(JAX_COMPILATION_CACHE_DIR="elsewhere") == "elsewhere"
 
 
-def test_a_folder_belongs_to_the_config_that_made_it(tmp_path):
-    path = tmp_path / "config.json"
-    made = {
-        "config": {"mesh": {"fsdp": 1}, "run": {"mesh": {"fsdp": 1}, "seed": 0}},
-        "versions": {},
+def test_a_folder_belongs_to_the_config_that_decides_its_results(tmp_path):
+    config = RunConfig().replace(model="here/base", **{"data.path": "here/tasks"})
+    digests = {"data_fingerprint": "d", "base_digest": "b"}
+    write_json(tmp_path / "config.json", {"config": config.to_dict(), **digests, "versions": {}})
+    same = {
+        "model": "there/base",
+        "data.path": "there/tasks",
+        "micro_tokens": 64,
+        "loss_chunk": 7,
+        "remat": "none",
+        "attention": "xla",
+        "unroll": 3,
+        "log_every": 5,
+        "checkpoint_every": 6,
+        "eval.max_new_tokens": 3,
+        "mesh.fsdp": 2,
     }
-    cli.write_json(path, made | {"versions": {"jax": "0"}})
-    cli.check_same_run(path, made)
-    other_mesh = {"mesh": {"fsdp": 2}, "run": {"mesh": {"fsdp": 4}, "seed": 0}}
-    cli.check_same_run(path, {"config": other_mesh})
-    for config, message in (
-        ({"run": {"seed": 1}}, "config.run.seed is 0 there and 1 here"),
-        ({"run": {"seed": 0, "epochs": 2}}, "config.run.epochs is not set there and 2 here"),
-        ({"run": {}}, "config.run.seed is 0 there and not set here"),
+    folder.check_same_run(tmp_path, config.replace(**same), digests)
+    for changes, message in (
+        ({"seed": 1}, "config.seed is 0 there and 1 here"),
+        ({"lora.rank": 8}, "config.lora.rank is 16 there and 8 here"),
+        ({"data.buckets": (64,)}, "config.data.buckets"),
+        ({"optim.learning_rate": 1.0}, "config.optim.learning_rate"),
     ):
-        with pytest.raises(ValueError, match=message):
-            cli.check_same_run(path, {"config": config})
+        with pytest.raises(ConfigError, match=message):
+            folder.check_same_run(tmp_path, config.replace(**changes), digests)
+    for name in digests:
+        with pytest.raises(ConfigError, match=f"{name} is .* there and 'other' here"):
+            folder.check_same_run(tmp_path, config, digests | {name: "other"})
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("config.x"), 2),
+        (DataError("f.json"), 2),
+        (FileNotFoundError(2, "no such file", "f.json"), 2),
+        (RunFailed("disk"), 1),
+        (Stopped("at 3"), 75),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, code, capsys, monkeypatch):
+    for setting, has_traceback in (("", False), ("1", True)):
+        monkeypatch.setenv("JAX_LORA_TRACEBACK", setting)
+        with pytest.raises(SystemExit) as end, cli.exit_codes():
+            raise error
+        text = capsys.readouterr().err
+        assert end.value.code == code
+        assert ("Traceback" in text) == has_traceback
+        assert text.splitlines()[-1].endswith(str(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("shapes (2, 3) and (4, 5)"), KeyError("x"), OSError("no path"), IndexError()],
+)
+def test_a_fault_of_ours_passes_through(error):
+    with pytest.raises(type(error)) as found, cli.exit_codes():
+        raise error
+    assert found.value is error
+
+
+def test_memory_is_kept_where_only_a_cpu_computes(monkeypatch):
+    monkeypatch.setitem(jax.config.values, "jax_platforms", "cpu")
+    assert cli.only_cpu()
+    monkeypatch.setitem(jax.config.values, "jax_platforms", "cuda,cpu")
+    assert not cli.only_cpu()
+    monkeypatch.setitem(jax.config.values, "jax_platforms", None)
+    plugin = metadata.EntryPoint("cuda", "x", "jax_plugins")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [plugin])
+    assert not cli.only_cpu()

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import eval as scoring
 from jax_lora.data.toy import write_checkout
 from jax_lora.model.llama import Llama
+from jax_lora.run import Run, scoring
 from jax_lora.weights import gguf, hf
 from tests.conftest import REPOSITORY
 
@@ -146,7 +146,8 @@ def test_a_terminated_run_goes_on_to_the_same_end(tiny_model, toy, finished, tmp
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
     if process.returncode:  # it may have been at its end already
-        assert "the same command goes on there" in stderr
+        assert process.returncode == 75
+        assert "rerun the same command to resume there" in stderr
     again = run(training(tiny_model, toy, workdir))
     assert again.returncode == 0, again.stderr
     ours, theirs = lines(workdir), lines(finished)
@@ -167,7 +168,7 @@ def test_full_fine_tuning_trains_and_scores(tiny_model, toy, tmp_path):
     out = tmp_path / "out"
     merge = command("convert.py", str(tiny_model), str(out), f"--merge={workdir}")
     assert run([*merge, "--dtype=float32"]).returncode == 0
-    _, variables, _ = scoring.load_variables(workdir, scoring.read_run(workdir)[1], "last")
+    variables = scoring.load(workdir, Run.open(None, workdir).config, "last").variables
     found, (_, base) = hf.load(out, "float32")[1], gguf.load(tiny_model, "float32")
     jax.tree.map(np.testing.assert_array_equal, found, variables["params"])
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), found, base)
@@ -184,7 +185,7 @@ def test_a_run_that_trained_norms_too_is_merged_whole_or_refused(tiny_model, toy
     merge = command("convert.py", str(tiny_model), str(out), "--dtype=float32")
     merged = run([*merge, f"--merge={workdir}"])
     assert merged.returncode == 0, merged.stderr
-    _, variables, _ = scoring.load_variables(workdir, scoring.read_run(workdir)[1], "last")
+    variables = scoring.load(workdir, Run.open(None, workdir).config, "last").variables
     found, (config, base) = hf.load(out, "float32")[1], gguf.load(tiny_model, "float32")
     assert np.abs(found["norm"]["scale"] - base["norm"]["scale"]).max() > 1e-4
     say = jax.jit(Llama(config, dtype=jnp.float32).apply)
@@ -214,12 +215,12 @@ def assert_refused(arguments: list[str], workdir: Path, *words: str) -> None:
     ("flag", "words"),
     [
         ("--config.lora.rnak=4", ("config.lora.rnak",)),
-        ("--config.lora.rank=0", ("lora rank: found 0", "at least 1")),
-        ("--config.lora.rank=-4", ("lora rank: found -4",)),
+        ("--config.lora.rank=0", ("config.lora.rank: found 0", "at least 1")),
+        ("--config.lora.rank=-4", ("config.lora.rank: found -4",)),
         ("--config.lora.targets=('q_proj','query')", ("found query", "expected some of q_proj")),
         ("--config.data.set=T99", ("found 'T99'", "T100")),
         ("--config.optim.schedule=step", ("found 'step'", "linear")),
-        ("--config.lora.dropout=1.0", ("lora dropout: found 1.0",)),
+        ("--config.lora.dropout=1.0", ("config.lora.dropout: found 1.0",)),
         ("--config.model=no/such-model", ("no/such-model",)),
         ("--config.data.path=no-such-folder", ("no-such-folder",)),
         ("--config.trainable=('lora/.*/c',)", ("lora/.*/c",)),

@@ -8,11 +8,10 @@ import socket
 import subprocess
 
 import pytest
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from jax_lora import cli, inputs
 from jax_lora.data.toy import write_checkout
+from jax_lora.run import Run, inputs
 from jax_lora.weights import base as base_weights
 from tests.conftest import REPOSITORY, many_cpus
 from tests.parity.training import adapter_tensors, worst_error
@@ -68,9 +67,9 @@ def one(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def start_of_one(one):
     """The adapter that the run on one device began with, drawn again from its seed."""
-    config = ConfigDict(json.loads((one / "config.json").read_text())["config"])
+    config = Run.open(None, one).config
     shape = base_weights.read_config(config.model)
-    return adapter_tensors(inputs.new_adapters(shape, **cli.adapter_options(config)))
+    return adapter_tensors(inputs.adapters_of(config, shape))
 
 
 def adapter(workdir):

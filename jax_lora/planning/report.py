@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
@@ -15,6 +14,7 @@ from jax_lora.planning.memory import MOST_DEVICES, Memory, fewest, largest, memo
 from jax_lora.planning.operations import Work, ceiling, operations
 from jax_lora.planning.steps import PlannedStep, planned_steps, step_count, variables
 from jax_lora.planning.targets import Target, full_name, target
+from jax_lora.text import table
 
 GIB = 2**30
 
@@ -170,16 +170,3 @@ def compiled_report(found: Memory, step: PlannedStep, where: Target) -> str:
         f"compiled it {verdict(compiled.peak, step.devices, where)}\n"
         f"the formula's peak is {100 * (found.peak / compiled.peak - 1):+.1f}% of it"
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in plain text, the first column on the left, the others on the right."""
-    cells = [list(map(str, row)) for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    cells.insert(1, ["-" * width for width in widths])
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]).rstrip()
-
-    return "\n".join(map(line, cells))

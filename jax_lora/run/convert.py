@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from jax_lora.files import check_vacant, read_json
 from jax_lora.run.run import Run
 from jax_lora.weights import base, hf, merge, peft, tokenizers
 
@@ -33,12 +34,12 @@ def convert(
     Raises:
       ConfigError, DataError, OSError: one line that names the file.
     """
-    hf.check_vacant(destination)
+    check_vacant(destination)
     path = hf.resolve(source)
     # What is small is read first.
     tokenizer = tokenizers.load_tokenizer(path)
     generation_path = path / "generation_config.json"
-    generation = hf.read_json(generation_path) if generation_path.is_file() else None
+    generation = read_json(generation_path) if generation_path.is_file() else None
 
     if adapter and peft.trained_base(adapter):
         config, params = Run.open(None, peft.run_of(adapter)).weights(base=source)

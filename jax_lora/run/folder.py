@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -13,19 +11,7 @@ from pathlib import Path
 
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError
-from jax_lora.weights.hf import read_json
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole: a reader finds the old one or the new one, a full disk neither."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+from jax_lora.files import jsonl_line, read_json, read_jsonl, write_text
 
 
 def read_saved(workdir: Path) -> tuple[RunConfig, dict[str, object]]:
@@ -121,19 +107,14 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
-        fresh = path.with_name(path.name + ".new")
-        with fresh.open("w", encoding="utf-8") as saved:
-            if step and path.is_file():
-                for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                    if json.loads(line)["step"] <= step:
-                        saved.write(line + "\n")
-        os.replace(fresh, path)
+        lines = [line for line in read_jsonl(path) if line["step"] <= step] if step else []
+        write_text(path, "".join(map(jsonl_line, lines)))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(jsonl_line({"step": step, **values}))
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -25,6 +25,7 @@ from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
+from jax_lora.files import write_json
 from jax_lora.model import lora
 from jax_lora.model.products import sliceable
 from jax_lora.planning import counts
@@ -201,7 +202,7 @@ def write_start(given: Inputs, workdir: Path) -> None:
     """Write config.json and parameters.json."""
     table, device = given.parameters, jax.devices()[0]
     frozen, trainable = (int(table[kind].to_numpy().sum()) for kind in ("frozen", "trainable"))
-    folder.write_json(
+    write_json(
         workdir / "config.json",
         {
             "config": given.resolved.config.to_dict(),
@@ -210,7 +211,7 @@ def write_start(given: Inputs, workdir: Path) -> None:
             "device": f"{len(jax.devices())} × {device.device_kind} ({device.platform})",
         },
     )
-    folder.write_json(
+    write_json(
         workdir / "parameters.json",
         {
             "frozen": frozen,

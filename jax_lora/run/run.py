@@ -16,7 +16,7 @@ import pandas as pd
 from jax_lora import sharding
 from jax_lora.config import RunConfig
 from jax_lora.decoding import batching
-from jax_lora.evaluation.evaluate import read_jsonl
+from jax_lora.files import read_jsonl
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.llama import Llama
 from jax_lora.run import folder, inputs, invariance, prepare, scoring, training

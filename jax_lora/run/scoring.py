@@ -23,6 +23,7 @@ from jax_lora.data.batches import bucket_for
 from jax_lora.decoding import batching, greedy
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import evaluate
+from jax_lora.files import read_json, write_json
 from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.llama import Llama
@@ -35,7 +36,6 @@ from jax_lora.training import masks
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.hf import read_json
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Any]
@@ -247,7 +247,7 @@ def score(
 
     def finish(name: str) -> tuple[str, str]:
         scores = evaluate.score(results / name)
-        run_folder.write_json(results / name / "scores.json", scores)
+        write_json(results / name / "scores.json", scores)
         before = None
         if adapter != "none":
             before = untuned_scores(workdir / "eval-none" / name, settings)

@@ -13,7 +13,6 @@ from jax import Array
 
 from jax_lora.training.step import Micro, State, Step, zeros
 
-
 _COMPILED = {"seconds": 0.0}
 
 

@@ -20,7 +20,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402, F401
 
-import train  # noqa: E402
+from jax_lora.run import Run  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 
@@ -31,7 +31,7 @@ def attempt(workdir: Path, arguments: list[str]) -> int:
     if child == 0:
         try:
             flags.FLAGS(["train.py", *arguments])
-            train.run(CONFIG.value, workdir)
+            Run.open(CONFIG.value, workdir).train()
         except BaseException as error:
             print(repr(error), file=sys.stderr)
             os._exit(1)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import convert
 from jax_lora.model.llama import Llama
+from jax_lora.run.convert import stored_dtype
 from jax_lora.weights import gguf, hf, peft
 from jax_lora.weights.tokenizers import load_tokenizer
 from tests.weights.builders import CORPUS, D, F, flat, hf_weights, tiny_bpe, write_gguf
@@ -38,7 +39,7 @@ def test_a_gguf_becomes_the_same_model_in_a_folder(tmp_path, source, dtype, caps
     wanted = dict(flat(base))
     assert all(np.array_equal(array, wanted[path]) for path, array in flat(found))
     stored = {str(v.dtype) for v in load_file(out / "model.safetensors").values()}
-    assert stored == {dtype} == {convert.stored_dtype(out)}
+    assert stored == {dtype} == {stored_dtype(out)}
     raw = json.loads((out / "config.json").read_text())
     assert (raw["torch_dtype"], raw["bos_token_id"], raw["eos_token_id"]) == (dtype, 1, 0)
     before, after = load_tokenizer(source), load_tokenizer(out)
