@@ -109,7 +109,8 @@ def fit(
     unread = None  # the report of the step before: read only once the next one is on its way
     stopping = False
     with running(what_is_safe(given, checkpoints)):
-        for state, report in loop.train(state, training.frozen, batches, training.step, put):
+        steps = loop.train(state, training.frozen, batches, training.step, put)
+        for state, report in steps:
             if unread is not None:
                 log.read(unread)
             unread, last = report, report.step
