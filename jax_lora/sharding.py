@@ -12,6 +12,7 @@ and `jax.ShapeDtypeStruct`s alike, so that memory can be planned where there are
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -26,6 +27,8 @@ from jax._src import distributed  # its store of keys and values has no public n
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jax_lora.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # of a batch
@@ -61,19 +64,19 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
       devices: by default those of all processes.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices.
+      ConfigError: sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     found = " × ".join(map(str, sizes))
     if len(sizes) != 3 or list(sizes).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise ValueError(
+        raise ConfigError(
             f"mesh: found {found}, expected the sizes of data, fsdp and tensor, each at least 1, "
             "or -1 for one that takes what the others leave"
         )
     left = len(devices) // int(np.prod([n for n in sizes if n != -1]))
     full = tuple(left if n == -1 else n for n in sizes)
     if np.prod(full) != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh: found data × fsdp × tensor = {found} on {len(devices)} devices, expected "
             f"a product of {len(devices)}"
         )
@@ -302,7 +305,7 @@ def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
         JAX_NUM_PROCESSES and JAX_PROCESS_ID say. Unused with "auto".
 
     Raises:
-      ValueError: an address without a port, or numbers missing or out of range.
+      ConfigError: an address without a port, or numbers missing or out of range.
       OSError: the others could not be reached.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
@@ -313,9 +316,9 @@ def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
         count = _from_environment(processes, "JAX_NUM_PROCESSES")
         which = _from_environment(process, "JAX_PROCESS_ID")
         if not re.fullmatch(r".+:\d+", coordinator):
-            raise ValueError(f"coordinator: found {coordinator!r}, expected host:port or auto")
+            raise ConfigError(f"coordinator: found {coordinator!r}, expected host:port or auto")
         if not 0 <= which < count:
-            raise ValueError(
+            raise ConfigError(
                 f"coordinator: found process {which} of {count}, expected 0 to one less than their "
                 "number (--process and --processes, or JAX_PROCESS_ID and JAX_NUM_PROCESSES)"
             )
@@ -329,12 +332,13 @@ def join(coordinator: str = "", processes: int = -1, process: int = -1) -> None:
     try:
         jax.distributed.initialize(**arguments)
     except ValueError:
-        raise ValueError(
+        raise ConfigError(
             "coordinator: found no cluster that jax knows, expected host:port in place of auto"
         ) from None
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"coordinator {coordinator}: the processes did not meet: {reason}") from None
+        text = f"the processes did not meet: {reason}"
+        raise OSError(errno.ETIMEDOUT, text, f"coordinator {coordinator}") from None
 
 
 def store() -> Any | None:
@@ -349,7 +353,7 @@ def store() -> Any | None:
 def _from_environment(number: int, name: str) -> int:
     text = os.environ.get(name, "-1") if number == -1 else str(number)
     if not re.fullmatch(r"-?\d+", text):
-        raise ValueError(f"{name}: found {text!r}, expected a number")
+        raise ConfigError(f"{name}: found {text!r}, expected a number")
     return int(text)
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 
 from jax_lora.data.prompts import Row
+from jax_lora.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds `length` tokens.
 
     Raises:
-      ValueError: a length above the largest bucket.
+      ConfigError: a length above the largest bucket.
     """
     fitting = [bucket for bucket in buckets if length <= bucket]
     if not fitting:
-        raise ValueError(
+        raise ConfigError(
             f"a row has {length} tokens, expected at most the largest bucket of {tuple(buckets)}"
         )
     return min(fitting)
@@ -101,9 +102,9 @@ class Batches:
 
     def __post_init__(self):
         if not self.rows:
-            raise ValueError("training rows: found none, expected at least one")
+            raise DataError("training rows: found none, expected at least one")
         if self.batch_size < 1 or self.micro_tokens < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"batch_size and micro_tokens: found {self.batch_size} and {self.micro_tokens}, "
                 "expected at least 1"
             )

@@ -4,6 +4,7 @@ Source of the format: the hub's data set Muennighoff/natural-instructions, whose
 and `test/` hold one jsonl file a task.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ from jax_lora.data.instructions import (
     parse_object,
     unique_id,
 )
+from jax_lora.errors import DataError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def read_hub(
     Returns:
         The tasks; rows stay in the memory-mapped Arrow table.
     Raises:
-        FileNotFoundError, ValueError: one line with the source, what was found and is expected.
+        MissingFileError, DataError: one line with the source, what was found and is expected.
     """
     table = _load_splits(str(source), None if cache is None else str(cache))
     known = _read_categories(categories)
@@ -56,7 +58,7 @@ def read_hub(
     )
     both = sorted({task.name for task in train} & {task.name for task in test})
     if both:
-        raise ValueError(f"{source}: {both[0]!r} is in both train and test, expected in one")
+        raise DataError(f"{source}: {both[0]!r} is in both train and test, expected in one")
     unknown = [task.name for task in (*train, *test) if task.name not in known]
     if unknown:
         logger.warning(
@@ -72,21 +74,22 @@ def read_hub(
 
 def _load_splits(source: str, cache: str | None) -> Any:
     import datasets  # here and not above: it takes a second, and a checkout needs none of it
-    from datasets.exceptions import DatasetsError
 
     try:
         table = datasets.load_dataset(source, cache_dir=cache)
-    except (OSError, ValueError, DatasetsError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    except Exception as error:  # datasets, pyarrow and the hub's client have a hundred kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise kind(f"{source}: datasets cannot load it ({reason})") from error
+        text = f"datasets cannot load it ({reason})"
+        if isinstance(error, FileNotFoundError):
+            raise MissingFileError(errno.ENOENT, text, source) from error
+        raise DataError(f"{source}: {text}") from error
     needed = {"task_name", "definition", "inputs", "targets"}
     for split in ("train", "test"):
         if split not in table:
-            raise ValueError(f"{source}: found splits {sorted(table)}, expected train and test")
+            raise DataError(f"{source}: found splits {sorted(table)}, expected train and test")
         columns = set(table[split].column_names)
         if needed - columns:
-            raise ValueError(
+            raise DataError(
                 f"{source}: {split} has columns {sorted(columns)}, expected {sorted(needed)} and id"
             )
     return table
@@ -102,7 +105,7 @@ def _read_categories(categories: Mapping[str, str] | str | Path | None) -> Mappi
     except (KeyError, TypeError):
         known = {"": None}
     if not all(isinstance(category, str) for category in known.values()):
-        raise ValueError(
+        raise DataError(
             f"{categories}: expected an object task -> category, or a list `tasks` of objects "
             "with `task` and `category`"
         )
@@ -148,7 +151,7 @@ def _hub_instances(table: Any, rows: np.ndarray, name: str, where: str) -> tuple
     outputs: dict[tuple[str | None, str], list[str]] = {}
     for given, text, target in zip(ids, columns["inputs"], columns["targets"], strict=True):
         if not isinstance(text, str) or not isinstance(target, str):
-            raise ValueError(
+            raise DataError(
                 f"{where}:{name}: found inputs {text!r:.60} and targets {target!r:.60}, "
                 "expected strings"
             )

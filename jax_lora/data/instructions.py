@@ -10,6 +10,7 @@ it keeps is remembered between programs, and so are the examples that tasksets.p
 Source of the layout: allenai/natural-instructions, README and tasks/README.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_lora.data.cache import cache_folder, remembered
+from jax_lora.errors import ConfigError, DataError, MissingFileError
 
 FORMAT = 1  # raise it when what is remembered changes: a task's facts, or the way of drawing
 _LARGE = 32_000_000  # bytes; a smaller checkout is read in a second, and leaves no trace
@@ -109,9 +111,9 @@ class Checkout:
         return {task.name: task for task in (*self.train, *self.test)}
 
     def task(self, name: str) -> Task:
-        """The task of that name, train or test. Raises ValueError where there is none."""
+        """The task of that name, train or test. Raises ConfigError where there is none."""
         if name not in self._by_name:
-            raise ValueError(
+            raise ConfigError(
                 f"no task {name!r} among {len(self.train)} train and {len(self.test)} test tasks"
             )
         return self._by_name[name]
@@ -146,19 +148,18 @@ def read_checkout(
     Returns:
         The tasks; instances stay on disk.
     Raises:
-        FileNotFoundError, ValueError: one line with the file, what was found and what is expected.
+        MissingFileError, DataError: one line with the file, what was found and what is expected.
     """
     root = Path(path)
     tasks, splits = root / "tasks", root / "splits" / "default"
     for folder in (root, tasks, splits):
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no such folder; expected a checkout with tasks/ and splits/default/"
-            )
+            text = "no such folder; expected a checkout with tasks/ and splits/default/"
+            raise MissingFileError(errno.ENOENT, text, str(folder))
     train, test = _read_split(splits / "train_tasks.txt"), _read_split(splits / "test_tasks.txt")
     both = sorted(set(train) & set(test))
     if both:
-        raise ValueError(
+        raise DataError(
             f"{splits}: {len(both)} task(s) in both train_tasks.txt and test_tasks.txt, "
             f"expected none, first {both[0]!r}"
         )
@@ -167,7 +168,8 @@ def read_checkout(
         file = tasks / f"{name}.json"
         if not file.is_file():
             split = "train" if name in train else "test"
-            raise FileNotFoundError(f"{file}: no such file, but {split}_tasks.txt lists {name!r}")
+            text = f"no such file, but {split}_tasks.txt lists {name!r}"
+            raise MissingFileError(errno.ENOENT, text, str(file))
         found = file.stat()
         stamps[name] = f"{found.st_size} {found.st_mtime_ns}"
         size += found.st_size
@@ -199,11 +201,15 @@ def _folder_in(cache: str | Path, root: Path) -> Path:
 def _read_split(path: Path) -> list[str]:
     """Sorted unique task names of a split file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected one task name a line")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = "no such file, expected one task name a line"
+        raise MissingFileError(errno.ENOENT, text, str(path))
+    try:
+        names = [line.strip() for line in path.read_bytes().decode().splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}), expected one task name a line") from None
     unique = sorted({name for name in names if name})
     if not unique:
-        raise ValueError(f"{path}: no task names found, expected one a line")
+        raise DataError(f"{path}: no task names found, expected one a line")
     return unique
 
 
@@ -223,7 +229,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 def _reread(path: Path, content: str) -> tuple[Instance, ...]:
     record, now = parse_object(path)
     if now != content:
-        raise ValueError(
+        raise DataError(
             f"{path}: changed since the checkout was read (sha256 now {now[:12]}, "
             f"expected {content[:12]}); read the checkout again, with verify where its time "
             "stayed the same"
@@ -236,10 +242,10 @@ def parse_object(path: Path) -> tuple[dict[str, Any], str]:
     raw = path.read_bytes()
     try:
         record = json.loads(raw)
-    except ValueError as error:  # cut in the middle, or not UTF-8
-        raise ValueError(f"{path}: not valid JSON ({error}), expected one whole object") from None
+    except (ValueError, RecursionError) as error:  # cut in the middle, or not UTF-8
+        raise DataError(f"{path}: not valid JSON ({error}), expected one whole object") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{path}: found a JSON {type(record).__name__}, expected an object")
+        raise DataError(f"{path}: found a JSON {type(record).__name__}, expected an object")
     return record, hashlib.sha256(raw).hexdigest()
 
 
@@ -248,7 +254,7 @@ def first_text(record: dict[str, Any], key: str, path: Path) -> str:
     value = record.get(key)
     text = value[0] if isinstance(value, list) and value else value
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(
+        raise DataError(
             f"{path}: {key} is {value!r:.60}, expected a non-empty string or a list of one"
         )
     return text
@@ -258,7 +264,7 @@ def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
     rows = record.get("Instances")
     if not isinstance(rows, list) or not rows:
         found = f"{type(rows).__name__} of length {len(rows)}" if isinstance(rows, list) else rows
-        raise ValueError(f"{path}: Instances is {found!r:.60}, expected a list of at least one")
+        raise DataError(f"{path}: Instances is {found!r:.60}, expected a list of at least one")
     seen: set[str] = set()
     task = path.stem
     return tuple(_instance(row, index, path, task, seen) for index, row in enumerate(rows))
@@ -266,13 +272,13 @@ def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
 
 def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> Instance:
     if not isinstance(row, dict):
-        raise ValueError(f"{path}: instance {index} is {row!r:.60}, expected an object")
+        raise DataError(f"{path}: instance {index} is {row!r:.60}, expected an object")
     text, outputs = row.get("input"), row.get("output")
     if not isinstance(text, str):
-        raise ValueError(f"{path}: instance {index} has input {text!r:.60}, expected a string")
+        raise DataError(f"{path}: instance {index} has input {text!r:.60}, expected a string")
     outputs = [outputs] if isinstance(outputs, str) else outputs
     if not isinstance(outputs, list) or set(map(type, outputs)) != {str}:
-        raise ValueError(
+        raise DataError(
             f"{path}: instance {index} has output {outputs!r:.60}, "
             "expected a string or a non-empty list of strings"
         )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_lora.data.instructions import Example
+from jax_lora.errors import ConfigError, DataError
 
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -78,11 +79,11 @@ class Encoder:
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
-            raise ValueError(
+            raise ConfigError(
                 f"template: found {self.template!r}, expected one of {', '.join(TEMPLATES)}"
             )
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: found no end-of-sequence token, expected one")
+            raise DataError("tokenizer: found no end-of-sequence token, expected one")
 
     @property
     def row_length(self) -> int:
@@ -93,7 +94,7 @@ class Encoder:
         """The ids that decoding starts from.
 
         Raises:
-          ValueError: a definition that alone exceeds `source_length`.
+          ConfigError: a definition that alone exceeds `source_length`.
         """
         return self._fit(example, self.source_length)
 
@@ -101,7 +102,7 @@ class Encoder:
         """Prompt, answer (by default the first reference) and the end token.
 
         Raises:
-          ValueError: definition and answer that do not fit in a row even without an input.
+          ConfigError: definition and answer that do not fit in a row even without an input.
         """
         answer_ids = self._answer_ids(example.references[0] if answer is None else answer)
         room = min(self.source_length, self.row_length - len(answer_ids))
@@ -140,7 +141,7 @@ class Encoder:
                 too_long = middle
         prompt, ids = encode(example.input[:fits])
         if len(ids) > room:
-            raise ValueError(
+            raise ConfigError(
                 f"{example.task} {example.id}: the prompt has {len(ids)} tokens without its "
                 f"input, expected at most {room}; raise source_length"
             )

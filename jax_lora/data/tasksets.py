@@ -34,6 +34,7 @@ from math import floor
 
 from jax_lora.data.cache import remembered
 from jax_lora.data.instructions import Checkout, Example, Instance, Task
+from jax_lora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +80,18 @@ def draw(
         The sets by name: "T100", "T250", "T500" (named after the sizes), "Tall", "T*100",
         "T*500" (first and last size), "seen" and "unseen".
     Raises:
-        ValueError: sizes that do not rise, a count below one, or no train tasks.
+        ConfigError: sizes that do not rise, a count below one.
+        DataError: no train tasks.
     """
     if not 0 < sizes[0] < sizes[1] < sizes[2]:
-        raise ValueError(f"sizes are {sizes}, expected three rising counts of tasks")
+        raise ConfigError(f"sizes are {sizes}, expected three rising counts of tasks")
     if train_per_task < 1 or test_per_task < 1:
-        raise ValueError(
+        raise ConfigError(
             f"train_per_task is {train_per_task} and test_per_task {test_per_task}, "
             "expected at least 1 of each"
         )
     if not checkout.train:
-        raise ValueError("the checkout has no train tasks, expected at least one")
+        raise DataError("the checkout has no train tasks, expected at least one")
 
     small, middle, large = (f"T{size}" for size in sizes)
     chosen = _draw_tasks(checkout.train, round, sizes, train_per_task + test_per_task)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jax_lora.data import toy_closed, toy_free
 from jax_lora.data.toy_words import Dice, ToyTask
+from jax_lora.errors import ConfigError
 
 TASKS: tuple[ToyTask, ...] = (*toy_closed.TASKS, *toy_free.TASKS)
 TRIES = 30  # picks that one more new input may need, on average
@@ -26,10 +27,10 @@ def write_checkout(path: str | Path, seed: int = 0, instances_per_task: int = 30
     Returns:
         The folder.
     Raises:
-        ValueError: a count below one, or one for which some task has too few sentences.
+        ConfigError: a count below one, or one for which some task has too few sentences.
     """
     if instances_per_task < 1:
-        raise ValueError(f"instances_per_task is {instances_per_task}, expected at least 1")
+        raise ConfigError(f"instances_per_task is {instances_per_task}, expected at least 1")
     root = Path(path)
     records = {task.name: _record(task, seed, instances_per_task) for task in TASKS}
     (root / "tasks").mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,6 @@ def _rows(task: ToyTask, seed: int, count: int) -> list[tuple[str, str]]:
         rows.setdefault(text, answer)
         if len(rows) == count:
             return list(rows.items())
-    raise ValueError(
+    raise ConfigError(
         f"instances_per_task is {count}, but {task.name} has about {len(rows)} distinct inputs"
     )

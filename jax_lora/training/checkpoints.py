@@ -11,6 +11,7 @@ restored onto any other.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +35,11 @@ def _filled(tree: Any, named: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _writing() -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # tensorstore's word for a full or lost disk
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
 
 
 class Checkpoints:
@@ -76,7 +77,7 @@ class Checkpoints:
             trainable=ocp.args.StandardSave(_named(state.trainable)),
             optimizer=ocp.args.StandardSave(_named(state.optimizer)),
         )
-        with _writing():
+        with _writing(self._folder):
             self._manager.save(int(state.step), args=args)
 
     def restore(self, like: State) -> State:
@@ -103,5 +104,5 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written; OSError where that failed."""
-        with _writing():
+        with _writing(self._folder):
             self._manager.close()

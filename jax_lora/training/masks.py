@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import optax
 
+from jax_lora.errors import ConfigError
+
 LORA = ((r"lora/.*/[abm]",), (r"lora/.*/scale", r"params/.*"))
 FULL = ((r"params/.*",), ())
 
@@ -35,7 +37,7 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
       A tree of `variables`' structure with True and False, fit for `optax.masked`.
 
     Raises:
-      ValueError: a leaf that no expression covers, a trainable expression that decides no leaf,
+      ConfigError: a leaf that no expression covers, a trainable expression that decides no leaf,
         or nothing that trains.
     """
     used = set()
@@ -43,7 +45,7 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
         try:
             re.compile(rule)
         except re.error as error:
-            raise ValueError(f"mask: {rule!r} is no regular expression: {error}") from None
+            raise ConfigError(f"mask: {rule!r} is no regular expression: {error}") from None
 
     def trains(path, _):
         name = leaf_name(path)
@@ -52,7 +54,7 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
                 if re.fullmatch(rule, name):
                     used.add(rule)
                     return verdict
-        raise ValueError(
+        raise ConfigError(
             f"mask: no regular expression covers the leaf {name}; "
             f"trainable {list(trainable)}, frozen {list(frozen)}"
         )
@@ -61,14 +63,14 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
     for path, trained in jax.tree_util.tree_leaves_with_path(result):
         name = leaf_name(path)
         if trained and name.startswith("lora/") and name.endswith("/scale"):
-            raise ValueError(f"mask: {name} is α/r, which is data: expected it to stay frozen")
+            raise ConfigError(f"mask: {name} is α/r, which is data: expected it to stay frozen")
     # A frozen rule may well be shadowed by a trainable one; a trainable rule that is never used
     # is a misspelling that would silently train less.
     for rule in trainable:
         if rule not in used:
-            raise ValueError(f"mask: the trainable expression {rule!r} decides no leaf")
+            raise ConfigError(f"mask: the trainable expression {rule!r} decides no leaf")
     if not any(jax.tree.leaves(result)):
-        raise ValueError("mask: nothing trains, expected at least one trainable leaf")
+        raise ConfigError("mask: nothing trains, expected at least one trainable leaf")
     return result
 
 

@@ -16,7 +16,7 @@ def read_config(source: str | os.PathLike[str]) -> LlamaConfig:
     """The configuration alone.
 
     Raises:
-      FileNotFoundError, ValueError: as `load`.
+      MissingFileError, DataError: as `load`.
     """
     path = hf.resolve(source)
     if path.suffix == ".gguf":
@@ -30,7 +30,7 @@ def load(
     """Configuration and base tree of any source; see `hf.load` and `gguf.load`.
 
     Raises:
-      FileNotFoundError, ValueError: one line that names the file, what was found and expected.
+      MissingFileError, DataError: one line that names the file, what was found and expected.
     """
     path = hf.resolve(source)
     return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, place)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_lora.errors import DataError
 from jax_lora.model.config import LlamaConfig, RopeScaling
 from jax_lora.weights.gguf_file import GGUFFile, open_gguf
 from jax_lora.weights.tree import Place, assemble, check_tensors, numpy_dtype
@@ -47,29 +48,29 @@ def read_config(file: GGUFFile) -> LlamaConfig:
     """The configuration that a file's metadata and tensor names describe.
 
     Raises:
-      ValueError: another architecture, a mixture of experts, a key that is missing or has a
+      DataError: another architecture, a mixture of experts, a key that is missing or has a
         value that this model cannot have.
     """
     where, metadata = file.path, file.metadata
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{where}: general.architecture: found {architecture!r}, expected 'llama'")
+        raise DataError(f"{where}: general.architecture: found {architecture!r}, expected 'llama'")
 
     def get(key: str, default: Any = None, kind: type = int, least: int = 1) -> Any:
         found = metadata.get(f"llama.{key}", default)
         if type(found) is not kind or (kind is int and found < least):
             shown = "nothing" if found is None else repr(found)
             expected = {int: "one positive integer", float: "a number", str: "text"}[kind]
-            raise ValueError(f"{where}: llama.{key}: found {shown}, expected {expected}")
+            raise DataError(f"{where}: llama.{key}: found {shown}, expected {expected}")
         return found
 
     if experts := get("expert_count", 0, least=0):
-        raise ValueError(f"{where}: llama.expert_count: found {experts}, expected a dense model")
+        raise DataError(f"{where}: llama.expert_count: found {experts}, expected a dense model")
     hidden, heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := get(key, head_dim)) != head_dim:
-            raise ValueError(
+            raise DataError(
                 f"{where}: llama.{key}: found {found}, expected the head size {head_dim}"
             )
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -93,7 +94,7 @@ def read_config(file: GGUFFile) -> LlamaConfig:
         )
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if text.startswith(str(where)) else f"{where}: {text}") from None
+        raise DataError(text if text.startswith(str(where)) else f"{where}: {text}") from None
 
 
 def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | None:
@@ -101,7 +102,7 @@ def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | Non
     for key, neutral in _NEUTRAL.items():
         if (found := get(f"rope.scaling.{key}", float(neutral), float)) != neutral:
             key = f"llama.rope.scaling.{key}"
-            raise ValueError(f"{where}: {key}: found {found:g}, expected {neutral} or no such key")
+            raise DataError(f"{where}: {key}: found {found:g}, expected {neutral} or no such key")
     factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0, float), float)
     kind = get("rope.scaling.type", "linear" if factor else "none", str)
     scaling = None
@@ -118,7 +119,7 @@ def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | Non
         scaling = RopeScaling("linear", factor) if factor not in (0.0, 1.0) else None
     elif kind != "none":
         key = "llama.rope.scaling.type"
-        raise ValueError(f"{where}: {key}: found {kind!r}, expected none, linear or yarn")
+        raise DataError(f"{where}: {key}: found {kind!r}, expected none, linear or yarn")
     table = file.tensors.get("rope_freqs.weight")
     if table is None:
         return scaling
@@ -132,7 +133,7 @@ def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | Non
                 return RopeScaling(
                     "llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0
                 )
-    raise ValueError(
+    raise DataError(
         f"{where}: rope_freqs.weight: found a table of {divisors.size} divisors up to "
         f"{divisors.max():g}, expected Llama 3.1's (factor 8 or 32 over 8192 tokens)"
     )
@@ -180,7 +181,7 @@ def load(
       The configuration and the base tree (see `tree`).
 
     Raises:
-      FileNotFoundError, ValueError: see `open_gguf`, `read_config` and `tree.check_tensors`; all
+      MissingFileError, DataError: see `open_gguf`, `read_config` and `tree.check_tensors`; all
         before any weight is read.
     """
     dtype = numpy_dtype(dtype)
@@ -199,7 +200,7 @@ def load(
                 shape=(-1,), data=tensor.data.reshape(-1, tensor.data.shape[-1])[:1]
             ).read()
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise DataError(f"{path}: {error}") from None
 
     def read(name: str) -> np.ndarray:
         tensor = found[name].read()

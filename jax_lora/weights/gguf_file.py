@@ -17,6 +17,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from jax_lora.errors import DataError
+
 _SCALARS = {
     0: "B",
     1: "b",
@@ -45,12 +47,12 @@ class Tensor(NamedTuple):
         """De-quantise, float32.
 
         Raises:
-          ValueError: the package cannot read this kind.
+          DataError: the package cannot read this kind.
         """
         try:
             return dequantize(self.data, self.kind).reshape(self.shape)
         except NotImplementedError:
-            raise ValueError(f"{self.name} is {self.kind.name}, which cannot be read") from None
+            raise DataError(f"{self.name} is {self.kind.name}, which cannot be read") from None
 
 
 class GGUFFile(NamedTuple):
@@ -69,22 +71,22 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a GGUF file, cut short, big-endian, or one part of a split model.
+      DataError: not a GGUF file, cut short, big-endian, or one part of a split model.
     """
     path = Path(path)
     with path.open("rb") as file:
         magic = file.read(4)
         if magic != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file: starts with {magic!r}, expected b'GGUF'")
+            raise DataError(f"{path}: not a GGUF file: starts with {magic!r}, expected b'GGUF'")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         found = _parse(path, data)
     except (ValueError, OverflowError, struct.error) as error:
         # A struct.error is a number that lies past the end of the file.
         why = "its header ends early" if isinstance(error, struct.error) else error
-        raise ValueError(f"{path}: damaged or cut short at {len(data)} bytes: {why}") from None
+        raise DataError(f"{path}: damaged or cut short at {len(data)} bytes: {why}") from None
     if (parts := found.metadata.get("split.count", 1)) > 1:
-        raise ValueError(f"{path}: one of {parts} parts, expected a file merged with gguf-split")
+        raise DataError(f"{path}: one of {parts} parts, expected a file merged with gguf-split")
     return found
 
 

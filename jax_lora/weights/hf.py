@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import check_vacant, fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.hf_config import config_to_hf, parse_config
@@ -47,43 +48,39 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         into (or, offline, found in) the hub's cache.
 
     Raises:
-      FileNotFoundError: it is none of them, or the download failed.
-      ValueError: it is a file of another kind.
+      MissingFileError: it is none of them, or the download failed.
+      DataError: it is a file of another kind.
     """
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
-        raise ValueError(f"{source}: found a file, expected a folder or a .gguf file")
+        raise DataError(f"{source}: found a file, expected a folder or a .gguf file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
-        raise FileNotFoundError(
-            f"{source}: no such folder or file, nor a hub id such as 'org/name'"
-        )
+        text = "no such folder or file, nor a hub id such as 'org/name'"
+        raise MissingFileError(errno.ENOENT, text, str(source))
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=_DOWNLOAD, ignore_patterns="*/*"))
     except Exception as error:  # the hub's client has many kinds; the user needs one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"{source}: no such folder or file here, and as a hub id it could not be had: {reason}"
-        ) from None
+        text = f"no such folder or file here, and as a hub id it could not be had: {reason}"
+        raise MissingFileError(errno.ENOENT, text, str(source)) from None
 
 
 def read_config(folder: str | os.PathLike[str]) -> LlamaConfig:
     """The configuration of a Hugging Face folder.
 
     Raises:
-      FileNotFoundError: no config.json.
-      ValueError: see `parse_config`.
+      MissingFileError: no config.json.
+      DataError: see `parse_config`.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json, expected a Hugging Face model folder")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
-    return parse_config(raw, str(path))
+        text = "no config.json, expected a Hugging Face model folder"
+        raise MissingFileError(errno.ENOENT, text, str(folder))
+    return parse_config(read_json(path, dict), str(path))
 
 
 def load(
@@ -100,8 +97,8 @@ def load(
       The configuration and the base tree (see `tree`).
 
     Raises:
-      FileNotFoundError: no config.json, no weights, or a shard that the index names is not there.
-      ValueError: see `parse_config` and `tree.check_tensors`; or a damaged file. All before any
+      MissingFileError: no config.json, no weights, or a shard that the index names is not there.
+      DataError: see `parse_config` and `tree.check_tensors`; or a damaged file. All before any
         weight is read.
     """
     dtype = numpy_dtype(dtype)
@@ -119,34 +116,33 @@ def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple
     if single.is_file():
         paths, wanted = [single], None
     elif index.is_file():
-        table = read_json(index)
-        wanted = table.get("weight_map") if isinstance(table, dict) else None
+        wanted = read_json(index, dict).get("weight_map")
         if not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
-            raise ValueError(f"{index}: no weight_map, expected tensor names and their shards")
+            raise DataError(f"{index}: no weight_map, expected tensor names and their shards")
         paths = [folder / name for name in sorted(set(wanted.values()))]
     else:
-        raise FileNotFoundError(
-            f"{folder}: no weights, expected model.safetensors or model.safetensors.index.json"
-        )
+        text = "no weights, expected model.safetensors or model.safetensors.index.json"
+        raise MissingFileError(errno.ENOENT, text, str(folder))
     files: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: this shard is missing, though {index.name} names it")
+            text = f"this shard is missing, though {index.name} names it"
+            raise MissingFileError(errno.ENOENT, text, str(path))
         try:
             shard = safe_open(path, framework="np")
         except SafetensorError as error:
             size = path.stat().st_size
-            raise ValueError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
+            raise DataError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
         for name in shard.keys():  # noqa: SIM118  (not a dict)
             view = shard.get_slice(name)
             if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 kind = view.get_dtype()
-                raise ValueError(f"{path}: {name} is {kind}, expected unquantised floats")
+                raise DataError(f"{path}: {name} is {kind}, expected unquantised floats")
             files[name], shapes[name] = shard, tuple(view.get_shape())
     lost = [name for name in wanted or () if name not in shapes]
     if lost and wanted:
-        raise ValueError(
+        raise DataError(
             f"{folder / wanted[lost[0]]}: no tensor {lost[0]}, though {index.name} says so"
         )
     yield files, shapes
@@ -179,7 +175,8 @@ def save(
 
     Raises:
       FileExistsError: the folder has something in it.
-      ValueError: the tree does not fit the configuration, or a value does not fit float16.
+      ValueError: the tree does not fit the configuration.
+      DataError: a value does not fit float16.
     """
     dtype = numpy_dtype(dtype)
     shards: list[dict[str, Any]] = [{}]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from jax_lora.errors import DataError
 from jax_lora.model.config import ROPE_TYPES, LlamaConfig, RopeScaling
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
       The configuration; defaults are transformers' own.
 
     Raises:
-      ValueError: another architecture, another activation, a quantised checkpoint, an unknown
+      DataError: another architecture, another activation, a quantised checkpoint, an unknown
         kind of rope scaling, or a value of the wrong type.
     """
 
@@ -63,20 +64,20 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
         return _typed(where, key, default if value is None else value, kind)
 
     if raw.get("model_type") != "llama":
-        raise ValueError(f"{where}: model_type: found {raw.get('model_type')!r}, expected 'llama'")
+        raise DataError(f"{where}: model_type: found {raw.get('model_type')!r}, expected 'llama'")
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
-        raise ValueError(
+        raise DataError(
             f"{where}: architectures: found {architectures}, expected ['LlamaForCausalLM']"
         )
     if (activation := raw.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"{where}: hidden_act: found {activation!r}, expected 'silu'")
+        raise DataError(f"{where}: hidden_act: found {activation!r}, expected 'silu'")
     if raw.get("quantization_config"):
-        raise ValueError(f"{where}: quantization_config: found one, expected unquantised weights")
+        raise DataError(f"{where}: quantization_config: found one, expected unquantised weights")
 
     hidden, heads = field("hidden_size", int), field("num_attention_heads", int)
     if raw.get("head_dim") is None and hidden % heads:
-        raise ValueError(
+        raise DataError(
             f"{where}: hidden_size: found {hidden}, expected a multiple of num_attention_heads, "
             f"{heads}, where head_dim is not given"
         )
@@ -97,7 +98,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
         )
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
+        raise DataError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
 def _typed(where: str, key: str, value: Any, kind: type) -> Any:
@@ -106,7 +107,7 @@ def _typed(where: str, key: str, value: Any, kind: type) -> Any:
     if type(value) is not kind or (kind is int and value < 1):
         expected = {int: "a positive integer", float: "a number", bool: "true or false"}[kind]
         found = "nothing" if value is None else repr(value)
-        raise ValueError(f"{where}: {key}: found {found}, expected {expected}")
+        raise DataError(f"{where}: {key}: found {found}, expected {expected}")
     return value
 
 
@@ -121,11 +122,11 @@ def _parse_rope(
     rope = raw.get("rope_scaling") or new
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
-        raise ValueError(f"{where}: {key}: found {rope!r}, expected one flat table of parameters")
+        raise DataError(f"{where}: {key}: found {rope!r}, expected one flat table of parameters")
     for table in (raw, rope):
         if table.get("partial_rotary_factor") not in (None, 1):
             found = table["partial_rotary_factor"]
-            raise ValueError(f"{where}: partial_rotary_factor: found {found!r}, expected 1")
+            raise DataError(f"{where}: partial_rotary_factor: found {found!r}, expected 1")
     candidates = (rope.get("rope_theta"), raw.get("rope_theta"), new.get("rope_theta"))
     theta = next((value for value in candidates if value is not None), _ROPE_THETA)
     theta = _typed(where, "rope_theta", theta, float)
@@ -134,7 +135,7 @@ def _parse_rope(
         return theta, None
     if kind not in ROPE_TYPES:
         expected = ", ".join(("default", *ROPE_TYPES))
-        raise ValueError(f"{where}: rope_type in {key}: found {kind!r}, expected one of {expected}")
+        raise DataError(f"{where}: rope_type in {key}: found {kind!r}, expected one of {expected}")
     values: dict[str, Any] = {k: rope[k] for k in _ROPE_KEYS[kind] if rope.get(k) is not None}
     known = {*_ROPE_KEYS[kind], "type", "rope_type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(set(rope) - known):
@@ -148,11 +149,11 @@ def _parse_rope(
         values[name] = _typed(where, f"{name} in {key}", values[name], kinds.get(name, float))
     if values.get("factor", 0.0) < 1:
         found = values.get("factor", "nothing")
-        raise ValueError(f"{where}: factor in {key}: found {found}, expected a number from 1 up")
+        raise DataError(f"{where}: factor in {key}: found {found}, expected a number from 1 up")
     try:
         return theta, RopeScaling(kind, **values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ nothing to B·A, and `scale` carries each layer's own α/r (or α/√r). Saving 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.model import lora
 from jax_lora.model.config import GROUP, LINEAR, LlamaConfig
@@ -96,28 +98,35 @@ def trained_base(folder: str | os.PathLike[str]) -> list[str]:
     table = run_of(folder) / "parameters.json"
     if not table.is_file():
         return []
-    modules = read_json(table)["modules"]
-    return [m["module"] for m in modules if m["trainable"] and not m["module"].startswith("lora.")]
+    modules = read_json(table, dict).get("modules")
+    try:
+        trained = [m["module"] for m in modules or () if m["trainable"]]
+        return [name for name in trained if not name.startswith("lora.")]
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{table}: modules: found {modules!r:.60}, expected a list of objects with module and "
+            "trainable"
+        ) from None
 
 
 def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter:
     """`load`, and make sure that the adapter fits a model and changes it.
 
     Raises:
-      FileNotFoundError, ValueError: as `load`; names or shapes that the model does not have,
+      MissingFileError, DataError: as `load`; names or shapes that the model does not have,
         expected and found listed; every B zero; a run that trained weights of the base, too.
     """
     if base := trained_base(folder):
-        raise ValueError(
+        raise DataError(
             f"{folder}: its run trained {', '.join(base)} of the base, too; expected adapters alone"
         )
     found = load(folder)
     try:
         lora.check(found.adapters, config)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise DataError(f"{folder}: {error}") from None
     if lora.does_nothing(found.adapters):
-        raise ValueError(f"{folder}: every B is zero, expected a trained adapter")
+        raise DataError(f"{folder}: every B is zero, expected a trained adapter")
     return found
 
 
@@ -132,17 +141,16 @@ def load(folder: str | os.PathLike[str]) -> Adapter:
       The adapter; tensors are float32, numpy.
 
     Raises:
-      FileNotFoundError: one of the two files is missing.
-      ValueError: another kind of adapter (biases, embeddings, …), a module that is none of the
+      MissingFileError: one of the two files is missing.
+      DataError: another kind of adapter (biases, embeddings, …), a module that is none of the
         seven linear layers, a layer or target without its tensors, a wrong shape, a damaged file.
     """
     folder = resolve(folder)
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_path, path):
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no such file, expected a PEFT adapter folder or a run's folder with one"
-            )
+            text = "no such file, expected a PEFT adapter folder or a run's folder with one"
+            raise MissingFileError(errno.ENOENT, text, str(file))
     config = parse_config(read_json(config_path), str(config_path))
     parts = ("a", "b", "m") if config.use_dora else ("a", "b")
     found = _read_tensors(path, parts)
@@ -165,7 +173,7 @@ def load(folder: str | os.PathLike[str]) -> Adapter:
             if any(tensor[part].shape != shapes[part] for part in parts):
                 there = ", ".join(f"{_PARTS[part]} {tensor[part].shape}" for part in parts)
                 expected = ", ".join(f"{_PARTS[part]} {shapes[part]}" for part in parts)
-                raise ValueError(f"{path}: {module}: found {there}, expected {expected}")
+                raise DataError(f"{path}: {module}: found {there}, expected {expected}")
         widest = max(ranks[name])
         leaf = {
             "a": np.zeros((layers, size_in, widest), np.float32),
@@ -199,22 +207,22 @@ def _read_tensors(path: Path, parts: Sequence[str]) -> dict[str, dict[int, dict[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         size = path.stat().st_size
-        raise ValueError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
+        raise DataError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
     found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         part = match[4][0].lower() if match else ""
         if match is None or GROUP.get(match[3]) != match[2]:
             expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR)}).lora_(A|B).weight"
-            raise ValueError(f"{path}: found {key}, expected base_model.model.model.{expected}")
+            raise DataError(f"{path}: found {key}, expected base_model.model.model.{expected}")
         if part not in parts:
-            raise ValueError(f"{path}: found {key}, expected use_dora: true with it")
+            raise DataError(f"{path}: found {key}, expected use_dora: true with it")
         if tensor.ndim != (1 if part == "m" else 2):
-            raise ValueError(f"{path}: {key}: found shape {tensor.shape}, expected a whole tensor")
+            raise DataError(f"{path}: {key}: found shape {tensor.shape}, expected a whole tensor")
         layer = found.setdefault(match[3], {}).setdefault(int(match[1]), {})
         layer[part] = tensor.astype(np.float32, copy=False)
     if not found:
-        raise ValueError(f"{path}: found no tensors, expected a LoRA adapter's")
+        raise DataError(f"{path}: found no tensors, expected a LoRA adapter's")
     return found
 
 
@@ -222,7 +230,7 @@ def _check_complete(
     path: Path, found: Mapping[str, Any], targets: Sequence[str], layers: int, parts: Sequence[str]
 ) -> None:
     if targets and (extra := [name for name in found if name not in targets]):
-        raise ValueError(
+        raise DataError(
             f"{path}: found tensors of {', '.join(extra)}, expected those of target_modules "
             f"alone: {', '.join(targets)}"
         )
@@ -235,7 +243,7 @@ def _check_complete(
     ]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise ValueError(
+        raise DataError(
             f"{path}: found no whole ({', '.join(_PARTS[part] for part in parts)}) for "
             f"{', '.join(lost[:3])}{more}; expected one in all {layers} layers of "
             f"{', '.join(wanted)}"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax_lora.errors import DataError
 from jax_lora.model.config import GROUP, LINEAR
 
 # Options that change what an adapter computes, and the values at which they do not.
@@ -83,18 +84,18 @@ def parse_config(raw: Any, where: str) -> AdapterConfig:
       where: the file, for the message.
 
     Raises:
-      ValueError: another kind of adapter, an option whose effect we do not compute, a value that
+      DataError: another kind of adapter, an option whose effect we do not compute, a value that
         is none.
     """
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{where}: peft_type: found {found!r}, expected 'LORA'")
+        raise DataError(f"{where}: peft_type: found {found!r}, expected 'LORA'")
     for key, plain in _PLAIN.items():
         if raw.get(key) not in plain:
-            raise ValueError(f"{where}: {key}: found {raw[key]!r}, expected {plain[-1]!r}")
+            raise DataError(f"{where}: {key}: found {raw[key]!r}, expected {plain[-1]!r}")
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise ValueError(
+        raise DataError(
             f"{where}: init_lora_weights: found {start!r}, which changes the base weights; "
             "expected an adapter converted to plain LoRA "
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
@@ -104,13 +105,13 @@ def parse_config(raw: Any, where: str) -> AdapterConfig:
         numeric = isinstance(found, int | float) and not isinstance(found, bool)
         if not numeric or not whole <= found < math.inf or (whole and found % 1):
             expected = "a positive integer" if whole else "a number from 0 up"
-            raise ValueError(f"{where}: {key}: found {found!r}, expected {expected}")
+            raise DataError(f"{where}: {key}: found {found!r}, expected {expected}")
         return int(found) if whole else float(found)
 
     def pattern(key: str, whole: bool) -> dict[str, Any]:
         table = raw.get(key) or {}
         if not isinstance(table, dict):
-            raise ValueError(f"{where}: {key}: found {table!r}, expected patterns and numbers")
+            raise DataError(f"{where}: {key}: found {table!r}, expected patterns and numbers")
         for expression in table:
             _check_expression(expression, f"{where}: {key}")
         return {name: number(f"{key}: {name}", value, whole) for name, value in table.items()}
@@ -119,9 +120,9 @@ def parse_config(raw: Any, where: str) -> AdapterConfig:
     if isinstance(targets, str):
         _check_expression(targets, f"{where}: target_modules")
     elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise ValueError(f"{where}: target_modules: found {targets!r}, expected names")
+        raise DataError(f"{where}: target_modules: found {targets!r}, expected names")
     elif unknown := [name for name in targets if name.rsplit(".", 1)[-1] not in LINEAR]:
-        raise ValueError(
+        raise DataError(
             f"{where}: target_modules: found {', '.join(unknown)}, "
             f"expected some of {', '.join(LINEAR)}"
         )
@@ -142,6 +143,6 @@ def _check_expression(found: str, where: str) -> None:
     try:
         re.compile(found)
     except re.error as error:
-        raise ValueError(
+        raise DataError(
             f"{where}: found {found!r}, expected a regular expression: {error}"
         ) from None

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_lora.errors import DataError
+
 NORMAL_KINDS = (1, 4, 5)  # normal, user-defined, unused: what merging may produce
 _BPE = 2
 
@@ -32,7 +34,7 @@ def read_sentencepiece(path: Path) -> SentencePiece:
     """Read a BPE model with byte fallback, LLaMA's kind.
 
     Raises:
-      ValueError: not a SentencePiece file, cut short, or a model of another kind.
+      DataError: not a SentencePiece file, cut short, or a model of another kind.
     """
     data = path.read_bytes()
     try:
@@ -45,7 +47,7 @@ def read_sentencepiece(path: Path) -> SentencePiece:
         names = [piece[1].decode() for piece in pieces]
         scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise ValueError(f"{path}: not a whole SentencePiece model ({len(data)} bytes)") from None
+        raise DataError(f"{path}: not a whole SentencePiece model ({len(data)} bytes)") from None
     expectations = (
         ("model_type", trainer.get(3, 1), _BPE),
         ("byte_fallback", trainer.get(35, 0), 1),
@@ -54,7 +56,7 @@ def read_sentencepiece(path: Path) -> SentencePiece:
     )
     for name, found, expected in expectations:
         if found != expected:
-            raise ValueError(f"{path}: {name}: found {found}, expected {expected} as in LLaMA's")
+            raise DataError(f"{path}: {name}: found {found}, expected {expected} as in LLaMA's")
 
     def special(number: int, default: int) -> int | None:
         found = trainer.get(number, default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import read_json
 from jax_lora.weights.gguf_file import open_gguf
 from jax_lora.weights.hf import resolve
@@ -53,8 +55,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
       A transformers tokenizer, with the special tokens and the chat template of the source.
 
     Raises:
-      FileNotFoundError: the folder has no tokenizer, or there is no such file.
-      ValueError: a damaged one, or one of a kind that is not supported.
+      MissingFileError: the folder has no tokenizer, or there is no such file.
+      DataError: a damaged one, or one of a kind that is not supported.
     """
     path = resolve(source)
     if path.is_file():
@@ -63,7 +65,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         return _from_tokenizer_json(path)
     if (path / "tokenizer.model").is_file():
         return _from_tokenizer_model(path)
-    raise FileNotFoundError(f"{path}: no tokenizer, expected tokenizer.json or tokenizer.model")
+    text = "no tokenizer, expected tokenizer.json or tokenizer.model"
+    raise MissingFileError(errno.ENOENT, text, str(path))
 
 
 def _from_tokenizer_json(folder: Path) -> Any:
@@ -77,7 +80,7 @@ def _from_tokenizer_json(folder: Path) -> Any:
         return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust side raises bare Exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from None
+        raise DataError(f"{folder}: its tokenizer cannot be read: {reason}") from None
 
 
 def _from_tokenizer_model(folder: Path) -> Any:
@@ -93,7 +96,7 @@ def _from_tokenizer_model(folder: Path) -> Any:
     for i in sorted(i for i in added if i >= len(spm.pieces)):
         if i != inner.get_vocab_size():
             expected = inner.get_vocab_size()
-            raise ValueError(f"{path}: added token {i}: found a gap, expected id {expected}")
+            raise DataError(f"{path}: added token {i}: found a gap, expected id {expected}")
         inner.add_tokens([added[i]])
     return _finish(
         inner,
@@ -112,13 +115,13 @@ def _from_gguf(path: Path) -> Any:
 
     model, tokens = get("model"), get("tokens")
     if model not in ("gpt2", "llama"):
-        raise ValueError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")
+        raise DataError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")
     if not tokens or len(set(tokens)) != len(tokens):
         found = f"{len(tokens)} tokens, some twice" if tokens else "nothing"
-        raise ValueError(f"{path}: tokenizer.ggml.tokens: found {found}, expected distinct tokens")
+        raise DataError(f"{path}: tokenizer.ggml.tokens: found {found}, expected distinct tokens")
     kinds = get("token_type", [1] * len(tokens))
     if len(kinds) != len(tokens):
-        raise ValueError(
+        raise DataError(
             f"{path}: tokenizer.ggml.token_type: found {len(kinds)}, expected {len(tokens)}"
         )
     ids = {
@@ -129,9 +132,7 @@ def _from_gguf(path: Path) -> Any:
         scores = get("scores")
         if scores is None or len(scores) != len(tokens):
             found = "nothing" if scores is None else len(scores)
-            raise ValueError(
-                f"{path}: tokenizer.ggml.scores: found {found}, expected {len(tokens)}"
-            )
+            raise DataError(f"{path}: tokenizer.ggml.scores: found {found}, expected {len(tokens)}")
         # SentencePiece's own numbers, which llama.cpp too takes where the file is silent.
         ids = {"bos": 1, "eos": 2, "unk": 0} | {k: v for k, v in ids.items() if v is not None}
         inner = _sentencepiece(tokens, scores, kinds, get("add_space_prefix", True))
@@ -141,14 +142,14 @@ def _from_gguf(path: Path) -> Any:
         pre = "llama-bpe" if pre in _LLAMA3_NAMES else pre
         if pre not in _PRE:
             supported = ", ".join(_PRE)
-            raise ValueError(
+            raise DataError(
                 f"{path}: tokenizer.ggml.pre: found {pre!r}, expected one of {supported}"
             )
         inner = _byte_level(tokens, get("merges", []), kinds, pre)
         add_bos = pre == "llama-bpe"
     for name, i in ids.items():
         if i is not None and not 0 <= i < len(tokens):
-            raise ValueError(f"{path}: {name} token: found id {i}, expected below {len(tokens)}")
+            raise DataError(f"{path}: {name} token: found id {i}, expected below {len(tokens)}")
     return _finish(
         inner,
         ids,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors relies on)
 import numpy as np
 
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.model.config import GROUP, LlamaConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -83,26 +84,26 @@ def check_tensors(
       label: Hugging Face name → the name that the file's own format has for it.
 
     Raises:
-      ValueError: a tensor is missing, has another shape, or is not part of the model.
+      DataError: a tensor is missing, has another shape, or is not part of the model.
     """
     expected = {name: leaf.shape for leaf in leaves(config) for name in leaf.names}
     missing = [name for name in expected if name not in found]
     if missing == ["lm_head.weight"]:
-        raise ValueError(
+        raise DataError(
             f"{where}: {label(missing[0])} is missing, though tie_word_embeddings is false"
         )
     if missing:
-        raise ValueError(
+        raise DataError(
             f"{where}: missing {_some(missing, label)}; expected {len(expected)} tensors"
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise ValueError(
+            raise DataError(
                 f"{where}: {label(name)} has shape {tuple(found[name])}, expected {shape}"
             )
     extra = [name for name in found if name not in expected and not _harmless(name, config)]
     if extra:
-        raise ValueError(f"{where}: unexpected {_some(extra, label)}, not part of this Llama")
+        raise DataError(f"{where}: unexpected {_some(extra, label)}, not part of this Llama")
 
 
 def _harmless(name: str, config: LlamaConfig) -> bool:
@@ -121,14 +122,14 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     """The numpy dtype of a name such as "bfloat16" (or of a dtype); one of `DTYPES`.
 
     Raises:
-      ValueError: it is none of them.
+      ConfigError: it is none of them.
     """
     try:
         found = np.dtype(dtype)
     except TypeError:
         found = None
     if found is None or found.name not in DTYPES:
-        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     return found
 
 
@@ -204,5 +205,5 @@ def _cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         cast = tensor.astype(dtype)
     if dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(tensor).all():
         largest = float(np.abs(tensor.astype(np.float32)).max())
-        raise ValueError(f"{name}: holds {largest:.6g}, above float16's largest 65504")
+        raise DataError(f"{name}: holds {largest:.6g}, above float16's largest 65504")
     return cast
