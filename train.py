@@ -220,7 +220,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
                 )
             start, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
             trainable, frozen = masks.partition(variables, trains)
-            frozen = sliceable(frozen)
+            frozen = sliceable(frozen, model.platform)
             state = State(start, trainable, sharding.make(optimizer.init, mesh, trainable))
             del shapes, params, variables, trainable  # a resumed run holds one copy of what trains
             checkpoints = Checkpoints(workdir / "checkpoints")

@@ -71,7 +71,7 @@ class Trainer:
     def __init__(self, case: Case, weights: Any, packed: bool = False):
         rules = masks.FULL if case.rank is None else masks.LORA
         trainable, frozen = masks.partition(weights, masks.mask(weights, *rules))
-        self.frozen = sliceable(frozen)
+        self.frozen = sliceable(frozen, jax.default_backend())
         optimizer = adamw(optax.constant_schedule(LEARNING_RATE))
         self.functions = make_step(
             model_of(case),
@@ -126,7 +126,8 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
 def product(dtype: str, side: int) -> Callable[[], Any]:
     """A function that multiplies two (side, side) matrices as the model does and waits."""
     a, b = jax.random.normal(jax.random.key(0), (2, 1, side, side), jnp.dtype(dtype))
-    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0]))
+    platform = jax.default_backend()
+    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0], platform))
     return lambda: multiply(a, b).block_until_ready()
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
 from jax_lora import sharding
-from jax_lora.model.products import compiling_for
 from jax_lora.planning.memory import memory
 from jax_lora.planning.setup import Setup, functions, trees
 from jax_lora.planning.targets import Target
@@ -146,18 +145,18 @@ def compile_step(setup: Setup, target: Target) -> Verdict:
       ValueError: as `devices`, and a mesh that the devices do not fill.
     """
     mesh = sharding.make_mesh(setup.mesh, devices(target, setup.devices))
+    setup = replace(setup, platform=target.device.platform)
     frozen, state, working, micro = trees(setup, mesh)
     step, _ = functions(setup, mesh if setup.devices > 1 else None)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
-    with compiling_for(target.device.platform):
-        lowered = {
-            "accumulate": step.accumulate.lower(  # pyright: ignore[reportFunctionMemberAccess]
-                working, scalar, working, state.step, frozen, micro, scalar
-            ),
-            "update": step.update.lower(state, frozen, working),  # pyright: ignore
-        }
-        if setup.contracted:
-            lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
+    lowered = {
+        "accumulate": step.accumulate.lower(  # pyright: ignore[reportFunctionMemberAccess]
+            working, scalar, working, state.step, frozen, micro, scalar
+        ),
+        "update": step.update.lower(state, frozen, working),  # pyright: ignore
+    }
+    if setup.contracted:
+        lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
     takes = {"accumulate": (working, working, frozen), "update": (state, working)}
     takes["begin"] = (state.trainable,)
     held = memory(setup).held

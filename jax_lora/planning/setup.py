@@ -100,6 +100,7 @@ def functions(setup: Setup, mesh: Mesh | None = None) -> tuple[Step, optax.Gradi
         dtype=jnp.dtype(setup.dtype),
         remat=setup.remat,
         attention=setup.attention,
+        platform=setup.platform,
     )
     optimizer = adamw(optax.constant_schedule(0.0))
     step = make_step(

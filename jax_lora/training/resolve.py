@@ -69,6 +69,7 @@ class Resolved:
             remat=c.remat,
             unroll=c.unroll,
             attention=self.attention,
+            platform=self.platform,
         )
 
     def schedule(self, total_steps: int) -> optax.Schedule:
