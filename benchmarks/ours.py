@@ -60,7 +60,7 @@ class Trainer:
         config = resolved.config
         trains = masks.mask(weights, config.trainable, config.frozen)
         trainable, frozen = masks.partition(weights, trains)
-        self.frozen = sliceable(frozen)
+        self.frozen = sliceable(frozen, jax.default_backend())
         optimizer = resolved.optimizer(optax.constant_schedule(LEARNING_RATE))
         self.functions = resolved.step(optimizer, mesh=None)
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -106,7 +106,8 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
 def product(dtype: str, side: int) -> Callable[[], Any]:
     """A function that multiplies two (side, side) matrices as the model does and waits."""
     a, b = jax.random.normal(jax.random.key(0), (2, 1, side, side), jnp.dtype(dtype))
-    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0]))
+    platform = jax.default_backend()
+    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0], platform))
     return lambda: multiply(a, b).block_until_ready()
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -55,6 +56,10 @@ class LoadedModel:
         """The Flax module."""
         return Llama(self.config, dtype=self.dtype)
 
+    @cached_property
+    def _unstacked(self) -> greedy.Weights:
+        return greedy.apart(self.variables)
+
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Logits (B, T, V), float32, of token ids (B, T), one row or several of equal length.
 
@@ -73,6 +78,9 @@ class LoadedModel:
 
     def generate(self, prompts: Sequence[str] | str, max_new_tokens: int = 128) -> list[str]:
         """Greedy continuations of texts taken as they are (no template is put around them).
+
+        The first call makes a second copy of the weights, one array per layer in place of stacks
+        of all layers, and keeps it with the object: from then on it holds the model twice.
 
         Args:
           prompts: texts; one string is one prompt.
@@ -94,7 +102,7 @@ class LoadedModel:
         width = 1 << (max(map(len, rows), default=1) - 1).bit_length()
         ended = batching.answers(
             self.module,
-            greedy.apart(self.variables),
+            self._unstacked,
             rows,
             max_new_tokens=max_new_tokens,
             end_ids=(end,),

@@ -123,7 +123,7 @@ def test_annotations_of_shapes_execute():
     for wrong in (
         lambda: positions(ids, ids[:1]),  # segments of another shape than the tokens
         lambda: jax.eval_shape(model.init, jax.random.key(0), row),
-        lambda: greedy.rearrange(rows, ids, 4),
+        lambda: greedy.rearrange(model, rows, ids, 4),
     ):
         with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters"):
             wrong()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jax_lora
+from jax_lora.decoding import greedy
 from jax_lora.model import lora
 from jax_lora.weights import peft
 from tests import reference
@@ -33,6 +34,20 @@ def test_folder_and_gguf_give_the_same_logits(folder, tiny_model):
     logits = one.logits(ids)
     assert logits.shape == (1, 4, one.config.vocab_size) and logits.dtype == jnp.float32
     np.testing.assert_array_equal(logits, two.logits(ids))
+
+
+def test_generate_unstacks_the_layers_once(tiny_model, monkeypatch):
+    calls, unstack = [], greedy.apart
+
+    def counted(*args):
+        calls.append(args)
+        return unstack(*args)
+
+    monkeypatch.setattr(greedy, "apart", counted)
+    model = jax_lora.load(tiny_model, dtype="float32")
+    assert not calls
+    first, second = (model.generate("some words", max_new_tokens=2) for _ in range(2))
+    assert first == second and len(calls) == 1
 
 
 def test_generate_continues_each_prompt_alone(tiny_model):

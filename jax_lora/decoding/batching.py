@@ -19,7 +19,6 @@ import numpy as np
 
 from jax_lora.decoding import greedy
 from jax_lora.model.llama import Llama
-from jax_lora.model.products import on_cpu
 
 Ids = Sequence[int] | np.ndarray
 SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
@@ -158,7 +157,7 @@ class _Batch:
         self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
         self.owners: list[Turn | None] = []
         self.bucket, self.rows = 0, None
-        self.pace = CPU if on_cpu() else ACCELERATOR
+        self.pace = CPU if model.platform == "cpu" else ACCELERATOR
         self.beginning, self.before = (), None  # what `greedy.read` read last, and its caches
 
     @property
@@ -185,7 +184,7 @@ class _Batch:
         self.bucket, self.beginning = bucket, ()
         if busy := self.busy:
             chosen = _filled(busy, size, len(self.owners))
-            self.rows = greedy.rearrange(self.rows, chosen, self.slots)
+            self.rows = greedy.rearrange(self.model, self.rows, chosen, self.slots)
         else:
             self.rows = greedy.free(self.model, size, self.slots, self.max_new_tokens)
         self.owners = [self.owners[row] for row in busy] + [None] * (size - len(busy))

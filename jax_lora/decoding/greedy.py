@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Int
 from jax_lora import sharding
 from jax_lora.model import cache
 from jax_lora.model.llama import Block, Llama, Place
-from jax_lora.model.products import on_cpu
 from jax_lora.model.rope import rope_tables
 
 Caches = tuple[cache.Arrays, ...]  # of every layer
@@ -47,7 +46,7 @@ class Rows(NamedTuple):
     running: Bool[Array, " B"]
 
 
-def apart(variables: Any, mesh: Mesh | None = None) -> Weights:
+def apart(variables: Any, mesh: Mesh | None = None, platform: str | None = None) -> Weights:
     """{"params": base} and perhaps "lora", each layer's part of the stacks in arrays of its own:
     slices inside the loop would copy the whole model once a token. On a CPU kernels lie across.
 
@@ -58,7 +57,9 @@ def apart(variables: Any, mesh: Mesh | None = None) -> Weights:
       variables: arrays, or numpy's.
       mesh: of the devices that share the weights; the model needs its `sharding.Activations`. By
         default they lie on one device.
+      platform: of the model that will use them, by default JAX's backend.
     """
+    laid = partial(_laid, platform=platform or jax.default_backend())
     stacks = {name: tree["layers"] for name, tree in variables.items()}
     outside = {k: v for k, v in variables["params"].items() if k != "layers"}
     depth = len(stacks["params"]["input_layernorm"]["scale"])
@@ -66,12 +67,12 @@ def apart(variables: Any, mesh: Mesh | None = None) -> Weights:
     if mesh is not None:
         outside = sharding.place(outside, mesh)
         layers = (sharding.place_layer(layer, mesh) for layer in layers)
-    return Weights({"params": _laid(outside)}, tuple(map(_laid, layers)))
+    return Weights({"params": laid(outside)}, tuple(map(laid, layers)))
 
 
-@jax.jit
-def _laid(tree: Any) -> Any:
-    if not on_cpu():
+@partial(jax.jit, static_argnames="platform")
+def _laid(tree: Any, platform: str) -> Any:
+    if platform != "cpu":
         return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.T if path[-1].key == "kernel" else x, tree
@@ -173,16 +174,16 @@ def decode(
     return jax.lax.while_loop(lambda rows: rows.running.sum() > few, step, rows)
 
 
-@partial(jax.jit, static_argnames=("slots",))
-def rearrange(rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
+@partial(jax.jit, static_argnames=("model", "slots"))
+def rearrange(model: Llama, rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
     """The rows `chosen`, B standing for a free one, with `slots` slots each, which are no more."""
     rows = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0, mode="fill", fill_value=0), rows)
-    caches = tuple(cache.shortened(arrays, slots) for arrays in rows.caches)
+    caches = tuple(cache.shortened(arrays, slots, model.platform) for arrays in rows.caches)
     return rows._replace(caches=caches, count=jnp.maximum(rows.count, 1))
 
 
 def _no_tokens(model: Llama, batch: int, slots: int) -> Caches:
-    k, v = cache.empty(model.config, batch, slots, model.dtype)
+    k, v = cache.empty(model.config, batch, slots, model.dtype, model.platform)
     return ((model.settle(k, True), model.settle(v, True)),) * model.config.num_hidden_layers
 
 
@@ -222,7 +223,8 @@ def _extend(
 ) -> tuple[Array, Caches]:
     """The states (B, T, D) of tokens whose first stands at `starts` (B,), and the caches after."""
     place = Place(rope, None)
-    block = Block(model.config, settle=model.settle, across=on_cpu())
+    across = model.platform == "cpu"
+    block = Block(model.config, model.attention, model.settle, across, model.platform)
     x, grown = model.apply(weights.outside, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
         x, kv = block.apply(weights.layers[i], x, i, place, cache.Cache(k, v, starts), None)
@@ -231,7 +233,9 @@ def _extend(
 
 
 def _most_likely(model: Llama, weights: Weights, hidden: Array) -> Array:
-    logits = model.clone(across=on_cpu()).apply(weights.outside, hidden, method="head")
+    logits = model.clone(across=model.platform == "cpu").apply(
+        weights.outside, hidden, method="head"
+    )
     return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
 

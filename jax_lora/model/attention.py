@@ -7,7 +7,7 @@ token sees those of its own segment up to itself. Softmax in float32, scores sca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora.model.products import contract
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def softmax_mix(
+    platform: str,
     q: Float[Array, "B K G T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
@@ -26,58 +27,62 @@ def softmax_mix(
 ) -> Float[Array, "B K G T H"]:
     """Attention with an explicit mask, the scores of all pairs in memory.
 
-    What is divided by the softmax's sum is the result, which has H columns, not S. The backward
-    pass makes the scores anew, and takes the sum over S that the softmax's gradient needs over H
-    (Dao et al. 2022, arXiv:2205.14135, section B.4): a long row leaves no T × S array behind.
+    The result is divided by the sum of the softmax, not the scores: it has H columns instead of
+    S. The backward pass computes the scores again, and takes the sum over S that the gradient of
+    the softmax needs over H (Dao et al. 2022, arXiv:2205.14135, section B.4): a long row leaves
+    no T × S array behind.
     """
-    return _mix(q, k, v, visible)[0]
+    return _softmax_mix_forward(platform, q, k, v, visible)[0]
 
 
-def _odds(q, k, visible):
-    # exp(score - the row's highest), (B, K, G, T, S) float32
-    scores = contract("bkgth,bksh->bkgts", jnp.float32, q, k) * q.shape[-1] ** -0.5
+def _exp_scores(platform, q, k, visible):
+    # exp(score - the maximum of the row), (B, K, G, T, S) float32
+    scores = contract("bkgth,bksh->bkgts", jnp.float32, q, k, platform) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
 
 
-def _mix(q, k, v, visible):
-    odds = _odds(q, k, visible)
-    total = odds.sum(axis=-1, keepdims=True)
-    mixed = contract("bkgts,bksh->bkgth", jnp.float32, odds.astype(q.dtype), v) / total
-    return mixed.astype(q.dtype), (q, k, v, visible, total, mixed)
+def _softmax_mix_forward(platform, q, k, v, visible):
+    exp_scores = _exp_scores(platform, q, k, visible)
+    total = exp_scores.sum(axis=-1, keepdims=True)
+    probs = exp_scores.astype(q.dtype)  # not normalized yet
+    out = contract("bkgts,bksh->bkgth", jnp.float32, probs, v, platform) / total
+    return out.astype(q.dtype), (q, k, v, visible, total, out)
 
 
-def _unmix(saved, g):
-    q, k, v, visible, total, mixed = saved
-    odds, g = _odds(q, k, visible), g.astype(jnp.float32) / total
-    inner = jnp.sum(g * mixed, axis=-1, keepdims=True)
+def _softmax_mix_backward(platform, saved, g):
+    q, k, v, visible, total, out = saved
+    product = partial(contract, platform=platform)
+    exp_scores, g = _exp_scores(platform, q, k, visible), g.astype(jnp.float32) / total
+    inner = jnp.sum(g * out, axis=-1, keepdims=True)
     g = g.astype(q.dtype)
-    dv = contract("bkgts,bkgth->bksh", v.dtype, odds.astype(q.dtype), g)
-    ds = odds * (contract("bkgth,bksh->bkgts", jnp.float32, g, v) - inner) * q.shape[-1] ** -0.5
-    ds = ds.astype(q.dtype)
-    dq = contract("bkgts,bksh->bkgth", q.dtype, ds, k)
-    dk = contract("bkgts,bkgth->bksh", k.dtype, ds, q)
+    dv = product("bkgts,bkgth->bksh", v.dtype, exp_scores.astype(q.dtype), g)
+    ds = product("bkgth,bksh->bkgts", jnp.float32, g, v) - inner
+    ds = (exp_scores * ds * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq = product("bkgts,bksh->bkgth", q.dtype, ds, k)
+    dk = product("bkgts,bkgth->bksh", k.dtype, ds, q)
     return dq, dk, dv, None
 
 
-softmax_mix.defvjp(_mix, _unmix)
+softmax_mix.defvjp(_softmax_mix_forward, _softmax_mix_backward)
 
 
-def xla(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> Array:
+def xla(q: Array, k: Array, v: Array, segments: Any, *, platform: str) -> Array:
     """`softmax_mix` under the causal mask: any platform and dtype.
 
-    Long rows are taken in 2, 4 or 8 parts, each with the keys up to its own end: little more
+    Long rows are split into 2, 4 or 8 parts, each with the keys up to its own end: little more
     than half of the work and memory.
     """
     t = q.shape[3]
     size = next((t // n for n in (8, 4, 2) if t % n == 0 and t // n >= 128), t)
     parts = []
     for start in range(0, t, size):
-        here, seen = slice(start, start + size), slice(0, start + size)
+        rows, keys = slice(start, start + size), slice(0, start + size)
         visible = jnp.tril(jnp.ones((size, start + size), bool), k=start)[None]
         if segments is not None:
-            visible = visible & (segments[:, here, None] == segments[:, None, seen])
-        parts.append(softmax_mix(q[..., here, :], k[..., seen, :], v[..., seen, :], visible))
+            visible = visible & (segments[:, rows, None] == segments[:, None, keys])
+        part = (q[..., rows, :], k[..., keys, :], v[..., keys, :], visible)
+        parts.append(softmax_mix(platform, *part))
     return jnp.concatenate(parts, axis=3)
 
 
@@ -121,12 +126,15 @@ def flash(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> A
 
 
 Kernel = Callable[[Array, Array, Array, Any], Array]
-KERNELS: dict[str, Kernel] = {"xla": xla, "cudnn": cudnn, "flash": flash}
+KERNELS: dict[str, Callable[..., Array]] = {"xla": xla, "cudnn": cudnn, "flash": flash}
 
 
-def kernel(which: str | Kernel) -> Kernel:
-    """The kernel of that name, or the one that is given itself."""
-    return which if callable(which) else KERNELS[which]
+@lru_cache  # the same object for the same name: kernels are static arguments of jit
+def kernel(which: str | Kernel, platform: str) -> Kernel:
+    """The kernel of that name for a platform; a kernel is returned as it is."""
+    if callable(which):
+        return which
+    return partial(xla, platform=platform) if which == "xla" else KERNELS[which]
 
 
 def best(platform: str, dtype: Any, head_dim: int, lengths: Sequence[int] = ()) -> str:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from jax_lora.model.attention import softmax_mix
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.products import on_cpu
 
 Arrays = tuple[Array, Array]  # `k` and `v` of a `Cache`
 
@@ -31,28 +30,31 @@ class Cache(NamedTuple):
         q: Float[Array, "B K G T H"],
         keys: Float[Array, "B K T H"],
         values: Float[Array, "B K T H"],
+        platform: str,
     ) -> tuple[Float[Array, "B K G T H"], Arrays]:
         """Attention of T new tokens, and `k` and `v` with theirs, but for those behind slot S."""
         rows = jnp.arange(q.shape[0])[:, None]
         at = self.length[:, None] + jnp.arange(q.shape[3])
-        slots = (rows, slice(None), slice(None), at) if on_cpu() else (rows, slice(None), at)
+        slots = (
+            (rows, slice(None), slice(None), at) if platform == "cpu" else (rows, slice(None), at)
+        )
         k = self.k.at[slots].set(keys.transpose(0, 2, 1, 3), unique_indices=True)
         v = self.v.at[rows, :, at].set(values.transpose(0, 2, 1, 3), unique_indices=True)
         visible = jnp.arange(v.shape[2]) <= at[:, :, None]
-        return softmax_mix(q, _upright(k), v, visible), (k, v)
+        return softmax_mix(platform, q, _upright(k, platform), v, visible), (k, v)
 
 
-def _upright(k: Array) -> Array:
-    return k.swapaxes(2, 3) if on_cpu() else k
+def _upright(k: Array, platform: str) -> Array:
+    return k.swapaxes(2, 3) if platform == "cpu" else k
 
 
-def empty(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Arrays:
+def empty(config: LlamaConfig, rows: int, slots: int, dtype: Any, platform: str) -> Arrays:
     """`k` and `v` of a layer without tokens."""
     v = jnp.zeros((rows, config.num_key_value_heads, slots, config.head_dim), dtype)
-    return _upright(v), v
+    return _upright(v, platform), v
 
 
-def shortened(arrays: Arrays, slots: int) -> Arrays:
+def shortened(arrays: Arrays, slots: int, platform: str) -> Arrays:
     """The first `slots` slots of each row."""
     k, v = arrays
-    return (k[..., :slots] if on_cpu() else k[:, :, :slots]), v[:, :, :slots]
+    return (k[..., :slots] if platform == "cpu" else k[:, :, :slots]), v[:, :, :slots]

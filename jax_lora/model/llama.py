@@ -13,6 +13,7 @@ G = N/K query heads a kv head, H head size, F mlp, V vocabulary, L layers, R ran
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ from jax_lora.model.attention import Kernel
 from jax_lora.model.cache import Cache
 from jax_lora.model.config import LINEAR, LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
-from jax_lora.model.products import contract, contract_across, on_tpu, values
+from jax_lora.model.products import contract, contract_across, values
 from jax_lora.model.rope import rope_tables, rotate
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
@@ -65,7 +66,8 @@ class Dense(nn.Module):
     features: int
     use_bias: bool
     settle: Settle
-    across: bool = False
+    across: bool
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
@@ -73,11 +75,13 @@ class Dense(nn.Module):
         x = self.settle(x, back)
         if self.across:
             kernel = self.param("kernel", _INIT, (self.features, x.shape[-1]))
-            y = base = contract_across(x.dtype, x, kernel)
+            y = base = contract_across(x.dtype, x, kernel, self.platform)
             kernel = kernel.T
         else:
             kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
-            y = base = checkpoint_name(contract("btd,df->btf", x.dtype, x, kernel), "product")
+            y = base = checkpoint_name(
+                contract("btd,df->btf", x.dtype, x, kernel, self.platform), "product"
+            )
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
@@ -86,7 +90,7 @@ class Dense(nn.Module):
             update, delta = self._update(dropped, not back)
             if self.has_variable("lora", "m"):
                 if dropout is not None:
-                    base = contract("btd,df->btf", x.dtype, dropped, kernel)
+                    base = contract("btd,df->btf", x.dtype, dropped, kernel, self.platform)
                 wide = values(kernel).astype(jnp.float32) + delta()
                 norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=0))
                 gain = self.get_variable("lora", "m") / norm
@@ -102,12 +106,12 @@ class Dense(nn.Module):
         """The update of the outputs, and a function that forms the update of the kernel."""
         if self.has_variable("lora", "delta"):
             delta = self.get_variable("lora", "delta")
-            return contract("btd,df->btf", x.dtype, x, delta), lambda: delta
+            return contract("btd,df->btf", x.dtype, x, delta, self.platform), lambda: delta
         a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
         b = self.settle(b, cut)
         # The scale meets the R numbers of a token, not the outputs, of which there are more.
-        low = contract("btd,dr->btr", x.dtype, x, a) * scale.astype(x.dtype)
-        return contract("btr,rf->btf", x.dtype, low, b), lambda: scale * (a @ b)
+        low = contract("btd,dr->btr", x.dtype, x, a, self.platform) * scale.astype(x.dtype)
+        return contract("btr,rf->btf", x.dtype, low, b, self.platform), lambda: scale * (a @ b)
 
 
 class RMSNorm(nn.Module):
@@ -141,19 +145,21 @@ class Attention(nn.Module):
     kernel: str | Kernel
     settle: Settle
     across: bool
+    platform: str
 
     @nn.compact
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        dense = partial(Dense, use_bias=c.attention_bias, settle=self.settle, across=self.across)
+        options = dict(settle=self.settle, across=self.across, platform=self.platform)
+        dense = partial(Dense, use_bias=c.attention_bias, **options)
 
         def project(name: str, features: int, y: Array) -> Any:
             y = dense(name, features, name=name)(y, layer, dropout)
             # At one row a TPU's compiler would else let the transposed heads decide how the kernels
             # lie, and copy those of all layers: 3 GiB of LLaMA-7B.
-            return jax.lax.optimization_barrier(y) if on_tpu() else y
+            return jax.lax.optimization_barrier(y) if self.platform == "tpu" else y
 
         # Heads go before tokens, (B, K, G, T, H) and (B, K, S, H): batched matrix products on a
         # CPU are twice as fast so (benchmarks/cpu_products.py), and GPUs transpose to it anyway.
@@ -162,11 +168,14 @@ class Attention(nn.Module):
         values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
         q, keys = rotate(q, *place.rope), rotate(keys, *place.rope)
         if cache is None:
-            mixed, grown = attention.kernel(self.kernel)(q, keys, values, place.segments), None
+            mixed, grown = (
+                attention.kernel(self.kernel, self.platform)(q, keys, values, place.segments),
+                None,
+            )
         else:
             # Left alone, the partitioner sends the past around where `tensor` does not divide K.
             q, keys, values = (self.settle(x, True) for x in (q, keys, values))
-            mixed, grown = cache.attend(q, keys, values)
+            mixed, grown = cache.attend(q, keys, values, self.platform)
             grown = tuple(self.settle(x, True) for x in grown)
         mixed = checkpoint_name(mixed, "product")
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
@@ -179,11 +188,13 @@ class MLP(nn.Module):
     config: LlamaConfig
     settle: Settle
     across: bool
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
         c = self.config
-        dense = partial(Dense, use_bias=c.mlp_bias, settle=self.settle, across=self.across)
+        options = dict(settle=self.settle, across=self.across, platform=self.platform)
+        dense = partial(Dense, use_bias=c.mlp_bias, **options)
         gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
         up = dense("up_proj", c.intermediate_size, name="up_proj")(x, layer, dropout)
         down = dense("down_proj", c.hidden_size, name="down_proj")
@@ -201,19 +212,23 @@ class Block(nn.Module):
     """
 
     config: LlamaConfig
-    attention: str | Kernel = "xla"
-    settle: Settle = _settled
-    across: bool = False
+    attention: str | Kernel
+    settle: Settle
+    across: bool
+    platform: str
 
     @nn.compact
     def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attend = Attention(c, self.attention, self.settle, self.across, name="self_attn")
+        attend = Attention(
+            c, self.attention, self.settle, self.across, self.platform, name="self_attn"
+        )
         attended, grown = attend(normed, layer, place, cache, dropout)
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        x = x + MLP(c, self.settle, self.across, name="mlp")(normed, layer, dropout)
+        mlp = MLP(c, self.settle, self.across, self.platform, name="mlp")
+        x = x + mlp(normed, layer, dropout)
         return x, grown
 
 
@@ -238,6 +253,9 @@ class Llama(nn.Module):
       unroll: layers a step of the scan; more compiles longer and, on a CPU, runs faster.
       settle: where activations lie on many devices, see `jax_lora.sharding.Activations`.
       across: the head's kernel lies (V, D), see `contract_across`; for decoding.
+      platform: that the program will run on: "cpu", "gpu"/"cuda" or "tpu"; by default JAX's
+        backend when the module is made. It belongs to the module, so that `jax.jit` with the
+        module as a static argument compiles a program for each platform.
     """
 
     config: LlamaConfig
@@ -247,6 +265,7 @@ class Llama(nn.Module):
     unroll: int = 1
     settle: Settle = _settled
     across: bool = False
+    platform: str = field(default_factory=jax.default_backend)
 
     if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
 
@@ -270,10 +289,10 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=c.num_hidden_layers,
             unroll=self.unroll,
-        )(c, self.attention, self.settle)
+        )(c, self.attention, self.settle, False, self.platform)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = _Head(c.vocab_size, self.across)
+            self.lm_head = _Head(c.vocab_size, self.across, self.platform)
 
     def embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
         """What the first layer reads."""
@@ -306,9 +325,10 @@ class Llama(nn.Module):
         hidden = self.norm(hidden)
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
+        embedding = self.embed_tokens.embedding
         if self.across:
-            return contract_across(jnp.float32, hidden, self.embed_tokens.embedding)
-        return contract("btd,vd->btv", jnp.float32, hidden, self.embed_tokens.embedding)
+            return contract_across(jnp.float32, hidden, embedding, self.platform)
+        return contract("btd,vd->btv", jnp.float32, hidden, embedding, self.platform)
 
     def __call__(self, tokens: Tokens, dropout: Dropout | None = None) -> Float[Array, "B T V"]:
         """Logits in float32 of every position."""
@@ -318,11 +338,12 @@ class Llama(nn.Module):
 class _Head(nn.Module):
     vocab_size: int
     across: bool
+    platform: str
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
         if self.across:
             kernel = self.param("kernel", _INIT, (self.vocab_size, hidden.shape[-1]))
-            return contract_across(jnp.float32, hidden, kernel)
+            return contract_across(jnp.float32, hidden, kernel, self.platform)
         kernel = self.param("kernel", _INIT, (hidden.shape[-1], self.vocab_size))
-        return contract("btd,dv->btv", jnp.float32, hidden, kernel)
+        return contract("btd,dv->btv", jnp.float32, hidden, kernel, self.platform)

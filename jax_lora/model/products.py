@@ -1,13 +1,12 @@
 """Matrix products, and what the compiler of each platform needs to run them fast.
 
+`platform` is the one that the program will run on, "cpu", "gpu"/"cuda" or "tpu", which need not be
+the one at hand. It is an argument, so that `jax.jit` compiles a program for each.
 Measured by benchmarks/cpu_products.py; docs/decisions/0002 tells the story.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -15,52 +14,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
 
-
-@contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Trace for another platform than the one at hand ("cpu", "cuda", "tpu"): ahead of time."""
-    token = _PLATFORM.set(platform)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
-
-
-def on_cpu() -> bool:
-    """Whether what is being traced will run on a CPU."""
-    return _platform() == "cpu"
-
-
-def on_tpu() -> bool:
-    """Whether what is being traced will run on a TPU."""
-    return _platform() == "tpu"
-
-
-def _platform() -> str:
-    return _PLATFORM.get() or jax.default_backend()
-
-
-def contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
+def contract(spec: str, dtype: Any, x: Array, w: Array, platform: str) -> Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
 
     A gradient of its own, because the automatic one multiplies mixed dtypes and rounds the
     gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
     its three terms. `w` may hold the bits of bfloat16 numbers, see `sliceable`.
     """
-    product: Any = _contract(spec, dtype, x, values(w))
+    product: Any = _contract(spec, dtype, platform, x, values(w))
     return product
 
 
-def contract_across(dtype: Any, x: Array, w: Array) -> Array:
+def contract_across(dtype: Any, x: Array, w: Array, platform: str) -> Array:
     """x (B, T, in) by w (out, in): the product of few rows with a large kernel, for decoding.
 
     XLA's CPU compiler rearranges the right operand of a product before it multiplies. With the
     kernel on the left that is the few rows; it is read once, in the order in which it lies. Has
     JAX's own gradient, see `contract`.
     """
-    return _einsum("fd,btd->fbt", w.astype(x.dtype), x, dtype).transpose(1, 2, 0)
+    return _einsum("fd,btd->fbt", w.astype(x.dtype), x, dtype, platform).transpose(1, 2, 0)
 
 
 def values(kernel: Array) -> Array:
@@ -70,39 +43,39 @@ def values(kernel: Array) -> Array:
     return kernel
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract(spec: str, dtype: Any, x: Array, w: Array) -> Array:
-    return _einsum(spec, x, w.astype(x.dtype), dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _contract(spec: str, dtype: Any, platform: str, x: Array, w: Array) -> Array:
+    return _einsum(spec, x, w.astype(x.dtype), dtype, platform)
 
 
-def _einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
+def _einsum(spec: str, a: Array, b: Array, dtype: Any, platform: str) -> Array:
     # XLA's CPU compiler reaches the bfloat16 matrix units only through a float32 result: five
     # times faster. GPUs and TPUs accumulate in float32 whatever the result's dtype, and a
     # float32 result would cost them a pass over memory.
-    inner = jnp.float32 if on_cpu() else dtype
+    inner = jnp.float32 if platform == "cpu" else dtype
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     out = jnp.einsum(spec, a, b, precision=precision, preferred_element_type=inner)
     return out.astype(dtype)
 
 
-def _contract_forward(spec, dtype, x, w):
-    return _contract(spec, dtype, x, w), (x, w)
+def _contract_forward(spec, dtype, platform, x, w):
+    return _contract(spec, dtype, platform, x, w), (x, w)
 
 
-def _contract_backward(spec, dtype, saved, g):
+def _contract_backward(spec, dtype, platform, saved, g):
     x, w = saved
     terms, out = spec.split("->")
     xs, ws = terms.split(",")
     g = g.astype(x.dtype)
-    dx = _einsum(f"{out},{ws}->{xs}", g, w.astype(x.dtype), x.dtype)
-    dw = _einsum(f"{xs},{out}->{ws}", x, g, w.dtype)
+    dx = _einsum(f"{out},{ws}->{xs}", g, w.astype(x.dtype), x.dtype, platform)
+    dw = _einsum(f"{xs},{out}->{ws}", x, g, w.dtype, platform)
     return dx, dw
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
-def sliceable(frozen: Any) -> Any:
+def sliceable(frozen: Any, platform: str) -> Any:
     """Stacked bfloat16 kernels as their bits (uint16) on a CPU; elsewhere, what came in.
 
     XLA's CPU compiler has no bfloat16 slice: it widens a whole stack of layers to float32 before
@@ -111,8 +84,9 @@ def sliceable(frozen: Any) -> Any:
 
     Args:
       frozen: a tree of arrays, the base or the frozen half of the variables.
+      platform: of the program that takes it.
     """
-    if not on_cpu():
+    if platform != "cpu":
         return frozen
 
     def bits(x):

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +28,6 @@ from jax.stages import Lowered
 
 from jax_lora import sharding
 from jax_lora.errors import ConfigError
-from jax_lora.model.products import compiling_for
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import PlannedStep, trees
 from jax_lora.planning.targets import Target
@@ -150,15 +149,14 @@ def compile_step(planned: PlannedStep, target: Target) -> Verdict:
     frozen, state, diff_params, micro = trees(planned, mesh)
     step, _ = planned.functions(mesh if planned.devices > 1 else None)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
-    with compiling_for(target.device.platform):
-        lowered = {
-            "accumulate": step.accumulate.lower(  # pyright: ignore[reportFunctionMemberAccess]
-                diff_params, scalar, diff_params, state.step, frozen, micro, scalar
-            ),
-            "update": step.update.lower(state, frozen, diff_params),  # pyright: ignore
-        }
-        if planned.resolved.materialized:
-            lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
+    lowered = {
+        "accumulate": step.accumulate.lower(  # pyright: ignore[reportFunctionMemberAccess]
+            diff_params, scalar, diff_params, state.step, frozen, micro, scalar
+        ),
+        "update": step.update.lower(state, frozen, diff_params),  # pyright: ignore
+    }
+    if planned.resolved.materialized:
+        lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
     takes = {"accumulate": (diff_params, diff_params, frozen), "update": (state, diff_params)}
     takes["begin"] = (state.trainable,)
     held = memory(planned).held

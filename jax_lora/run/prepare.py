@@ -177,7 +177,7 @@ def build(given: Inputs, workdir: Path) -> Training:
     optimizer = given.resolved.optimizer(rate)
     number, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
     trainable, frozen = masks.partition(variables, given.mask)
-    frozen = sliceable(frozen)
+    frozen = sliceable(frozen, given.resolved.platform)
     state = State(number, trainable, sharding.make(optimizer.init, mesh, trainable))
     del variables, trainable  # a resumed run holds one copy of what trains
     checkpoints = Checkpoints(workdir / "checkpoints")

@@ -70,6 +70,7 @@ class Resolved:
             remat=c.remat,
             unroll=c.unroll,
             attention=self.attention,
+            platform=self.platform,
         )
 
     def schedule(self, total_steps: int) -> optax.Schedule:

@@ -275,7 +275,7 @@ def make_step(
     keep_threshold(dropout_rate)  # refuses a bad rate before anything compiles
     groups = sharding.row_parts(mesh)
     if mesh is not None:
-        local = sharding.LocalAttention(attention.kernel(model.attention), mesh)
+        local = sharding.LocalAttention(attention.kernel(model.attention, model.platform), mesh)
         model = model.clone(settle=sharding.Activations(mesh), attention=local)
 
     def kept(tree):
@@ -292,7 +292,9 @@ def make_step(
         if dropout_rate:
             segments = micro.example if packed else None
             dropout = Dropout(_keys(seed, step, micro, segments), dropout_rate)
-        variables = combine(working["rest"], sliceable(_without(frozen, contracted)))
+        variables = combine(
+            working["rest"], sliceable(_without(frozen, contracted), model.platform)
+        )
         if mesh is not None:
             variables = sharding.embeddings_gathered(variables, mesh)
         if contracted:

@@ -8,7 +8,7 @@ import pytest
 from jax_lora.model import attention
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.llama import Llama, positions
-from jax_lora.model.products import compiling_for, contract, contract_across, sliceable
+from jax_lora.model.products import contract_across, sliceable
 
 
 def drawn(t):
@@ -30,7 +30,7 @@ def test_rows_in_parts_are_plain_attention(t, packed):
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bkgts,bksh->bkgth", weights, np.float64(v))
-    found = attention.xla(q, k, v, segments if packed else None)
+    found = attention.xla(q, k, v, segments if packed else None, platform="cpu")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
@@ -47,7 +47,7 @@ def test_gradients_are_those_of_plain_attention(t, packed):
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
         return jnp.sum(pull * jnp.einsum("bkgts,bksh->bkgth", weights, v, precision="highest"))
 
-    ours = lambda q, k, v: jnp.sum(pull * attention.xla(q, k, v, segments))  # noqa: E731
+    ours = lambda q, k, v: jnp.sum(pull * attention.xla(q, k, v, segments, platform="cpu"))  # noqa: E731
     for found, expected in zip(
         *(jax.grad(f, (0, 1, 2))(*drawn(t)) for f in (ours, plain)), strict=True
     ):
@@ -89,13 +89,12 @@ def test_bits_of_weights_change_nothing():
     params = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0), ids)["params"]
     )
-    bits = sliceable(params)
+    bits = sliceable(params, "cpu")
     assert bits["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.uint16
     assert bits["embed_tokens"]["embedding"].dtype == jnp.bfloat16
     one, other = (model.apply({"params": p}, ids) for p in (params, bits))
     np.testing.assert_array_equal(one, other)
-    with compiling_for("tpu"):
-        assert sliceable(params) is params
+    assert sliceable(params, "tpu") is params
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -103,14 +102,23 @@ def test_a_kernel_that_lies_across_gives_the_same_product(dtype):
     x = jax.random.normal(jax.random.key(0), (3, 2, 16), dtype)
     kernel = jax.random.normal(jax.random.key(1), (16, 5), dtype)
     expected = np.einsum("btd,df->btf", *map(np.float64, (x, kernel)))
-    found = contract_across(jnp.float32, x, kernel.T)
-    assert found.dtype == jnp.float32 and contract_across(dtype, x, kernel.T).dtype == dtype
+    found = contract_across(jnp.float32, x, kernel.T, "cpu")
+    assert found.dtype == jnp.float32 and contract_across(dtype, x, kernel.T, "cpu").dtype == dtype
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_product_for_an_accelerator_stays_in_its_dtype():
-    x = jnp.ones((1, 2, 4), jnp.bfloat16)
-    trace = lambda: str(jax.make_jaxpr(lambda x: contract("btd,df->btf", x.dtype, x, x[0].T))(x))  # noqa: E731
-    assert "float32" in trace()  # XLA's CPU compiler wants it
-    with compiling_for("cuda"):
-        assert "float32" not in trace()
+def test_a_jitted_function_has_a_program_per_platform():
+    config = LlamaConfig(61, 32, 48, 1, 4, 2, 8)
+    logits = jax.jit(Llama.apply, static_argnums=0)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    variables = jax.eval_shape(Llama(config).init, jax.random.key(0), ids)
+    traced = {
+        platform: str(logits.trace(Llama(config, platform=platform), variables, ids).jaxpr)
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    wide = "preferred_element_type=float32"  # what XLA's CPU compiler wants of every product
+    count = {platform: text.count(wide) for platform, text in traced.items()}
+    assert count["cpu"] > count["cuda"] == count["tpu"]
+    assert "optimization_barrier" in traced["tpu"]
+    assert "optimization_barrier" not in traced["cpu"] + traced["cuda"]
+    assert Llama(config).platform == jax.default_backend()
