@@ -45,7 +45,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="configs/study_*.py", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "the study's folder")
-_ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank<=64 and set=T100'")
+_ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank <= 64 and set == \"T100\"'")
 _RETRY = flags.DEFINE_boolean("retry-failed", False, "take cells that failed once more")
 _REPORT = flags.DEFINE_boolean("report", False, "tables and figures of what is there")
 _DRY_RUN = flags.DEFINE_boolean("dry-run", False, "print the cells and their costs")
