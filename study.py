@@ -45,7 +45,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="configs/study_*.py", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "the study's folder")
-_ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank<=64 and set=T100'")
+_ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank <= 64 and set == \"T100\"'")
 _RETRY = flags.DEFINE_boolean("retry-failed", False, "take cells that failed once more")
 _REPORT = flags.DEFINE_boolean("report", False, "tables and figures of what is there")
 _DRY_RUN = flags.DEFINE_boolean("dry-run", False, "print the cells and their costs")
@@ -71,7 +71,7 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     cli.keep_memory()
     cli.keep_programs()
-    with cli.input_errors():
+    with cli.exit_codes():
         if not _WORKDIR.value:
             raise ValueError("--workdir: found none, expected the study's folder")
         workdir = Path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
@@ -92,7 +92,7 @@ def main(_):
 
 def work(config: Any, workdir: Path, team: Team) -> None:
     """What one worker does, or one of its processes."""
-    with cli.input_errors():
+    with cli.exit_codes():
         # -------------------------------------------------------------- input, before any compute
         cells = cells_of(config)
         chosen = grid.choose(cells, _ONLY.value) if _ONLY.value else cells

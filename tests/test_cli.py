@@ -98,11 +98,16 @@ def test_a_fault_of_ours_passes_through(error):
 
 
 def test_memory_is_kept_where_only_a_cpu_computes(monkeypatch):
-    monkeypatch.setitem(jax.config.values, "jax_platforms", "cpu")
-    assert cli.only_cpu()
-    monkeypatch.setitem(jax.config.values, "jax_platforms", "cuda,cpu")
-    assert not cli.only_cpu()
-    monkeypatch.setitem(jax.config.values, "jax_platforms", None)
-    plugin = metadata.EntryPoint("cuda", "x", "jax_plugins")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [plugin])
-    assert not cli.only_cpu()
+    before = jax.config.values["jax_platforms"]
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        assert cli.only_cpu()
+        jax.config.update("jax_platforms", "cuda,cpu")
+        assert not cli.only_cpu()
+        jax.config.update("jax_platforms", None)
+        assert cli.only_cpu()  # none of the test environment's packages is a plugin
+        plugin = metadata.EntryPoint("cuda", "x", "jax_plugins")
+        monkeypatch.setattr(metadata, "entry_points", lambda group: [plugin])
+        assert not cli.only_cpu()
+    finally:
+        jax.config.update("jax_platforms", before)

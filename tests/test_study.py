@@ -228,7 +228,7 @@ def refused(arguments: list[str], environment: dict[str, str], *words: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only=rank<=64 and set=T3"], ("--only", "set is 'T3'")),
+        (["--only=rank <= 64 and set == 'T3'"], ("--only", "holds for none")),
         (["--config.ranks=(2,2)"], ("ranks",)),
         (["--config.toy.outside=('Cooking',)"], ("toy.outside", "Cooking")),
         (["--config.toy.unseen=('task999_x',)"], ("toy.unseen", "task999_x")),
@@ -277,7 +277,7 @@ def test_cells_whose_checkpoint_is_gone_or_damaged(smoke_study, environment, tmp
 
 
 def test_the_job_array(environment, tmp_path):
-    only = "rank<=2 and set='T2'"
+    only = "rank <= 2 and set == 'T2'"
     done = run(
         command(tmp_path / "s", *SMOKE, f"--only={only}", "--launcher=slurm", "--workers", "3")
         + ["--sbatch=--gres=gpu:1", "--sbatch=--time=8:00:00"],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import operator
+import ast
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 from typing import Any
 
 import pandas as pd
 
+from jax_lora.errors import ConfigError
 from jax_lora.study import GRID, Frame
 
 FULL = "full"  # among ranks: full fine-tuning
@@ -121,95 +122,58 @@ def cheap_first(cells: Iterable[Cell], operations: Mapping[str, float]) -> list[
 
 # ---------------------------------------------------------------- filters
 
-Test = Callable[[Cell], bool]
-_WORD = re.compile(r"\s*(<=|>=|!=|[<>=()]|'[^']*'|\"[^\"]*\"|[^\s<>=!()'\"]+)")
-_COMPARE = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_NUMBERS = ("rank", "round", "learning_rate")
-_TEXTS = ("method", "variant", "set")
+NAMES = ("rank", "round", "learning_rate", "method", "variant", "set")
+_SYNTAX = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
+    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn),
+    *(ast.List, ast.Tuple, ast.Name, ast.Constant, ast.Load),
+)
 
 
 def choose(cells: Sequence[Cell], text: str) -> list[Cell]:
-    """The cells that a condition such as "rank<=64 and (set=T100 or round!=0)" holds for.
+    """The cells that an expression of `DataFrame.query` holds for.
 
-    Names are the fields of `Cell`; `rank=full` is full fine-tuning, which no other comparison of
-    ranks but != holds for; `not` and quotes (`variant=''`) work too.
+    Args:
+      cells: to choose from.
+      text: comparisons of NAMES with numbers and quoted texts, such as
+        `rank <= 64 and (set == "T100" or round in [1, 2])`. The rank of full fine-tuning is NaN;
+        `method == "full"` chooses it.
 
     Raises:
-      ValueError: what is no condition, a value that no cell has, or a condition that no cell meets.
+      ConfigError: what is no such expression, or one that no cell meets.
     """
-    words, end = [], 0
-    text = text.rstrip()
-    while end < len(text):
-        match = _WORD.match(text, end)
-        if not match:
-            raise ValueError(f"--only: found {text[end:]!r}, expected a word or a comparison")
-        words.append(match[1])
-        end = match.end()
-    words.reverse()  # the next word is the last
-
-    def take(*expected: str) -> str:
-        word = words.pop() if words else "the end"
-        if expected and word not in expected:
-            raise ValueError(f"--only: found {word!r}, expected {' or '.join(expected)}")
-        return word
-
-    def chain(word: str, part: Callable[[], Test], join: Callable[[Iterable[bool]], bool]) -> Test:
-        tests = [part()]
-        while words and words[-1] == word:
-            words.pop()
-            tests.append(part())
-        return lambda cell: join(test(cell) for test in tests)
-
-    def either() -> Test:
-        return chain("or", both, any)
-
-    def both() -> Test:
-        return chain("and", one, all)
-
-    def one() -> Test:
-        word = take("(", "not", *_NUMBERS, *_TEXTS)
-        if word == "not":
-            test = one()
-            return lambda cell: not test(cell)
-        if word == "(":
-            test = either()
-            take(")")
-            return test
-        sign = take(*(_COMPARE if word in _NUMBERS else ("=", "!=")))
-        return _comparison(cells, word, sign, take())
-
-    test = either()
-    if words:
-        take("and", "or")
-    chosen = [cell for cell in cells if test(cell)]
-    if not chosen:
-        raise ValueError(f"--only: {text!r} holds for none of {len(cells)} cells, expected some")
-    return chosen
-
-
-def _comparison(cells: Sequence[Cell], name: str, sign: str, word: str) -> Test:
-    compare, value = _COMPARE[sign], word.strip("'\"")
-    if name in _TEXTS:
-        known = sorted({getattr(cell, name) for cell in cells})
-        if value not in known:
-            raise ValueError(f"--only: {name} is {word!r}, expected one of {', '.join(known)}")
-        return lambda cell: compare(getattr(cell, name), value)
-    if (name, value) == ("rank", FULL) and sign in ("=", "!="):
-        return lambda cell: compare(cell.rank, None)
     try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"--only: {name} is {word!r}, expected a number") from None
+        tree = ast.parse(text.strip(), mode="eval")
+        if not all(map(_is_allowed, ast.walk(tree))):
+            raise SyntaxError
+        table = frame(cells).astype({"rank": float})
+        chosen = table.query(ast.unparse(tree), engine="python").index
+    except Exception:  # what pandas raises over an expression may be of any class
+        raise ConfigError(
+            f"--only: found {text!r}, expected comparisons of {', '.join(NAMES)}, "
+            'such as: rank <= 64 and set == "T100"; or: method == "full"'
+        ) from None
+    if chosen.empty:
+        raise ConfigError(
+            f"--only: {text!r} holds for none of {len(cells)} cells, expected at least one"
+        )
+    return [cells[i] for i in chosen]
 
-    def test(cell: Cell) -> bool:
-        there = getattr(cell, name)
-        return sign == "!=" if there is None else compare(there, number)
 
-    return test
+def _is_allowed(node: ast.AST) -> bool:
+    """Whether a part of an expression is one that cannot but compare."""
+    if isinstance(node, ast.Name):
+        return node.id in NAMES
+    if isinstance(node, ast.Constant):
+        return type(node.value) in (int, float, str)
+    if isinstance(node, ast.Expression | ast.BoolOp):
+        parts = node.values if isinstance(node, ast.BoolOp) else [node.body]
+        return all(map(_is_condition, parts))
+    if isinstance(node, ast.UnaryOp):
+        return _is_condition(node.operand) == isinstance(node.op, ast.Not)
+    return isinstance(node, _SYNTAX)
+
+
+def _is_condition(node: ast.AST) -> bool:
+    is_not = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    return is_not or isinstance(node, ast.BoolOp | ast.Compare)
