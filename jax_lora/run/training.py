@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,13 @@ def fit(
     total, config = given.total, given.resolved.config
     is_primary = jax.process_index() == 0
     checkpoints, state, last = training.checkpoints, training.state, training.start
-    log = _Log(given, training, workdir if is_primary else None)
     agreement = StopAgreement(sharding.store(), jax.process_index())
     put = functools.partial(sharding.place_rows, mesh=given.mesh)
     batches = given.batches.stream(training.start, total)
     unread = None  # the report of the step before: read only once the next one is on its way
     stopping = False
-    with running(what_is_safe(given, checkpoints)):
+    log = _Log(given, training, workdir if is_primary else None)
+    with running(what_is_safe(given, checkpoints)), closing(log):
         steps = loop.train(state, training.frozen, batches, training.step, put)
         for state, report in steps:
             if unread is not None:
@@ -121,7 +121,6 @@ def fit(
                 checkpoints.save(state)
             if stopping:
                 break
-        log.close()
         checkpoints.close()
     if last < total:
         raise Stopped(f"stopped at step {last} of {total}; rerun the same command to resume there")

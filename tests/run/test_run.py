@@ -1,0 +1,282 @@
+"""`Run` in Python: train, resume, score; what it refuses; what its loop waits for."""
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import jax_lora
+from jax_lora.data.toy import write_checkout
+from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
+from jax_lora.files import read_jsonl
+from jax_lora.model import lora
+from jax_lora.run import folder, inputs, prepare, scoring, training
+from jax_lora.training import loop
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model, tmp_path_factory):
+    toy = write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
+    return jax_lora.RunConfig().replace(
+        model=str(tiny_model),
+        dtype="float32",
+        max_steps=4,
+        batch_size=8,
+        micro_tokens=1024,
+        checkpoint_every=2,
+        **{
+            "lora.rank": 2,
+            "optim.warmup_steps": 1,
+            "optim.learning_rate": 1e-3,
+            "data.path": str(toy),
+            "data.test_per_task": 2,
+            "data.train_per_task": 4,
+            "data.buckets": (384,),
+            "data.source_length": 320,
+            "eval.buckets": (384,),
+            "eval.max_new_tokens": 3,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    made = jax_lora.Run.open(config, tmp_path_factory.mktemp("runs") / "r2")
+    made.train()
+    return made
+
+
+def test_a_run_in_python(run, config):
+    metrics = run.metrics()
+    assert list(metrics.step) == [1, 2, 3, 4] and np.isfinite(metrics.loss).all()
+    np.testing.assert_allclose(metrics.learning_rate, [0, 1e-3, 2e-3 / 3, 1e-3 / 3], rtol=1e-5)
+    assert (metrics.tokens_per_second > 0).all()
+    assert metrics.compile_seconds[0] > 0
+    scores = run.score(["seen"])
+    assert {"set", "task", "examples", "exact_match", "rougeL"} <= set(scores.columns)
+    assert set(scores.set) == {"seen"} and scores.examples.sum() > 0
+    again = jax_lora.Run.open(None, run.workdir)
+    assert again.config == config
+    assert again.train().equals(metrics)  # finished: nothing is trained again
+
+
+def test_a_run_is_resumed_with_all_that_decides_no_result(run, config, tmp_path):
+    workdir = tmp_path / "r2"
+    with pytest.raises(Stopped, match="stopped at step 1 of 4; rerun the same command"):
+        jax_lora.Run.open(config, workdir).train(asked_to_stop=lambda: True)
+    elsewhere = tmp_path / "elsewhere.gguf"
+    shutil.copy(config.model, elsewhere)
+    shutil.copytree(config.data.path, tmp_path / "tasks")
+    other = config.replace(
+        model=str(elsewhere),
+        micro_tokens=2048,
+        remat="none",
+        loss_chunk=64,
+        unroll=2,
+        log_every=2,
+        **{"data.path": str(tmp_path / "tasks"), "eval.max_batch": 4},
+    )
+    losses = jax_lora.Run.open(other, workdir).train().loss
+    expected = run.metrics().loss[[0, 1, 3]]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match="config.optim.b1 is 0.9 there and 0.8 here"):
+        jax_lora.Run.open(config.replace(**{"optim.b1": 0.8}), workdir).train()
+
+
+def test_another_base_is_another_run(run, config, tmp_path):
+    changed = tmp_path / "changed.gguf"
+    content = bytearray(Path(config.model).read_bytes())
+    content[-100] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ConfigError, match="base_digest is '.*' there and '.*' here"):
+        jax_lora.Run.open(config.replace(model=str(changed)), run.workdir).train()
+
+
+def test_answers_of_other_weights_or_another_version_are_made_again(run, monkeypatch):
+    run.score(["unseen"])
+    path = run.workdir / "eval" / "unseen" / "predictions.jsonl"
+    content, before = path.read_bytes(), path.stat().st_ino
+    run.score(["unseen"])
+    assert path.stat().st_ino == before
+    run.score(["unseen"], overwrite=True)
+    assert path.stat().st_ino != before and sorted(read_jsonl(path), key=str) == sorted(
+        map(json.loads, content.decode().splitlines()), key=str
+    )
+    for place, name, value in (
+        (folder, "package_version", lambda: "other"),
+        (scoring, "digest", lambda tree: "other"),
+    ):
+        before = path.stat().st_ino
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            run.score(["unseen"])
+        assert path.stat().st_ino != before, name
+
+
+def test_too_little_memory_says_what_to_lower(config, monkeypatch, tmp_path):
+    def train(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+        yield
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(RunFailed) as error:
+        jax_lora.Run.open(config.replace(remat="none"), tmp_path / "r").train()
+    for words in ("RESOURCE_EXHAUSTED", "no checkpoint yet", "micro_tokens (now 1024)", "remat"):
+        assert words in str(error.value)
+
+
+def test_a_fault_of_ours_is_no_failed_run(config, monkeypatch, tmp_path):
+    def train(*_):
+        raise ValueError("shapes")
+        yield
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(ValueError, match="shapes"):
+        jax_lora.Run.open(config, tmp_path / "r").train()
+
+
+# ---------------------------------------------------------------- ids
+
+
+def test_ids_outside_of_the_vocabulary_are_named(config):
+    encoder, taskset = inputs.encoder(config), inputs.training_set(config)
+    rows = inputs.training_rows(encoder, taskset, "first", 0)
+    size = max(int(row.ids.max()) for row in rows) + 1
+    end = encoder.tokenizer.eos_token_id
+    inputs.check_token_ids(encoder, rows, taskset, max(size, end + 1), "base.gguf")
+    with pytest.raises(DataError, match=r"base.gguf: .*id \d+, in example .* of .*vocab_size"):
+        inputs.check_token_ids(encoder, rows, taskset, max(size - 1, end + 1), "base.gguf")
+    with pytest.raises(DataError, match=f"end token .* has the id {end}, .* vocab_size, {end}"):
+        inputs.check_token_ids(encoder, rows, taskset, end, "base.gguf")
+
+
+def test_the_draw_of_a_and_dropout_share_no_key():
+    for seed in range(3):
+        keys = [jax.random.key(seed), *lora.seed_keys(seed)]
+        data = {tuple(jax.random.key_data(key).tolist()) for key in keys}
+        assert len(data) == 3
+
+
+# ---------------------------------------------------------------- what the loop waits for
+
+
+class Loss:
+    """A loss on its way, which notes when it is read."""
+
+    def __init__(self, step, events):
+        self.step, self.events = step, events
+
+    def __float__(self):
+        self.events.append(("read", self.step))
+        return 1.0
+
+
+def fake(monkeypatch, config, total, events):
+    """The pieces that `fit` takes, with steps that only note that they were dispatched."""
+
+    def train(*_):
+        for step in range(1, total + 1):
+            events.append(("dispatch", step))
+            yield None, loop.Report(step, Loss(step, events), Loss(step, events), 8, 0, 4, 0.0)
+
+    monkeypatch.setattr(loop, "train", train)
+    batches = SimpleNamespace(stream=lambda *_: [], examples_until=lambda step: 8 * step)
+    given = SimpleNamespace(
+        total=total, resolved=SimpleNamespace(config=config), mesh=None, batches=batches
+    )
+    checkpoints = SimpleNamespace(
+        save=lambda _: events.append(("save", None)), close=lambda: None, latest=lambda: None
+    )
+    rates = prepare.learning_rates(lambda step: 0.1 * step, total)
+    assert type(rates) is np.ndarray  # reading one asks no device
+    ready = SimpleNamespace(
+        start=0,
+        state=None,
+        frozen=None,
+        step=None,
+        learning_rates=rates,
+        checkpoints=checkpoints,
+    )
+    return given, ready
+
+
+def test_no_step_is_waited_for_before_the_next_is_dispatched(config, monkeypatch, tmp_path):
+    events = []
+    given, ready = fake(monkeypatch, config.replace(checkpoint_every=4), 9, events)
+    training.fit(given, ready, tmp_path, lambda: False)
+    at = {event: i for i, event in reversed(list(enumerate(events)))}
+    for step in range(1, 9):
+        if step % 4:  # a checkpoint waits
+            assert at["dispatch", step + 1] < at["read", step]
+        assert at["read", step] < at["dispatch", step + 2] if step < 8 else True
+    reads = [step for kind, step in events if kind == "read"]
+    assert reads == sorted(reads) and set(reads) == set(range(1, 10))
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 10)]
+
+
+class Store:
+    """The runtime's keys and values, without other processes."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values
+        self.values[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(k, v) for k, v in self.values.items() if k.startswith(folder)]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_all_processes_stop_after_the_same_step(seed):
+    """Processes in any order that their losses allow, up to all of them asked at once."""
+    chance, store, count = random.Random(seed), Store(), chance_count(seed)
+    asked_at = {i: chance.randint(1, 12) for i in range(count) if chance.random() < 0.7}
+    asked_at = asked_at or {0: 5}
+    agreements = [training.StopAgreement(store, i, run=0) for i in range(count)]
+    dispatched, checked, last = [0] * count, [0] * count, [None] * count
+    for _ in itertools.count():
+        if None not in last:
+            break
+        ready = []
+        for i in range(count):
+            if last[i] is not None:
+                continue
+            if dispatched[i] == checked[i]:
+                ready.append((i, "dispatch"))
+            # Before it checks, a process reads the loss of the step before, which needs all.
+            elif min(dispatched) >= dispatched[i] - 1:
+                ready.append((i, "check"))
+        assert ready, (dispatched, last)  # else they would wait for each other for good
+        i, what = chance.choice(ready)
+        if what == "dispatch":
+            dispatched[i] += 1
+            continue
+        checked[i] = dispatched[i]
+        if agreements[i].is_last(checked[i], asked_at.get(i, 99) <= checked[i]):
+            last[i] = checked[i]
+    assert len(set(last)) == 1, last
+    assert last[0] <= min(asked_at.values()) + 2
+
+
+def chance_count(seed):
+    return 1 + seed % 4
+
+
+def test_speed_is_of_recent_steps_and_without_compiling():
+    times = iter([0.0, 31.0, 32.0, *range(33, 33 + training.WINDOW)])
+    speed = training.Speed(lambda: next(times))
+    speed.step(100, compile_seconds=30.0)
+    assert speed.tokens_per_second == pytest.approx(100)
+    speed.step(300, compile_seconds=0.0)
+    assert speed.tokens_per_second == pytest.approx(200)
+    for _ in range(training.WINDOW):
+        speed.step(50, compile_seconds=0.0)
+    assert speed.tokens_per_second == pytest.approx(50)
