@@ -32,11 +32,9 @@ import eval as scoring
 import train
 from jax_lora import cli, inputs, sharding, study
 from jax_lora.evaluation import evaluate
-from jax_lora.planning import counts
-from jax_lora.study import grid, locks, results, runner, slurm, small, view
+from jax_lora.study import costs, grid, locks, results, runner, slurm, small, view
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
-from jax_lora.training import masks
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import hf
 from jax_lora.weights.tokenizers import load_tokenizer
@@ -282,7 +280,7 @@ def run_cell(config: Any, workdir: Path, team: Team, cell: Cell, folder: Path) -
         scoring.run(folder, study.TESTS, "last", {})
     results.share_examples(cell, folder, workdir / "examples")
     taskset, parameters = taskset_of(run), hf.read_json(folder / "parameters.json")
-    tokens, (training, forward) = train_tokens(run), grid.operations(parameters["modules"])
+    tokens, (training, forward) = train_tokens(run), costs.operations_per_token(run)
     facts = {
         "model": Path(run.model).name,
         "set_tasks": len(taskset.tasks),
@@ -333,28 +331,13 @@ def train_tokens(run: Any) -> int:
 # ---------------------------------------------------------------------- costs
 
 
-def modules(run: Any) -> list[dict[str, Any]]:
-    """The rows of `counts.table`, without loading or drawing a weight."""
-    targets, rules = tuple(run.lora.targets), (tuple(run.trainable), tuple(run.frozen))
-    return _modules(run.model, run.lora.rank if run.method == "lora" else None, targets, rules)
-
-
-@functools.cache
-def _modules(model: str, rank: int | None, targets: Any, rules: Any) -> list[dict[str, Any]]:
-    config = base_weights.read_config(model)
-    shapes = {"params": counts.base_shapes(config)}
-    if rank:
-        shapes["lora"] = counts.adapter_shapes(config, rank, targets)
-    return counts.table(shapes, masks.mask(shapes, *rules)).to_dict("records")
-
-
 def estimated_operations(run: Any) -> float:
     """What orders the cells: operations if every example had one token. Reads no example."""
     starred = "*" in run.data.set  # as many examples as the set of middle size
     tasks = run.data.sizes[1] if starred else len(taskset_of(run).tasks)
     examples = tasks * run.data.train_per_task * run.epochs
     limit = run.max_steps * run.batch_size or examples
-    return min(examples, limit) * grid.operations(modules(run))[0]
+    return min(examples, limit) * costs.operations_per_token(run)[0]
 
 
 def dry_run(config: Any, place: Path, workdir: Path, cells: Sequence[Cell]) -> None:
@@ -364,7 +347,7 @@ def dry_run(config: Any, place: Path, workdir: Path, cells: Sequence[Cell]) -> N
     where = plan.target(_TARGET.value or "cpu")
     runs = {cell.id: run_config(config, place, cell) for cell in cells}
     tokens = {name: train_tokens(run) for name, run in runs.items()}
-    per_token = {name: grid.operations(modules(run))[0] for name, run in runs.items()}
+    per_token = {name: costs.operations_per_token(run)[0] for name, run in runs.items()}
     setups = {name: tuple(plan.setups(run, where)) for name, run in runs.items()}
     peaks = {own: max(plan.memory(one).peak for one in own) for own in set(setups.values())}
 

@@ -90,31 +90,6 @@ def frame(cells: Iterable[Cell]) -> Frame:
 # ---------------------------------------------------------------- costs
 
 
-def operations(modules: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """Analytic operations a training token needs, and those of the base's forward pass alone.
-
-    2 a parameter forward, 2 for the gradient of activations, 2 for that of what trains. What
-    attention does between tokens is left out (4% of LLaMA-7B's forward pass at 1024 tokens), and
-    so is recomputation.
-
-    Args:
-      modules: rows of `planning.counts.table`: module, frozen, trainable.
-    """
-    rows = list(modules)
-    untied = any(row["module"] == "lm_head.kernel" for row in rows)
-    base = adapters = trained = 0
-    for row in rows:
-        if untied and row["module"] == "embed_tokens.embedding":
-            continue  # looked up, not multiplied with
-        count = row["frozen"] + row["trainable"]
-        trained += row["trainable"]
-        if row["module"].startswith("lora."):
-            adapters += count
-        else:
-            base += count
-    return 4.0 * (base + adapters) + 2.0 * trained, 2.0 * base
-
-
 def cheap_first(cells: Iterable[Cell], operations: Mapping[str, float]) -> list[Cell]:
     """The cells by their operations (by id), so that much is known early; else as they were."""
     return sorted(cells, key=lambda cell: operations[cell.id])

@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_lora.errors import ConfigError
-from jax_lora.model.config import CONFIGS
-from jax_lora.planning.counts import parameter_table
 from jax_lora.study import Study, grid
-from jax_lora.study.grid import cells, cheap_first, choose, operations
+from jax_lora.study.grid import cells, cheap_first, choose
 from tests.study.test_tables import results
 
 RATES = {"lora": (5e-5,), "full": (3e-5,)}
@@ -74,23 +72,6 @@ def test_a_report_takes_the_grid_as_what_it_expects():
 
 
 # ---------------------------------------------------------------- costs
-
-
-def test_operations_of_llama_7b():
-    config, d, f, v = CONFIGS["llama-7b"], 4096, 11008, 32000
-    norms = 65 * d
-    base = 32 * (4 * d * d + 3 * d * f) + d * v + norms  # without the embedding, which is looked up
-    adapters = 32 * 4 * 2048 * (d + d)
-    lora = operations(parameter_table(config, 2048).to_dict("records"))
-    full = operations(parameter_table(config, None).to_dict("records"))
-    assert lora == (4 * base + 6 * adapters, 2 * base)
-    assert full == (6 * base, 2 * base)
-
-
-def test_a_tied_embedding_is_multiplied_with_once():
-    config = CONFIGS["smollm2-135m"]
-    rows = parameter_table(config, None).to_dict("records")
-    assert operations(rows)[1] == 2 * sum(row["trainable"] for row in rows)
 
 
 def test_cheap_cells_come_first():
@@ -159,7 +140,7 @@ def test_refused_filters(text, words):
     assert str(caught.value).startswith("--only: ") and "\n" not in str(caught.value)
 
 
-COMPARISONS = st.sampled_from(["rank<=64", "rank>4", "round=1", "round!=2", "set=Tall"])
+COMPARISONS = st.sampled_from(["rank<=64", "rank>4", "round==1", "round!=2", "set=='Tall'"])
 TREES = st.recursive(
     COMPARISONS,
     lambda part: st.one_of(
@@ -173,11 +154,11 @@ TREES = st.recursive(
 
 @given(TREES)
 def test_filters_mean_what_python_means(text):
-    code = compile(text.replace("=", "==").replace("<==", "<=").replace("!==", "!="), "", "eval")
+    code = compile(text, "", "eval")
 
     def holds(cell):
         rank = float("nan") if cell.rank is None else cell.rank
-        return eval(code, {"rank": rank, "round": cell.round, "set": cell.set, "Tall": "Tall"})
+        return eval(code, {"rank": rank, "round": cell.round, "set": cell.set})
 
     wanted = [cell for cell in PAPER if holds(cell)]
     if wanted:
