@@ -1,4 +1,4 @@
-"""How time grows: one size at a time, ours alone."""
+"""How time grows: one size at a time, our side only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLES = {"tiny": (200,), "smollm2": (1000, 10000, 100000), "7b": (1000, 10000
 
 
 def curves(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
-    """Compilation and a step by rank, length, rows and layers, each changed alone in the first
+    """Compilation and a step by rank, length, rows and layers, each changed by itself in the first
     case; and the host's work for an epoch by its number of examples."""
     base = flags.cases[0]
     for axis, values in VALUES[flags.size].items():

@@ -4,7 +4,7 @@ python -m benchmarks.data_scale                         a made-up one, beside ..
 python -m benchmarks.data_scale --filler=500            the same with longer inputs, 1.7 GB
 python -m benchmarks.data_scale --checkout=FOLDER       a real one; nothing is written to it
 
-Each line is a program of its own that does what train.py does before it encodes: it reads the
+Each line is a separate program that does what train.py does before it encodes: it reads the
 checkout and draws a set of round 0. Files are in the page cache.
 """
 

@@ -1,4 +1,4 @@
-"""Greedy answers a second: ours, and transformers' generate on the same prompts and weights.
+"""Greedy answers per second: ours, and transformers' generate on the same prompts and weights.
 
     python benchmarks/decoding.py --peer=hf
 
@@ -104,7 +104,7 @@ def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
     def answer(work: Work) -> Answers:
         lengths = np.asarray([len(prompt) for prompt in work.prompts])
         order = np.argsort(-lengths, kind="stable").tolist()
-        said: dict[int, list[int]] = {}
+        answers: dict[int, list[int]] = {}
         for some in (order[i : i + batch] for i in range(0, len(order), batch)):
             width = lengths[some[0]]
             ids, mask = np.zeros((2, len(some), width), np.int64)
@@ -122,8 +122,8 @@ def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
                 ),
             )
             for i, new in zip(some, found[:, width:].tolist(), strict=True):
-                said[i] = new[: new.index(work.end) + 1] if work.end in new else new
-        return [said[i] for i in range(len(order))]
+                answers[i] = new[: new.index(work.end) + 1] if work.end in new else new
+        return [answers[i] for i in range(len(order))]
 
     return answer
 

@@ -20,7 +20,7 @@ OURS = {"packed": ((128, 256, 384, 512), 512), "buckets": (tuple(range(64, 385, 
 
 
 class Contender(NamedTuple):
-    """A trainer, and a function that begins its epoch of global batches."""
+    """A trainer, and a function that starts its epoch of global batches."""
 
     trainer: Any
     batches: Callable[[], Iterable[Any]]
@@ -29,7 +29,7 @@ class Contender(NamedTuple):
 def epoch(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
     """The task mix once: our batches packed and in buckets, theirs random and by length.
 
-    All take one optimizer step in turn. What compiles does so before, and is timed apart.
+    All take one optimizer step in turn. What compiles does so before, and is timed separately.
     """
     for case in {replace(case, rows=1, length=1): None for case in flags.cases}:
         rows, source = work.task_rows(case, flags.examples)
@@ -74,7 +74,7 @@ def _contenders(case: Case, rows: list[Any], peer: bool) -> dict[str, Contender]
             pad_id=0,
             packed=name == "packed",
         )
-        # A trainer gives up the buffers of what it trains; what is frozen they share.
+        # A trainer donates the buffers of what it trains; the frozen parameters are shared.
         part = "params" if case.rank is None else "lora"
         own = weights | {part: jax.tree.map(lambda x: x.copy(), weights[part])}
         trainer = ours.Trainer(case, own, cut.packed)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA-7B's shapes on one NVIDIA GPU, transformers + PEFT beside us, about 10 minutes in all; then a
 # study of SmolLM2 (all of the paper's ranks, three sets, three rounds), as many of its cells as 15
-# minutes allow: given again, it goes on.
+# minutes allow: rerun the same command to resume.
 #
 #   bash benchmarks/gpu.sh                 every part
 #   bash benchmarks/gpu.sh ranks decode    some

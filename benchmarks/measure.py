@@ -1,4 +1,4 @@
-"""Stopwatches: sides that take turns in this process, and a side alone in a fresh one."""
+"""Stopwatches: sides that take turns in this process, and one side in a fresh process."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def _work(side: str, case: Case, weights: Any, new_tokens: int) -> Callable[[], 
     return functools.partial(module.Trainer(case, weights).step, micro)
 
 
-def alone(
+def in_fresh_process(
     side: str, case: Case, repeats: int, new_tokens: int = 0, same_weights: bool = True
 ) -> dict[str, Any]:
     """The same of one side in a fresh process, with the seconds from its start to the end of the
     first call and the peak of memory, of the device or, on a CPU, of the process.
 
-    Without `same_weights` PyTorch draws its own, in a process without JAX.
+    Without `same_weights` PyTorch initializes its own weights, in a process without JAX.
     """
-    return in_child(_alone, side, case, repeats, new_tokens, same_weights, time.time())
+    return in_child(_fresh, side, case, repeats, new_tokens, same_weights, time.time())
 
 
-def _alone(
+def _fresh(
     side: str, case: Case, repeats: int, new_tokens: int, same_weights: bool, asked: float
 ) -> dict[str, Any]:
     module = _side(side)
@@ -103,10 +103,10 @@ def _call(side: str, case: Case, new_tokens: int, same_weights: bool) -> Callabl
 def in_a_row(
     side: str, cases: Sequence[Case], repeats: int, new_tokens: int, profiled: bool
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Cases one after another in one process of a side, each with weights of its own, as they are
+    """Cases one after another in one process of a side, each with its own weights, as they are
     measured: with `peak_bytes`, the most memory so far, where the case has raised it, and, if
     `profiled`, with the `kernels` of one more call. A case that fails has an "error", and one that
-    kills the process lets the next begin in a fresh one."""
+    kills the process lets the next start in a fresh one."""
     context, left = multiprocessing.get_context("spawn"), list(cases)
     while left:
         receiving, sending = context.Pipe(duplex=False)

@@ -66,7 +66,7 @@ class Trainer:
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
     def steps(self, batches: Any) -> Iterator[float]:
-        """Take a step for every global batch; yields its loss once it is really done."""
+        """Take a step for every global batch; yields its loss once the step has finished."""
         for state, report in loop.train(self.state, self.frozen, batches, self.functions):
             self.state = jax.block_until_ready(state)
             yield float(report.loss)

@@ -43,7 +43,7 @@ def _device() -> str:
 
 
 def products(flags: Namespace, sides: list[str]) -> Iterator[Record]:
-    """How fast square matrices multiply here, operations a second of either framework."""
+    """How fast square matrices multiply here: operations per second of either framework."""
     side = {"tiny": 128, "smollm2": 2048, "7b": 8192}[flags.size]
     record = {"dtype": flags.dtype, "side": side}
     for name in sides:
@@ -64,7 +64,7 @@ def _product(name: str, dtype: str, side: int) -> Record:
 def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """A training step of every case on both sides."""
     if flags.apart:
-        yield from _apart(flags, sides, flags.cases)
+        yield from _in_own_processes(flags, sides, flags.cases)
         return
     for case in flags.cases:
         found = measure.together(case, sides, flags.repeats)
@@ -79,10 +79,10 @@ def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
         yield record
 
 
-def _apart(
+def _in_own_processes(
     flags: Namespace, sides: list[str], cases: list[Case], new_tokens: int = 0
 ) -> Iterator[Record]:
-    # Each side in a process of its own, ours first; a record a side and case.
+    # Each side in its own process, ours first; one record per side and case.
     seconds: dict[tuple[str, Case], float] = {}
     for side in sides:
         profiled = flags.profile and side == "ours"
@@ -125,7 +125,7 @@ def _renamed(one: Record, answers: str) -> Record:
 
 
 def data_sheet_rate(kind: str) -> float | None:
-    """Operations a second of a device in bfloat16 by its data sheet; None if it is not known."""
+    """Operations per second of a device in bfloat16 by its data sheet; None if it is not known."""
     from jax_lora.planning.targets import DEVICES
 
     name = next((target for known, target in TARGETS.items() if known in kind), None)
@@ -139,7 +139,7 @@ def startup(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """From nothing to the end of the first step, and the peak of memory, side by side."""
     for case in flags.cases:
         for side in sides:
-            one = measure.alone(side, case, repeats=2, same_weights=False)
+            one = measure.in_fresh_process(side, case, repeats=2, same_weights=False)
             if "error" not in one:
                 one = {"seconds": measure.median(one)} | _renamed(one, answers="losses")
             yield {"side": side} | case.record() | one
@@ -152,7 +152,7 @@ def decode(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """Greedy continuations of random prompts of one length, which nothing ends early."""
     cases = [replace(case, rows=rows) for case in flags.cases for rows in flags.batches]
     if flags.apart:
-        yield from _apart(flags, sides, cases, flags.new_tokens)
+        yield from _in_own_processes(flags, sides, cases, flags.new_tokens)
         return
     for case in cases:
         found = measure.together(case, sides, flags.repeats, flags.new_tokens)

@@ -1,4 +1,4 @@
-"""Where results go: a JSON file that is whole at any moment, and its tables in Markdown."""
+"""Where results go: a JSON file that is complete at any moment, and its tables in Markdown."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def revision() -> str | None:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """All parts as tables: a column a key, in the order in which keys first occur."""
-    said = [f"`{found['command']}`", f"{found['date']}, revision {found['revision']}"]
-    said += [f"{found['device']}; {found['machine']}; Python {found['python']}"]
-    said += [", ".join(f"{name} {version}" for name, version in found["versions"].items())]
-    text = "\n".join(f"- {line}" for line in said) + "\n"
+    """All parts as tables: one column per key, in the order in which keys first occur."""
+    lines = [f"`{found['command']}`", f"{found['date']}, revision {found['revision']}"]
+    lines += [f"{found['device']}; {found['machine']}; Python {found['python']}"]
+    lines += [", ".join(f"{name} {version}" for name, version in found["versions"].items())]
+    text = "\n".join(f"- {line}" for line in lines) + "\n"
     for part, title in TITLES.items():
         if part in found:
             text += f"\n## {title}\n\n{table(found[part])}"

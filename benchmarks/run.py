@@ -8,8 +8,8 @@ Parts: `products` says what plain matrix products reach here; `step` times a tra
 identical batches (tokens, mask, weights, adapters), the sides taking turns, and says whether their
 losses agree; `epoch` the real task mix with each side's own batching; `startup` fresh processes;
 `curves` time against rank, length, batch, depth and number of examples; `decode` greedy decoding.
-With --apart, for models of which a device holds but one, each side has a process and random weights
-of its own. Every result is in FOLDER/results.json, and in the tables of FOLDER/results.md, as soon
+With --apart, for models of which a device holds but one, each side has its own process and random
+weights. Every result is in FOLDER/results.json, and in the tables of FOLDER/results.md, as soon
 as it is there.
 """
 
@@ -61,15 +61,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--remat", default="none", help="none, full, products, or several; PEFT's checkpointing")
     flag("--attention", default="auto", help="auto, xla, cudnn, flash, or several; ours")
     flag("--dropout", type=float, default=0.0)
-    flag("--unroll", type=int, default=1, help="layers a step of the scan; ours")
+    flag("--unroll", type=int, default=1, help="layers per iteration of the scan; ours")
     flag("--loss-chunk", type=int, default=256, help="positions with logits at a time; ours")
     flag("--layers", type=int, default=0, help="in place of the size's own")
     flag("--repeats", type=int, default=5, help="steps that count, behind two that do not")
-    flag("--apart", action="store_true", help="step, decode: each side in a process of its own")
+    flag("--apart", action="store_true", help="step, decode: each side in its own process")
     flag("--profile", action="store_true", help="with --apart: our kernels of one more call")
     flag("--examples", type=int, default=64, help="epoch: rows of the task mix")
     flag("--batches", default="1,32", help="decode: rows of a batch")
-    flag("--new-tokens", type=int, default=64, help="decode: tokens a row")
+    flag("--new-tokens", type=int, default=64, help="decode: tokens per row")
     flag("--out", type=Path, default=Path("runs/benchmark"))
     flags = parser.parse_args(argv)
     flags.shapes = flags.shapes or SHAPES[flags.size]

@@ -62,9 +62,9 @@ def main() -> None:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     print(f"{'../shared/data/niv2-slice' if real else 'toy tasks'}, {os.cpu_count()} CPUs")
     for name, rows in mixes.items():
-        said = mean(len(row["prediction"].split()) for row in rows)
+        words = mean(len(row["prediction"].split()) for row in rows)
         accepted = mean(len(one.split()) for row in rows for one in row["references"])
-        print(f"\n{len(rows):,} answers {name}: mean {said:.1f} words, references {accepted:.1f}")
+        print(f"\n{len(rows):,} answers {name}: mean {words:.1f} words, references {accepted:.1f}")
         sample = random.Random(0).sample(rows, SAMPLE)
         start = time.perf_counter()
         expected = [by_rouge_score(scorer, row) for row in sample]

@@ -32,7 +32,8 @@ class Trainer:
     The setting: sdpa attention, no cache, `remat` other than "none" as gradient checkpointing
     without reentry, fused AdamW behind the clip of transformers' Trainer. Frozen weights have the
     case's dtype, what trains is float32, under autocast where the two differ: as Trainer(bf16)
-    does, and as ours are. `weights` None leaves PyTorch's own draw, and JAX out of the process.
+    does, and as ours are. `weights` None leaves PyTorch's own initialization, and keeps JAX
+    out of the process.
     """
 
     def __init__(self, case: Case, weights: Any):

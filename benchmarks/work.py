@@ -127,7 +127,7 @@ def batch(case: Case, seed: int = 0) -> Micro:
 
 
 class Words:
-    """A tokenizer for want of one: every word is a token. It suffices to measure speed."""
+    """A stand-in for a tokenizer: every word is one token. It suffices to measure speed."""
 
     eos_token_id = 0
 

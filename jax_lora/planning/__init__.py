@@ -1,1 +1,1 @@
-"""Counting before the launch."""
+"""Parameters, memory, operations and days of a run, before its launch."""

@@ -1,12 +1,12 @@
 """A training step compiled ahead of time for devices that are not here.
 
 It is the step that training runs, with its shardings, on abstract arrays: the compiler of the
-target says how much memory each of its functions takes. No accelerator is needed, and nothing is
+target reports how much memory each of its functions takes. No accelerator is needed, and nothing is
 allocated; the default backend should be the CPU (JAX_PLATFORMS=cpu, before JAX starts).
 
-A TPU's compiler is asked with 1 MiB to have: it lays the memory out, says what it would take, and
-refuses. Code for the step, minutes of work, is not made. Four steps of LLaMA-7B that were compiled
-to the end had peaks within 4% of that, to either side.
+A TPU's compiler is given 1 MiB of memory: it lays the program out, reports how much it would take,
+and refuses. The code of the step, minutes of work, is not generated. Four steps of LLaMA-7B that
+were compiled to the end had peaks within 4% of that, in either direction.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import PlannedStep, trees
 from jax_lora.planning.targets import Target
 
-# What XLA's CUDA compiler asks of a card, after openxla/xla, backends/gpu/target_config/specs.
+# What XLA's CUDA compiler needs to know of a card, after openxla/xla,
+# backends/gpu/target_config/specs.
 _CARD = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -73,10 +74,10 @@ _SLICES = {
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiler says of one function, bytes on one device.
+    """What the compiler reports for one function, bytes on one device.
 
-    `peak` is what the run needs while it runs: what it holds besides the function's arguments,
-    and what the function adds to them.
+    `peak` is what the run needs during the function: what the run holds, arguments included, and
+    what the function adds to it.
     """
 
     arguments: int
@@ -87,7 +88,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the compiler says of every function of a step, by its name."""
+    """What the compiler reports for every function of a step, by its name."""
 
     programs: dict[str, Program]
 
@@ -140,7 +141,7 @@ def compile_step(planned: PlannedStep, target: Target) -> Verdict:
 
     Args:
       planned: the step; its mesh says how many devices.
-      target: the kind of device; its count is not looked at.
+      target: the kind of device; its count is not used.
 
     Raises:
       ConfigError: as `devices`; a mesh that the devices do not fill.
@@ -179,7 +180,7 @@ def compile_step(planned: PlannedStep, target: Target) -> Verdict:
 
 
 def need(program: Lowered) -> int:
-    """Bytes that a TPU's compiler wants for a program, its arguments included.
+    """Bytes that a TPU's compiler needs for a program, its arguments included.
 
     From its refusal: "Ran out of memory on HBM, the total memory required for HLO temporaries
     (16.60G) exceeds available HBM (1.00M)."
@@ -187,9 +188,9 @@ def need(program: Lowered) -> int:
     try:
         found = program.compile({"xla_tpu_max_hbm_size_mib": "1"}).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        said = re.search(r"memory required [^(]*\(([\d.]+)([KMG])\)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or said is None:
+        found = re.search(r"memory required [^(]*\(([\d.]+)([KMG])\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
             raise
-        return int(float(said[1]) * 1024 ** ("KMG".index(said[2]) + 1))
+        return int(float(found[1]) * 1024 ** ("KMG".index(found[2]) + 1))
     assert found is not None
     return found.peak_memory_in_bytes

@@ -19,7 +19,7 @@ from jax_lora.training import masks
 
 @cache
 def base_shapes(config: LlamaConfig) -> Any:
-    """The base tree as `jax.ShapeDtypeStruct`s; one tree a config, not to be changed."""
+    """The base tree as `jax.ShapeDtypeStruct`s; one tree per config, not to be changed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
 
@@ -48,7 +48,7 @@ def table(variables: Any, trains: Any) -> pd.DataFrame:
       trains: the boolean tree of `masks.mask`.
 
     Returns:
-      A row a leaf: module, shape (stacked over layers), frozen, trainable.
+      One row per leaf: module, shape (stacked over layers), frozen, trainable.
     """
     rows = []
     leaves = jax.tree_util.tree_leaves_with_path(variables)
@@ -75,7 +75,7 @@ def parameter_table(
       targets: the adapted linear layers; the paper's are q, k, v and o.
 
     Returns:
-      A row a stacked leaf: module, shape, frozen, trainable.
+      One row per stacked leaf: module, shape, frozen, trainable.
 
     Raises:
       ValueError: a rank below 1 or an unknown target.

@@ -2,7 +2,7 @@
 
 Bytes of a card are those in openxla/xla, target_config/specs; of a TPU, what its compiler allows.
 A name is that of a device and, behind a dash, how many there are: `h200`, `a100-80gb-8`, `v5e-8`.
-As in Google's names, the number of a v5p counts TensorCores, two a chip: v5p-8 is four chips.
+As in Google's names, the number of a v5p counts TensorCores, two per chip: v5p-8 is four chips.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Device:
     Attributes:
       platform: "cuda", "tpu" or "cpu".
       bytes: of memory, as the driver or the compiler reports it.
-      tflops: dense bfloat16, 1e12 operations a second.
-      bandwidth: of the memory, bytes a second; None where nobody measured it.
+      tflops: dense bfloat16, 1e12 operations per second.
+      bandwidth: of the memory, bytes per second; None where nobody measured it.
       source: of `tflops` and `bandwidth`.
       measured: TFLOP/s of a large bfloat16 product, where we measured it.
     """
@@ -41,7 +41,7 @@ class Device:
 
     @property
     def rate(self) -> float:
-        """Operations a second to expect of large products at the very best."""
+        """Operations per second to expect of large products at the very best."""
         return 1e12 * (self.measured or self.tflops)
 
 
@@ -110,7 +110,7 @@ DEVICES = {
         "benchmarks/cpu_products.py on two cores with AMX; other processors differ",
     ),
 }
-_CORES = {"v5p": 2}  # that its name counts, of a chip
+_CORES = {"v5p": 2}  # per chip; the name counts these
 
 
 def target(name: str) -> Target:

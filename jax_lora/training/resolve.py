@@ -57,7 +57,7 @@ class Resolved:
 
     @property
     def row_groups(self) -> int:
-        """Groups of devices with rows of their own: data × fsdp."""
+        """Groups of devices that compute different rows: data × fsdp."""
         data, fsdp, _ = self.mesh_sizes
         return data * fsdp
 

@@ -3,7 +3,7 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.planning.arguments tiny cpu
     python -m tests.planning.arguments tiny a100-80gb
 
-Prints a line of JSON for every step and function: its label, the compiler's bytes, the plan's.
+Prints one line of JSON per step and function: its label, the compiler's bytes, the plan's.
 """
 
 import json

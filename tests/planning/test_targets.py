@@ -12,7 +12,7 @@ from jax_lora.planning.targets import DEVICES, full_name, target
         ("a100-80gb", "a100-80gb", None),
         ("a100-80gb-8", "a100-80gb", 8),
         ("v5e-8", "v5e", 8),
-        ("v5p-8", "v5p", 4),  # TensorCores, two a chip
+        ("v5p-8", "v5p", 4),  # TensorCores, two per chip
         ("cpu", "cpu", None),
     ],
 )
