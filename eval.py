@@ -8,6 +8,7 @@ same command to resume after an interruption. Only what is answered in full is s
 """
 
 import functools
+from typing import Any
 
 from absl import app, flags
 
@@ -50,7 +51,7 @@ def main(_):
             "max_new_tokens": _MAX_NEW_TOKENS.value,
             "devices_per_copy": _DEVICES_PER_COPY.value,
         }
-        options = {key: value for key, value in given.items() if value is not None}
+        options: Any = {key: value for key, value in given.items() if value is not None}
         run = Run.open(None, _WORKDIR.value, say=functools.partial(print, flush=True))
         if not _CHECK.value:
             run.score(_SETS.value, _ADAPTER.value, overwrite=_OVERWRITE.value, **options)

@@ -130,7 +130,7 @@ def digest(tree: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.ascontiguousarray(leaf)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(array.view(np.uint8).reshape(-1))
+        found.update(array.tobytes())
     return found.hexdigest()[:16]
 
 

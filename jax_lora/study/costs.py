@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jax_lora.model import lora
 from jax_lora.model.config import CONFIGS
 from jax_lora.planning.operations import operations
 from jax_lora.planning.setup import Setup
+from jax_lora.study import grid, results, spec
+from jax_lora.study.grid import Cell
 from jax_lora.weights import base as base_weights
+from jax_lora.weights.hf import read_json
 
 
 def operations_per_token(run: Any) -> tuple[float, float]:
@@ -43,3 +48,90 @@ def _setup(run: Any) -> Setup:
         dropout=run.lora.dropout if is_lora else 0.0,
         attention="cudnn",  # the causal half of the pairs of tokens, whichever kernel runs
     )
+
+
+def estimate(run: Any) -> float:
+    """What orders the cells: operations if every example had one token. Reads no example."""
+    starred = "*" in run.data.set  # as many examples as the set of middle size
+    tasks = run.data.sizes[1] if starred else len(spec.task_set(run).tasks)
+    examples = tasks * run.data.train_per_task * run.epochs
+    limit = run.max_steps * run.batch_size or examples
+    return min(examples, limit) * operations_per_token(run)[0]
+
+
+def facts(run: Any, folder: Path) -> dict[str, Any]:
+    """The columns of the results that are the same in all rows of a trained cell."""
+    parameters, tasks = read_json(folder / "parameters.json"), spec.task_set(run)
+    tokens, (training, forward) = spec.train_tokens(run), operations_per_token(run)
+    return {
+        "model": Path(run.model).name,
+        "set_tasks": len(tasks.tasks),
+        "train_examples": len(tasks.examples),
+        "trainable": parameters["trainable"],
+        "frozen": parameters["frozen"],
+        "train_tokens": tokens,
+        "train_operations": tokens * training,
+        "base_operations": tokens * forward,
+    }
+
+
+def dry_run(
+    config: Any,
+    folder: Path,
+    workdir: Path,
+    cells: Sequence[Cell],
+    planner: Any,
+    target: str | None = None,
+    tokens_per_second: float | None = None,
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]], str]:
+    """The cells with their tokens, operations, hours and memory.
+
+    Args:
+      config: of the study.
+      folder: of the toy tasks and base.
+      workdir: of the study.
+      cells: of it, or some of them.
+      planner: with `target`, `setups`, `memory` and `ceiling`.
+      target: hardware, see plan.py.
+      tokens_per_second: of training the cheapest cell.
+
+    Returns:
+      The header of a table, its rows and a line below it.
+    """
+    where = planner.target(target or "cpu")
+    runs = {cell.id: spec.run_config(config, folder, cell) for cell in cells}
+    tokens = {name: spec.train_tokens(run) for name, run in runs.items()}
+    per_token = {name: operations_per_token(run)[0] for name, run in runs.items()}
+    setups = {name: tuple(planner.setups(run, where)) for name, run in runs.items()}
+    peaks = {own: max(planner.memory(one).peak for one in own) for own in set(setups.values())}
+
+    estimated = {name: estimate(run) for name, run in runs.items()}
+    took = results.finished(workdir, estimated)
+    known = [(estimated[name], seconds) for name, seconds in took.items()]
+    found = results.seconds(list(estimated.values()), known)
+    seconds: dict[str, float] = {}
+    if speed := tokens_per_second:
+        source = "of training, by --tokens-per-second and operations"
+        cheapest = min(per_token.values())
+        seconds = {n: tokens[n] / speed * per_token[n] / cheapest for n in runs}
+    elif found:
+        source, seconds = "by the cells that are finished", dict(zip(runs, found, strict=True))
+    elif target:
+        source = f"of training at the ceiling of {where.kind}'s arithmetic"
+        seconds = {n: tokens[n] / planner.ceiling(setups[n][-1], where.device) for n in runs}
+    else:
+        source = "give --tokens-per-second or --target, or finish a cell"
+
+    rows: list[tuple[Any, ...]] = []
+    for name in (cell.id for cell in grid.cheap_first(cells, estimated)):
+        peak = peaks[setups[name]]
+        hours = f"{seconds[name] / 3600:.2f}" if seconds else None
+        fits = ("yes" if peak <= where.device.usable else "no") if target else None
+        work = f"{tokens[name] * per_token[name]:.2e}"
+        rows.append((name, tokens[name], work, hours, f"{peak / 2**30:.2f}", fits))
+    hours = f"{sum(seconds.values()) / 3600:.2f}" if seconds else None
+    work = f"{sum(tokens[n] * per_token[n] for n in runs):.2e}"
+    rows.append((f"{len(cells)} cells", sum(tokens.values()), work, hours, None, None))
+    header = ("cell", "training tokens", "operations", "hours", "peak GiB", "fits")
+    note = f"hours: {source}; peak: of a step of training, on one device, by formula"
+    return header, rows, note

@@ -82,6 +82,12 @@ def cells(
     return found
 
 
+def cells_of(config: Mapping[str, Any]) -> list[Cell]:
+    """All cells of a study, from its config or from what study.json says of it."""
+    axes = ("ranks", "sets", "rounds", "learning_rates", "variants")
+    return cells(*(config[name] for name in axes))
+
+
 def frame(cells: Iterable[Cell]) -> Frame:
     """The cells as a table of `jax_lora.study.GRID`: what a report expects."""
     return pd.DataFrame([astuple(cell) for cell in cells], columns=GRID).astype({"rank": "Int64"})

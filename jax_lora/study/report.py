@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from jax_lora.study import METRICS, TESTS, Frame, Study, figures, set_order, tables
+from jax_lora.evaluation.evaluate import read_jsonl
+from jax_lora.study import METRICS, TESTS, Frame, Study, figures, grid, read, set_order, tables
 from jax_lora.study.statistics import (
     FEWEST_TASKS,
     LEVEL,
@@ -25,6 +26,7 @@ from jax_lora.study.statistics import (
     verdict,
 )
 from jax_lora.study.tables import markdown
+from jax_lora.weights.hf import read_json
 
 _CAPTIONS = {
     "figure1": "Figure 1. Scores against the rank; bands: ± the standard deviation over rounds.",
@@ -134,6 +136,15 @@ def report(
     path = folder / "report.md"
     path.write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
     return path
+
+
+def write(workdir: Path) -> Path:
+    """Write the report of a study from its results.parquet, study.json and cases.jsonl alone."""
+    study_json, cases = read_json(workdir / "study.json"), workdir / "cases.jsonl"
+    cells = grid.frame(grid.cells_of(study_json["config"]))
+    answers = read_jsonl(cases) if cases.is_file() else []
+    found = read(workdir / "results.parquet")
+    return report(found, cells, workdir / "report", cases=answers)
 
 
 def findings(own: Study, numbers: Frame, compared: Frame, *, seed: int = 0) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -53,3 +53,14 @@ def submit(text: str, folder: Path) -> str:
     if done.returncode:
         raise ValueError(f"sbatch: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def worker_arguments(arguments: Iterable[str]) -> Iterator[str]:
+    """The arguments of study.py without those that describe the job array."""
+    words = iter(arguments)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if name in ("launcher", "workers", "hosts", "sbatch"):
+            _ = equals or next(words)
+        elif name != "submit":
+            yield word

@@ -16,10 +16,10 @@ from jax_lora.training.step import Micro, State, Step, zeros
 _COMPILED = {"seconds": 0.0}
 
 
-def _listen(event: str, seconds: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     # Tracing, lowering, and XLA's compiler or its cache on disk: they follow one another.
     if event.startswith("/jax/core/compile/"):
-        _COMPILED["seconds"] += seconds
+        _COMPILED["seconds"] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

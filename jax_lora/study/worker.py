@@ -1,0 +1,149 @@
+"""The work of one worker of a study: it makes the toy base, then trains and scores cells."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from jax_lora import study
+from jax_lora.study import costs, grid, locks, results, runner, spec, view
+from jax_lora.study.grid import Cell
+from jax_lora.study.team import Team, fault
+from jax_lora.weights.hf import read_json
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker of a study, or one of its processes.
+
+    Attributes:
+      config: of the study.
+      workdir: the study's folder.
+      team: this process among those of its worker.
+      train: (config, folder): trains a run to its end, or resumes it.
+      score: (folder, names of test sets): scores a run.
+      export: (folder, config, destination): writes a fully trained run as a Hugging Face folder.
+      say: shows a line of progress.
+    """
+
+    config: Any
+    workdir: Path
+    team: Team
+    train: Callable[[Any, Path], None]
+    score: Callable[[Path, Sequence[str]], None]
+    export: Callable[[Path, Any, Path], None]
+    say: Callable[[str], None]
+
+    def follow(self) -> None:
+        """Train what the leader of this worker trains, until it ends."""
+        self.team.follow(lambda name: self.train(*spec.run_of(self.config, self.workdir, name)))
+
+    def prepare(self, resolved: dict[str, Any]) -> None:
+        """Write study.json and, where the study has one, the toy base."""
+        self.team.gather()
+        if not (self.workdir / "study.json").is_file():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            runner.write_json(self.workdir / "study.json", resolved)
+        if self.config.toy.instances:
+            is_made = (self.workdir / "toy" / "toy-llama").is_dir
+            runner.once(self.workdir, spec.TOY, is_made, self._make_base)
+
+    def run(self, chosen: Sequence[Cell], retry_failed: bool) -> tuple[str, list[str]]:
+        """Train and score cells until none is left.
+
+        Returns:
+          How far the study is, and a line per cell that failed.
+        """
+        workdir, cells = self.workdir, grid.cells_of(self.config)
+        runs = {cell.id: spec.run_config(self.config, workdir, cell) for cell in chosen}
+        operations = {name: costs.estimate(run) for name, run in runs.items()}
+        ordered = grid.cheap_first(chosen, operations)
+        look = functools.partial(view.look, workdir, ordered, operations)
+        live = view.Live(look, sys.stderr) if sys.stderr.isatty() else None
+
+        def on_change(cell: Cell, what: str) -> None:
+            if what == "done":
+                results.gather(cells, workdir)
+            if not live:
+                self.say(f"{look()[0]} | {cell.id} {what}")
+            if self.team.discord:
+                raise OSError(f"{self.team.discord}; this worker ends")
+
+        with live or nullcontext():
+            runner.pull(ordered, workdir, self._run_cell, retry_failed=retry_failed, tell=on_change)
+            results.gather(cells, workdir)
+            results.write_cases(cells, workdir)
+        failed = [runner.place(workdir, cell) / "failed.json" for cell in chosen]
+        lines = [f"{path}: {read_json(path)['reason']}" for path in failed if path.is_file()]
+        return look()[0], lines
+
+    def _train(self, name: str, scored: Sequence[str] = ()) -> float:
+        """Train in all processes of this worker and score here; seconds of training."""
+        run, folder = spec.run_of(self.config, self.workdir, name)
+
+        def lost(reason: str) -> None:
+            if name != spec.TOY:
+                runner.fail(folder, reason)
+            self.say(f"\nerror: {name}: {reason}; the others wait for it, this worker ends")
+
+        began = time.perf_counter()
+        with _output(self.workdir, name):
+            with self.team.together(name, lost):
+                self.train(run, folder)
+            trained = time.perf_counter()
+            if scored:
+                self.score(folder, scored)
+        return trained - began
+
+    def _make_base(self) -> None:
+        """Write the toy tasks, and a base that is fully trained on those outside of the grid."""
+        spec.write_start(self.config, self.workdir, "untrained")
+        run, folder = spec.run_of(self.config, self.workdir, spec.TOY)
+        self._train(spec.TOY)
+        with _output(self.workdir, spec.TOY):
+            self.export(folder, run, self.workdir / "toy" / "toy-llama")
+
+    def _run_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """Train and score a cell, or resume it; what its done.json holds."""
+        if not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
+            rmtree(folder, ignore_errors=True)  # answers of a model that is gone
+        began = time.perf_counter()
+        with _faults():
+            training = self._train(cell.id, study.TESTS)
+        timings = {"training": training, "scoring": time.perf_counter() - began - training}
+        results.share_examples(cell, folder, self.workdir / "examples")
+        facts = costs.facts(spec.run_config(self.config, self.workdir, cell), folder)
+        return {"timings": locks.owner() | timings, "rows": results.rows(cell, folder, facts)}
+
+
+def resolve(config: Any) -> dict[str, Any]:
+    """What study.json says of a config; the fingerprint of the data is added to it."""
+    return {"config": json.loads(config.to_json_best_effort())}
+
+
+@contextmanager
+def _output(workdir: Path, name: str) -> Iterator[None]:
+    """What the enclosed block prints goes to a file; its progress stays on stderr."""
+    path = workdir / "logs" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, redirect_stdout(file):
+        yield
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """A script that ends over a fault is a cell that failed; one that was stopped ends us too."""
+    try:
+        yield
+    except SystemExit as end:
+        if failure := fault(end):
+            raise failure from None
+        raise
