@@ -1,7 +1,7 @@
 """A study of rank × task set × round: its results as data, tables, figures and a report.
 
-The contract between who runs a study and who reads it: `results` has a row a cell × test set ×
-task (COLUMNS), `expected` a row a cell of the grid (GRID). A cell is one trained model; a
+The contract between who runs a study and who reads it: `results` has one row per cell × test
+set × task (COLUMNS), `expected` one row per cell of the grid (GRID). A cell is one trained model; a
 configuration is what its rounds share on one set: method, variant, rank and learning rate.
 """
 
@@ -78,7 +78,7 @@ def check(results: Frame, expected: Frame) -> None:
 
     Args:
       results: COLUMNS.
-      expected: GRID, a row a cell, finished or not.
+      expected: GRID, one row per cell, finished or not.
 
     Raises:
       ValueError: one line with what is missing, doubled, out of range or contradictory.
@@ -144,7 +144,7 @@ class Study:
         return list(dict.fromkeys(keys["config"]))
 
     def scores(self, set_name: str, test: str, metric: str, closed: bool = False) -> Frame:
-        """One metric in percent: a row a round × task × its examples, a column a configuration.
+        """One metric in percent: one row per round × task, one column per configuration.
 
         Args:
           set_name: what was trained on.

@@ -66,7 +66,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @_styled
 def scaling(study: Study, numbers: Frame, width: float = TEXT) -> Figure:
-    """Figure 1: scores against the rank, a line a set, full fine-tuning dashed.
+    """Figure 1: scores against the rank, one line per set, full fine-tuning dashed.
 
     Args:
       study: checked rows and grid.

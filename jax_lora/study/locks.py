@@ -135,7 +135,7 @@ def take(
             fcntl.flock(handle, fcntl.LOCK_EX)
         dead = _files(folder, name)
         now = os.stat(fresh).st_mtime
-        if any(now - _sign(folder / f"{name}.{i}") < silence for i in dead):
+        if any(now - _heartbeat(folder / f"{name}.{i}") < silence for i in dead):
             return None
         n = max(dead, default=0)
         after = json.loads(dead[n]).get("token") if n else None
@@ -176,19 +176,19 @@ def holder(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(found[max(found)]) if found else {}
 
 
-def last_sign(folder: Path, name: str) -> float:
+def last_heartbeat(folder: Path, name: str) -> float:
     """When a lock's owner last showed that it lives, in seconds of the file server's clock.
 
     Returns:
       ∞ for a process that is seen to live, -∞ for one that is seen to be dead or for no lock.
     """
-    signs = (_sign(folder / f"{name}.{i}") for i in _files(folder, name))
+    signs = (_heartbeat(folder / f"{name}.{i}") for i in _files(folder, name))
     return max(signs, default=-math.inf)
 
 
 def is_held(folder: Path, name: str, silence: float = SILENCE) -> bool:
     """Whether a living process holds a lock."""
-    sign = last_sign(folder, name)
+    sign = last_heartbeat(folder, name)
     return sign == math.inf or (sign > -math.inf and _now(folder) - sign < silence)
 
 
@@ -202,8 +202,8 @@ def _now(folder: Path) -> float:
         fresh.unlink(missing_ok=True)
 
 
-def _sign(path: Path) -> float:
-    """`last_sign` of one file."""
+def _heartbeat(path: Path) -> float:
+    """`last_heartbeat` of one file."""
     try:
         with path.open() as file:
             held = json.load(file)

@@ -19,7 +19,7 @@ from jax_lora.evaluation.evaluate import read_jsonl
 from jax_lora.evaluation.metrics import normalize
 from jax_lora.study import COLUMNS, TESTS, set_order
 from jax_lora.study.grid import Cell
-from jax_lora.study.runner import place, whole
+from jax_lora.study.runner import atomic_write, cell_folder
 from jax_lora.weights.hf import read_json
 
 _TYPES = {"text": "str", "rank": "Int64", "count": "int64", "flag": "bool"}  # others are floats
@@ -34,7 +34,7 @@ def rows(cell: Cell, folder: Path, facts: Mapping[str, Any]) -> list[dict[str, A
       facts: the other columns that are the same in all of its rows.
 
     Returns:
-      A row a test set × task, with the keys of `COLUMNS` and values that JSON can hold.
+      One row per test set × task, with the keys of `COLUMNS` and values that JSON can hold.
     """
     found = []
     for test in TESTS:
@@ -53,7 +53,7 @@ def rows(cell: Cell, folder: Path, facts: Mapping[str, Any]) -> list[dict[str, A
 
 
 def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
-    """Keep what was asked once a round: the cells' examples.jsonl become one file of many names.
+    """Keep the prompts once per round: the cells' examples.jsonl become one file of many names.
 
     Args:
       cell: which one.
@@ -66,7 +66,7 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
         with suppress(FileExistsError):
             os.link(own, one)
         if not own.samefile(one) and filecmp.cmp(own, one, shallow=False):
-            with whole(own) as fresh:
+            with atomic_write(own) as fresh:
                 os.link(one, fresh)
 
 
@@ -77,7 +77,7 @@ def gather(cells: Sequence[Cell], folder: Path) -> None:
     """
 
     def done() -> dict[str, Path]:
-        paths = {cell.id: place(folder, cell) / "done.json" for cell in cells}
+        paths = {cell.id: cell_folder(folder, cell) / "done.json" for cell in cells}
         return {name: path for name, path in paths.items() if path.is_file()}
 
     found: dict[str, Path] = {}
@@ -90,21 +90,21 @@ def gather(cells: Sequence[Cell], folder: Path) -> None:
         types = {name: _TYPES.get(kind, "float64") for name, kind in kinds.items()}
         timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in said.items()])
         for name, table in (("results", results.astype(types)), ("timings", timings)):
-            with whole(folder / f"{name}.parquet") as fresh:
+            with atomic_write(folder / f"{name}.parquet") as fresh:
                 table.to_parquet(fresh, index=False)
 
 
 def write_cases(cells: Sequence[Cell], folder: Path) -> None:
     """Write cases.jsonl: of every test task the first example that models answer differently.
 
-    The models are those of the largest set and the first round, one a method, rank and variant;
+    The models are those of the largest set and the first round, one per method, rank and variant;
     a task that all of them answer alike has no case.
 
     Args:
       cells: of the study.
       folder: of the study.
     """
-    found = [cell for cell in cells if (place(folder, cell) / "done.json").is_file()]
+    found = [cell for cell in cells if (cell_folder(folder, cell) / "done.json").is_file()]
     if not found:
         return
     largest = max((cell.set for cell in found), key=lambda name: ("*" not in name, set_order(name)))
@@ -113,7 +113,9 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
     for cell in found:
         if (cell.set, cell.round) == (largest, first):
             name = "full" if cell.rank is None else f"rank {cell.rank}"
-            models.setdefault(" ".join(filter(None, (name, cell.variant))), place(folder, cell))
+            models.setdefault(
+                " ".join(filter(None, (name, cell.variant))), cell_folder(folder, cell)
+            )
 
     lines = []
     for test in TESTS:
@@ -131,7 +133,7 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
             case = {name: example[name] for name in ("task", "input", "references")}
             case["task"] += f", {test}: trained on {largest}, round {first}"
             lines.append(json.dumps(case | {"answers": own}, ensure_ascii=False) + "\n")
-    with whole(folder / "cases.jsonl") as fresh:
+    with atomic_write(folder / "cases.jsonl") as fresh:
         fresh.write_text("".join(lines), encoding="utf-8")
 
 

@@ -28,12 +28,12 @@ from jax_lora.study.grid import Cell
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Cell, Path], dict[str, Any]]
-Tell = Callable[[Cell, str], None]
+OnChange = Callable[[Cell, str], None]
 STATES = ("done", "failed", "running", "waiting")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file to write, which becomes `path` at the end; several processes may be at it at once."""
     fresh = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
@@ -46,11 +46,11 @@ def whole(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    with whole(path) as fresh:
+    with atomic_write(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
-def place(folder: Path, cell: Cell) -> Path:
+def cell_folder(folder: Path, cell: Cell) -> Path:
     """A cell's own folder."""
     return folder / "cells" / cell.id
 
@@ -59,20 +59,22 @@ def states(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
     """By cell one of STATES."""
     found = {}
     for cell in cells:
-        kinds = [k for k in ("done", "failed") if (place(folder, cell) / f"{k}.json").is_file()]
+        kinds = [
+            k for k in ("done", "failed") if (cell_folder(folder, cell) / f"{k}.json").is_file()
+        ]
         if not kinds:
             kinds = ["running" if locks.is_held(folder / "locks", cell.id) else "waiting"]
         found[cell.id] = kinds[0]
     return found
 
 
-def pull(
+def run_cells(
     cells: Sequence[Cell],
     folder: Path,
     run: Run,
     *,
     retry_failed: bool = False,
-    tell: Tell = lambda cell, what: None,
+    on_change: OnChange = lambda cell, what: None,
     beat: float = locks.BEAT,
     silence: float = locks.SILENCE,
     sleep: Callable[[float], None] = time.sleep,
@@ -88,7 +90,7 @@ def pull(
       folder: of the study.
       run: (cell, its folder) → what goes into done.json.
       retry_failed: take cells that failed, once.
-      tell: called with a cell and "begins", "done" or "failed: …".
+      on_change: called with a cell and "begins", "done" or "failed: …".
       beat, silence: see `locks.take`.
       sleep: waits so many seconds.
     """
@@ -99,7 +101,7 @@ def pull(
     def is_open(cell: Cell) -> bool:
         again = retry_failed and cell.id not in tried
         kinds = ("done",) if again else ("done", "failed")
-        return not any((place(folder, cell) / f"{kind}.json").is_file() for kind in kinds)
+        return not any((cell_folder(folder, cell) / f"{kind}.json").is_file() for kind in kinds)
 
     def attempt(cell: Cell) -> bool:
         lock = locks.take(folder / "locks", cell.id, beat=beat, silence=silence)
@@ -108,11 +110,11 @@ def pull(
         with lock:
             if is_open(cell):  # nobody finished it since we looked
                 tried.add(cell.id)
-                _attempt(cell, place(folder, cell), run, tell)
+                _attempt(cell, cell_folder(folder, cell), run, on_change)
         return True
 
     def lives(cell: Cell) -> bool:
-        sign = locks.last_sign(folder / "locks", cell.id)
+        sign = locks.last_heartbeat(folder / "locks", cell.id)
         return sign == math.inf or sign > signs.setdefault(cell.id, sign)
 
     while left := list(filter(is_open, cells)):
@@ -122,19 +124,19 @@ def pull(
             sleep(beat / 3)
 
 
-def _attempt(cell: Cell, own: Path, run: Run, tell: Tell) -> None:
-    tell(cell, "begins")
+def _attempt(cell: Cell, own: Path, run: Run, on_change: OnChange) -> None:
+    on_change(cell, "begins")
     try:
         found = run(cell, own)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         fail(own, reason, traceback.format_exc())
-        tell(cell, f"failed: {reason}")
+        on_change(cell, f"failed: {reason}")
         return
     own.mkdir(parents=True, exist_ok=True)
     write_json(own / "done.json", found)
     (own / "failed.json").unlink(missing_ok=True)
-    tell(cell, "done")
+    on_change(cell, "done")
 
 
 def fail(own: Path, reason: str, trace: str = "") -> None:
@@ -147,7 +149,7 @@ def fail(own: Path, reason: str, trace: str = "") -> None:
 def _drop_damaged(cells: Sequence[Cell], folder: Path) -> None:
     # No process leaves a file in halves, but a disk may: the cell is finished anew.
     for cell in cells:
-        path = place(folder, cell) / "done.json"
+        path = cell_folder(folder, cell) / "done.json"
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -47,7 +47,7 @@ def run_of(config: Any, workdir: Path, name: str) -> tuple[RunConfig, Path]:
     """The config and the folder of what is trained under a name: a cell's id, or TOY."""
     if name != TOY:
         (cell,) = (cell for cell in cells_of(config) if cell.id == name)
-        return run_config(config, workdir, cell), runner.place(workdir, cell)
+        return run_config(config, workdir, cell), runner.cell_folder(workdir, cell)
     run, toy = config.run.copy_and_resolve_references(), workdir / "toy"
     run.update(config.full)
     run.update(config.toy.run)

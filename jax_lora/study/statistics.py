@@ -317,7 +317,7 @@ def weighted_means(rows: Frame, by: Sequence[str], names: Sequence[str]) -> Fram
 
 
 def behaviour(study: Study, by_category: bool = False) -> Frame:
-    """What the answers are like, a row a configuration × set × test (× category).
+    """What the answers are like, one row per configuration × set × test (× category).
 
     Returns:
       config, set, test, (category,) rounds; CLOSED_LABEL, means over closed-label tasks, and

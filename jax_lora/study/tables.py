@@ -171,7 +171,7 @@ def behaviour_table(study: Study, test: str, name_of_set: str) -> Table:
 
 
 def comparison_table(study: Study, data: Frame, test: str, metric: str) -> Table:
-    """LoRA less full fine-tuning with intervals, a column a set.
+    """LoRA less full fine-tuning with intervals, one column per set.
 
     Args:
       study: checked rows and grid.

@@ -68,7 +68,7 @@ class Team:
         self._lost: Callable[[str], None] = lambda reason: None
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self.discord = ""  # why the processes of this worker cannot go on together
+        self.disagreement = ""  # why the processes of this worker cannot go on together
 
     @property
     def leads(self) -> bool:
@@ -83,14 +83,14 @@ class Team:
     def __exit__(self, *_: object) -> None:
         if not self._store:
             return
-        self._say(f"left/{self._process}")
+        self._set(f"left/{self._process}")
         if self.leads:
             self._over.set()
             self._watcher.join()
-            self._say(f"names/{self._count + 1}")
+            self._set(f"names/{self._count + 1}")
             end = time.monotonic() + self._farewell
             while time.monotonic() < end:
-                if len(self._heard("left")) == self._processes:
+                if len(self._get("left")) == self._processes:
                     return
                 time.sleep(self._beat)
             # They wait for this one in a collective; JAX ends them with it.
@@ -105,8 +105,8 @@ class Team:
         Raises:
           ValueError: one of them ends instead.
         """
-        while self._store and len(self._heard("ready")) < self._processes - 1:
-            if gone := self._heard("left"):
+        while self._store and len(self._get("ready")) < self._processes - 1:
+            if gone := self._get("left"):
                 raise ValueError(f"process {min(gone)} ended before it began: its output says why")
             time.sleep(self._beat)
 
@@ -121,7 +121,7 @@ class Team:
 
         Raises:
           OSError: not all failed, or not in the same words: they are out of step, which
-            `discord` then says, too. What failed alike in all is raised as it is, and they may
+            `disagreement` then says, too. What failed alike in all is raised as it is, and they may
             go on.
         """
         if not self._store:
@@ -129,7 +129,7 @@ class Team:
             return
         self._lost = lost
         self._count += 1
-        self._say(f"names/{self._count}", name)
+        self._set(f"names/{self._count}", name)
         failure = None
         try:
             yield
@@ -139,8 +139,8 @@ class Team:
         while len(ends := self._ends()) < self._processes:
             time.sleep(self._beat)
         if len(set(ends.values())) > 1:
-            self.discord = _reasons(ends)
-            raise OSError(self.discord) from failure
+            self.disagreement = _reasons(ends)
+            raise OSError(self.disagreement) from failure
         if failure:
             raise failure
 
@@ -148,7 +148,7 @@ class Team:
         """Look after what the leader itself cannot, in a collective or while it scores."""
         since = None
         while not self._over.wait(self._beat):
-            if self._heard("stop"):
+            if self._get("stop"):
                 os.kill(os.getpid(), signal.SIGTERM)  # as if it had been this process
                 return
             ends = self._ends()
@@ -168,9 +168,9 @@ class Team:
 
         What `train` raises is told to the leader, and its next name is waited for.
         """
-        self._say(f"ready/{self._process}")
+        self._set(f"ready/{self._process}")
         for self._count in itertools.count(1):
-            while (name := self._heard("names").get(str(self._count))) is None:
+            while (name := self._get("names").get(str(self._count))) is None:
                 time.sleep(self._beat)
             if not name:
                 return
@@ -183,7 +183,7 @@ class Team:
 
     def stop(self) -> None:
         """Ask the leader to end, which ends all."""
-        self._say(f"stop/{self._process}")
+        self._set(f"stop/{self._process}")
 
     # ---------------------------------------------------------------- the store
 
@@ -193,16 +193,16 @@ class Team:
         if failure and not reason:
             raise failure
         words = " ".join(str(reason).split()) or type(reason).__name__
-        self._say(f"ends/{self._count}/{self._process}", words if reason else "")
+        self._set(f"ends/{self._count}/{self._process}", words if reason else "")
 
     def _ends(self) -> dict[str, str]:
-        return self._heard(f"ends/{self._count}")
+        return self._get(f"ends/{self._count}")
 
-    def _say(self, key: str, value: str = "") -> None:
+    def _set(self, key: str, value: str = "") -> None:
         assert self._store
         self._store.key_value_set(f"team/{key}", value, allow_overwrite=True)
 
-    def _heard(self, folder: str) -> dict[str, str]:
+    def _get(self, folder: str) -> dict[str, str]:
         """What was said below a key, by the rest of the key."""
         assert self._store
         start = f"team/{folder}/"

@@ -74,14 +74,16 @@ class Worker:
                 results.gather(cells, workdir)
             if not live:
                 self.say(f"{look()[0]} | {cell.id} {what}")
-            if self.team.discord:
-                raise OSError(f"{self.team.discord}; this worker ends")
+            if self.team.disagreement:
+                raise OSError(f"{self.team.disagreement}; this worker ends")
 
         with live or nullcontext():
-            runner.pull(ordered, workdir, self._run_cell, retry_failed=retry_failed, tell=on_change)
+            runner.run_cells(
+                ordered, workdir, self._run_cell, retry_failed=retry_failed, on_change=on_change
+            )
             results.gather(cells, workdir)
             results.write_cases(cells, workdir)
-        failed = [runner.place(workdir, cell) / "failed.json" for cell in chosen]
+        failed = [runner.cell_folder(workdir, cell) / "failed.json" for cell in chosen]
         lines = [f"{path}: {read_json(path)['reason']}" for path in failed if path.is_file()]
         return look()[0], lines
 

@@ -71,12 +71,14 @@ def never(seconds: float) -> None:
 
 def test_every_cell_runs_once_in_order(tmp_path):
     said = []
-    runner.pull(CELLS, tmp_path, fake, tell=lambda c, what: said.append((c.id, what)), sleep=never)
+    runner.run_cells(
+        CELLS, tmp_path, fake, on_change=lambda c, what: said.append((c.id, what)), sleep=never
+    )
     assert ran(tmp_path) == names()
     assert said == [(name, what) for name in names() for what in ("begins", "done")]
     assert set(runner.states(tmp_path, CELLS).values()) == {"done"}
     assert not list((tmp_path / "locks").iterdir())
-    runner.pull(CELLS, tmp_path, fake, sleep=never)  # nothing is left
+    runner.run_cells(CELLS, tmp_path, fake, sleep=never)  # nothing is left
     assert ran(tmp_path) == names()
 
 
@@ -89,21 +91,21 @@ def test_a_failure_is_written_down_and_stops_nothing(tmp_path):
             raise RuntimeError("out of\nmemory")
         return found
 
-    runner.pull(CELLS, tmp_path, sometimes, sleep=never)
+    runner.run_cells(CELLS, tmp_path, sometimes, sleep=never)
     assert ran(tmp_path) == names()
-    failed = json.loads((runner.place(tmp_path, CELLS[1]) / "failed.json").read_text())
+    failed = json.loads((runner.cell_folder(tmp_path, CELLS[1]) / "failed.json").read_text())
     assert failed["reason"] == "out of memory" and "sometimes" in failed["traceback"]
     states = runner.states(tmp_path, CELLS)
     assert states.pop(CELLS[1].id) == "failed" and set(states.values()) == {"done"}
 
-    runner.pull(CELLS, tmp_path, sometimes, sleep=never)  # it is not tried again unasked
+    runner.run_cells(CELLS, tmp_path, sometimes, sleep=never)  # it is not tried again unasked
     assert len(ran(tmp_path)) == len(CELLS)
-    runner.pull(CELLS, tmp_path, sometimes, retry_failed=True, sleep=never)  # and then once
+    runner.run_cells(CELLS, tmp_path, sometimes, retry_failed=True, sleep=never)  # and then once
     assert ran(tmp_path)[len(CELLS) :] == [CELLS[1].id]
     broken.clear()
-    runner.pull(CELLS, tmp_path, sometimes, retry_failed=True, sleep=never)
+    runner.run_cells(CELLS, tmp_path, sometimes, retry_failed=True, sleep=never)
     assert set(runner.states(tmp_path, CELLS).values()) == {"done"}
-    assert not (runner.place(tmp_path, CELLS[1]) / "failed.json").exists()
+    assert not (runner.cell_folder(tmp_path, CELLS[1]) / "failed.json").exists()
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit("stopped at step 3")])
@@ -112,7 +114,7 @@ def test_a_stop_gives_the_lock_back(tmp_path, end):
         raise end
 
     with pytest.raises(end if isinstance(end, type) else SystemExit):
-        runner.pull(CELLS, tmp_path, stops)
+        runner.run_cells(CELLS, tmp_path, stops)
     assert set(runner.states(tmp_path, CELLS).values()) == {"waiting"}
     assert not list((tmp_path / "locks").iterdir())
 
@@ -155,11 +157,11 @@ def test_a_lock_is_one_processs_until_it_dies(tmp_path):
         os.utime(tmp_path / "locks" / f"{name}.1", (0, 0))
         assert locks.take(tmp_path / "locks", name) is None
         assert runner.states(tmp_path, CELLS)[name] == "running"
-        runner.pull(CELLS, tmp_path, fake, sleep=never)  # the others; it does not wait
+        runner.run_cells(CELLS, tmp_path, fake, sleep=never)  # the others; it does not wait
         assert ran(tmp_path) == names(CELLS[1:])
         process.kill()
     assert runner.states(tmp_path, CELLS)[name] == "waiting"
-    runner.pull(CELLS, tmp_path, fake, sleep=never)  # at once
+    runner.run_cells(CELLS, tmp_path, fake, sleep=never)  # at once
     assert ran(tmp_path) == names([*CELLS[1:], CELLS[0]])
     assert not list((tmp_path / "locks").iterdir())
 
@@ -186,13 +188,13 @@ def test_an_owner_elsewhere_is_dead_when_it_is_silent(tmp_path, age, free):
 
 
 def test_locks_are_signs_of_life(tmp_path):
-    assert locks.last_sign(tmp_path, "cell") == -math.inf
+    assert locks.last_heartbeat(tmp_path, "cell") == -math.inf
     with locks.take(tmp_path, "cell") as lock:
-        assert locks.last_sign(tmp_path, "cell") == math.inf
+        assert locks.last_heartbeat(tmp_path, "cell") == math.inf
         os.utime(lock.path, (0, 0))
         lock.renew()
         assert lock.path.stat().st_mtime > 0
-    assert locks.last_sign(tmp_path, "cell") == -math.inf
+    assert locks.last_heartbeat(tmp_path, "cell") == -math.inf
 
 
 @pytest.mark.parametrize("skew", [-1e6, 0.0, 1e6])
@@ -225,7 +227,7 @@ def test_the_last_worker_waits_until_others_show_that_they_live(tmp_path):
         waited.append(seconds)
         lock.touch()
 
-    runner.pull(CELLS, tmp_path, fake, sleep=beat)
+    runner.run_cells(CELLS, tmp_path, fake, sleep=beat)
     assert len(waited) == 1 and ran(tmp_path) == names(CELLS[1:])
 
 
@@ -237,7 +239,7 @@ def test_the_last_worker_takes_over_from_one_that_died_meanwhile(tmp_path):
         sign = lock.stat().st_mtime - 100.0
         os.utime(lock, (sign, sign))
 
-    runner.pull(CELLS, tmp_path, fake, sleep=silence)
+    runner.run_cells(CELLS, tmp_path, fake, sleep=silence)
     assert len(waited) == 3 and ran(tmp_path) == names([*CELLS[1:], CELLS[0]])
 
 
@@ -263,7 +265,7 @@ from tests.study.test_runner import CELLS, fake
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-runner.pull(CELLS, folder, fake, tell=lambda *_: results.gather(CELLS, folder))
+runner.run_cells(CELLS, folder, fake, on_change=lambda *_: results.gather(CELLS, folder))
 """
 
 
@@ -299,14 +301,14 @@ def run(cell, folder):
         os.kill(os.getpid(), {int(signal.SIGKILL)})
     return fake(cell, folder)
 
-runner.pull(CELLS, Path(sys.argv[1]), run)
+runner.run_cells(CELLS, Path(sys.argv[1]), run)
 """
     for place in (0, len(CELLS) - 1):
         done = subprocess.run(
             [sys.executable, "-c", dies, str(tmp_path), CELLS[place].id], cwd=REPOSITORY
         )
         assert done.returncode == -signal.SIGKILL
-    runner.pull(CELLS, tmp_path, fake, sleep=never)
+    runner.run_cells(CELLS, tmp_path, fake, sleep=never)
     assert ran(tmp_path) == names()
 
 
@@ -314,7 +316,7 @@ runner.pull(CELLS, Path(sys.argv[1]), run)
 
 
 def finish(folder: Path, cells) -> Path:
-    runner.pull(cells, folder, fake)
+    runner.run_cells(cells, folder, fake)
     results.gather(CELLS, folder)
     return folder / "results.parquet"
 
@@ -346,7 +348,7 @@ def test_missing_cells_are_missing(tmp_path):
 def test_a_damaged_cell_is_finished_anew(tmp_path, caplog):
     path = finish(tmp_path, CELLS)
     whole = path.read_bytes()
-    done = runner.place(tmp_path, CELLS[2]) / "done.json"
+    done = runner.cell_folder(tmp_path, CELLS[2]) / "done.json"
     done.write_bytes(done.read_bytes()[:-100])
     path.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"results.parquet: .*expected a whole parquet file"):
@@ -360,7 +362,7 @@ def test_a_damaged_cell_is_finished_anew(tmp_path, caplog):
 def test_cells_of_a_round_share_their_examples(tmp_path):
     place = {}
     for cell in CELLS[:4]:
-        place[cell.id] = runner.place(tmp_path, cell)
+        place[cell.id] = runner.cell_folder(tmp_path, cell)
         for test in study.TESTS:
             (place[cell.id] / "eval" / test).mkdir(parents=True)
             text = f"{test} of round {cell.round}\n" * 3
@@ -394,7 +396,7 @@ def test_cases_are_what_models_answer_differently(tmp_path):
     }
     asked = [("a", "1"), ("a", "2"), ("a", "3"), ("b", "1")]
     for cell in CELLS:
-        own = runner.place(tmp_path, cell)
+        own = runner.cell_folder(tmp_path, cell)
         for test in study.TESTS if cell.id in answers else ():
             (own / "eval" / test).mkdir(parents=True)
             for name, keys in (

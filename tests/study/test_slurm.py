@@ -98,7 +98,7 @@ from jax_lora.study import runner
 from tests.study.test_runner import CELLS, fake
 
 print("worker")
-runner.pull(CELLS, Path(sys.argv[1]), fake)
+runner.run_cells(CELLS, Path(sys.argv[1]), fake)
 """
 
 
@@ -138,7 +138,7 @@ def run(cell, own):
 
 with Team(sharding.store(), process, jax.process_count()) as team:
     if team.leads:
-        runner.pull(CELLS, folder, run)
+        runner.run_cells(CELLS, folder, run)
     else:
         team.follow(train)
 """

@@ -64,7 +64,7 @@ def test_a_process_that_is_alone_leads_nobody():
             pass
         with pytest.raises(RuntimeError, match="its own"), one.together("cell", never):
             raise RuntimeError("its own")
-        assert one.leads and not one.discord
+        assert one.leads and not one.disagreement
 
 
 def test_all_train_what_the_leader_names_in_its_order():
@@ -75,7 +75,7 @@ def test_all_train_what_the_leader_names_in_its_order():
             with leader.together(name, never):
                 pass
             assert sorted(did) == [(n, p) for n in ("a", "b")[: len(did) // 2] for p in (1, 2)]
-            assert did[-1][0] == name and not leader.discord
+            assert did[-1][0] == name and not leader.disagreement
 
 
 def test_what_fails_alike_everywhere_stops_nothing():
@@ -83,7 +83,7 @@ def test_what_fails_alike_everywhere_stops_nothing():
     with team(train) as (leader, did):
         with pytest.raises(RuntimeError, match=r"^no memory$"), leader.together("bad", never):
             train(0, "bad")
-        assert not leader.discord
+        assert not leader.disagreement
         with leader.together("good", never):
             pass
         assert sorted(did) == [(name, process) for name in ("bad", "good") for process in (1, 2)]
@@ -96,8 +96,8 @@ def test_what_fails_in_some_is_a_failure_of_all_and_their_last(where):
         with pytest.raises(OSError, match="no memory") as error, leader.together("bad", never):
             train(0, "bad")
         reasons = "; ".join(f"process {process}: no memory" for process in where)
-        assert leader.discord == str(error.value)
-        assert leader.discord == f"not all processes of this worker failed alike: {reasons}"
+        assert leader.disagreement == str(error.value)
+        assert leader.disagreement == f"not all processes of this worker failed alike: {reasons}"
 
 
 def test_a_script_that_ends_over_a_fault_failed_and_one_that_was_stopped_ends():
@@ -110,7 +110,7 @@ def test_a_script_that_ends_over_a_fault_failed_and_one_that_was_stopped_ends():
     with team(train) as (leader, _):
         with pytest.raises(SystemExit), leader.together("bad", never):
             train(0, "bad")
-        assert not leader.discord
+        assert not leader.disagreement
 
     with pytest.raises(SystemExit, match="step 3"), team(fails(())) as (leader, did):
         with leader.together("cell", never):

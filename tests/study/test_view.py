@@ -28,9 +28,9 @@ def test_what_a_folder_tells(tmp_path):
     assert rows == [(name, "waiting", "") for name in names()]
 
     finish(tmp_path, CELLS[:1])  # which took as many seconds as its process has for a number
-    runner.fail(runner.place(tmp_path, CELLS[1]), "out of memory")
+    runner.fail(runner.cell_folder(tmp_path, CELLS[1]), "out of memory")
     foreign(tmp_path / "locks", CELLS[2].id, 0.0)
-    own = runner.place(tmp_path, CELLS[2])
+    own = runner.cell_folder(tmp_path, CELLS[2])
     own.mkdir()
     (own / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n{"st')
     head, rows = view.look(tmp_path, CELLS, WORK)
