@@ -59,15 +59,24 @@ def main(_):
             jax.config.update("jax_platforms", "cpu")  # nothing runs here: take no accelerator
         else:
             sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        cli.log_progress()
         from jax_lora.study import command  # what it imports may start the devices
 
-        study = command.Command(_CONFIG.value, workdir, _ONLY.value)
+        study = command.Command(_CONFIG.value, workdir, _ONLY.value, command.print_line, train)
         if _LAUNCHER.value:
             study.launch(__file__, _WORKERS.value, _HOSTS.value, _SBATCH.value, _SUBMIT.value)
         elif _DRY_RUN.value:
             study.dry_run(_TARGET.value, _SPEED.value)
         else:
             study.work(_RETRY.value)
+
+
+def train(config, folder):
+    """Train a cell; its faults and stops end as train.py's do."""
+    from jax_lora.run import Run
+
+    with cli.exit_codes(), cli.StopRequest() as stop:
+        Run.open(config, folder, say=print).train(asked_to_stop=stop)
 
 
 if __name__ == "__main__":

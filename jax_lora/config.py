@@ -222,10 +222,16 @@ class RunConfig:
 
 
 # What may change between the parts of one run: speed, memory, logging, and where files lie.
-FREE = (
-    *("micro_tokens", "log_every", "checkpoint_every", "remat", "unroll", "attention"),
-    *("loss_chunk", "model", "data.path", "data.categories"),
+SPEED = (
+    "micro_tokens",
+    "log_every",
+    "checkpoint_every",
+    "remat",
+    "unroll",
+    "attention",
+    "loss_chunk",
 )
+FREE = (*SPEED, "model", "data.path", "data.categories")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
     "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16

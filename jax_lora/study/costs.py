@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.model import lora
-from jax_lora.model.config import CONFIGS
-from jax_lora.planning.operations import operations
-from jax_lora.planning.setup import Setup
+from jax_lora.config import RunConfig
+from jax_lora.files import read_json
+from jax_lora.model.config import CONFIGS, LlamaConfig
+from jax_lora.planning.memory import memory
+from jax_lora.planning.operations import ceiling, operations
+from jax_lora.planning.steps import PlannedStep, planned, planned_steps
+from jax_lora.planning.targets import target as hardware
+from jax_lora.run import inputs
 from jax_lora.study import grid, results, spec
 from jax_lora.study.grid import Cell
 from jax_lora.weights import base as base_weights
-from jax_lora.weights.hf import read_json
 
 
-def operations_per_token(run: Any) -> tuple[float, float]:
+def operations_per_token(run: RunConfig) -> tuple[float, float]:
     """Operations of a training step and of the base's forward pass, per token.
 
     They are planning's count (`planning.operations`) at the longest row: both passes, with the
@@ -26,42 +29,35 @@ def operations_per_token(run: Any) -> tuple[float, float]:
     Args:
       run: the config of a run.
     """
-    parts = operations(_setup(run))
+    parts = operations(_step(run))
     training = sum(work.forward + work.backward for work in parts.values())
     return training, sum(work.forward for name, work in parts.items() if name != "adapters")
 
 
-def _setup(run: Any) -> Setup:
-    shape = CONFIGS.get(run.model) or base_weights.read_config(run.model)
-    is_lora, targets = run.method == "lora", tuple(run.lora.targets)
-    materialize = is_lora and run.lora.contract != "never"
-    return Setup(
-        config=shape,
-        rank=run.lora.rank if is_lora else None,
-        length=max(run.data.buckets),
-        batch_rows=run.batch_size,
-        targets=targets,
-        variant=run.lora.variant if is_lora else "lora",
-        contracted=lora.contracted(shape, run.lora.rank, targets) if materialize else (),
-        trainable=tuple(run.trainable),
-        frozen=tuple(run.frozen),
-        dropout=run.lora.dropout if is_lora else 0.0,
-        attention="cudnn",  # the causal half of the pairs of tokens, whichever kernel runs
-    )
+def _step(run: RunConfig) -> PlannedStep:
+    # The causal half of the pairs of tokens is counted, whichever kernel runs: as cuDNN does.
+    typical = run.replace(attention="cudnn", dtype="bfloat16", remat="none")
+    devices = max(1, run.mesh.data) * max(1, run.mesh.fsdp) * max(1, run.mesh.tensor)
+    return planned(typical, shape_of(run), "cuda", devices, length=max(run.data.buckets))
 
 
-def estimate(run: Any) -> float:
+def shape_of(run: RunConfig) -> LlamaConfig:
+    """The shape of a run's base model."""
+    return CONFIGS.get(run.model) or base_weights.read_config(run.model)
+
+
+def estimate(run: RunConfig) -> float:
     """What orders the cells: operations if every example had one token. Reads no example."""
     starred = "*" in run.data.set  # as many examples as the set of middle size
-    tasks = run.data.sizes[1] if starred else len(spec.task_set(run).tasks)
+    tasks = run.data.sizes[1] if starred else len(inputs.training_set(run).tasks)
     examples = tasks * run.data.train_per_task * run.epochs
     limit = run.max_steps * run.batch_size or examples
     return min(examples, limit) * operations_per_token(run)[0]
 
 
-def facts(run: Any, folder: Path) -> dict[str, Any]:
+def facts(run: RunConfig, folder: Path) -> dict[str, Any]:
     """The columns of the results that are the same in all rows of a trained cell."""
-    parameters, tasks = read_json(folder / "parameters.json"), spec.task_set(run)
+    parameters, tasks = read_json(folder / "parameters.json"), inputs.training_set(run)
     tokens, (training, forward) = spec.train_tokens(run), operations_per_token(run)
     return {
         "model": Path(run.model).name,
@@ -80,7 +76,6 @@ def dry_run(
     folder: Path,
     workdir: Path,
     cells: Sequence[Cell],
-    planner: Any,
     target: str | None = None,
     tokens_per_second: float | None = None,
 ) -> tuple[tuple[str, ...], list[tuple[Any, ...]], str]:
@@ -91,19 +86,18 @@ def dry_run(
       folder: of the toy tasks and base.
       workdir: of the study.
       cells: of it, or some of them.
-      planner: with `target`, `setups`, `memory` and `ceiling`.
       target: hardware, see plan.py.
       tokens_per_second: of training the cheapest cell.
 
     Returns:
       The header of a table, its rows and a line below it.
     """
-    where = planner.target(target or "cpu")
+    where = hardware(target or "cpu")
     runs = {cell.id: spec.run_config(config, folder, cell) for cell in cells}
     tokens = {name: spec.train_tokens(run) for name, run in runs.items()}
     per_token = {name: operations_per_token(run)[0] for name, run in runs.items()}
-    setups = {name: tuple(planner.setups(run, where)) for name, run in runs.items()}
-    peaks = {own: max(planner.memory(one).peak for one in own) for own in set(setups.values())}
+    steps = {name: tuple(planned_steps(run, shape_of(run), where)) for name, run in runs.items()}
+    peaks = {own: max(memory(one).peak for one in own) for own in set(steps.values())}
 
     estimated = {name: estimate(run) for name, run in runs.items()}
     took = results.finished(workdir, estimated)
@@ -118,13 +112,13 @@ def dry_run(
         source, seconds = "by the cells that are finished", dict(zip(runs, found, strict=True))
     elif target:
         source = f"of training at the ceiling of {where.kind}'s arithmetic"
-        seconds = {n: tokens[n] / planner.ceiling(setups[n][-1], where.device) for n in runs}
+        seconds = {n: tokens[n] / ceiling(steps[n][-1], where.device) for n in runs}
     else:
         source = "give --tokens-per-second or --target, or finish a cell"
 
     rows: list[tuple[Any, ...]] = []
     for name in (cell.id for cell in grid.cheap_first(cells, estimated)):
-        peak = peaks[setups[name]]
+        peak = peaks[steps[name]]
         hours = f"{seconds[name] / 3600:.2f}" if seconds else None
         fits = ("yes" if peak <= where.device.usable else "no") if target else None
         work = f"{tokens[name] * per_token[name]:.2e}"

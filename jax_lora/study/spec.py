@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_lora.config import RunConfig
+from jax_lora.config import SPEED, RunConfig, flatten
 from jax_lora.errors import ConfigError
+from jax_lora.files import read_json
 from jax_lora.run import inputs, prepare
 from jax_lora.study import runner, small
 from jax_lora.study.grid import Cell, cells_of
@@ -77,6 +78,35 @@ def write_start(config: Any, workdir: Path, name: str) -> None:
         small.write_base(
             toy / name, toy / "tasks", template, c.vocabulary, config.run.seed, **shape
         )
+
+
+def check_same_study(path: Path, resolved: Mapping[str, Any]) -> None:
+    """Make sure that a study's folder is new or belongs to the same study.
+
+    What changes no result of a run, such as its micro-batch or its mesh, may differ.
+
+    Args:
+      path: of study.json.
+      resolved: "config" and, once it is known, "data_fingerprint".
+
+    Raises:
+      ConfigError: the first key that differs.
+    """
+    if not path.is_file():
+        return
+    saved = read_json(path, dict)
+    there, here = (dict(flatten(dict(one))) for one in (saved, resolved))
+    keys = [key for key in there if key.startswith("config.")]
+    for key in dict.fromkeys((*here, *keys)):
+        name = key.removeprefix("config.run.")
+        if name.startswith("mesh.") or (name in SPEED and name != key):
+            continue
+        found, wanted = (repr(one[key]) if key in one else "not set" for one in (there, here))
+        if found != wanted:
+            raise ConfigError(
+                f"{path} belongs to another study: {key} is {found} there and {wanted} here; "
+                "expected the same config, or an empty --workdir"
+            )
 
 
 def check_input(config: Any, folder: Path, cells: Sequence[Cell]) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from jax_lora.errors import Stopped
 from jax_lora.study.locks import SILENCE
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class Team:
 def fault(end: BaseException) -> Exception | None:
     """What failed behind an exception that ended a script; None: it was stopped."""
     found = end.__cause__ if isinstance(end, SystemExit) else end
-    return found if isinstance(found, Exception) else None
+    return found if isinstance(found, Exception) and not isinstance(found, Stopped) else None
 
 
 def _reasons(ends: dict[str, str]) -> str:

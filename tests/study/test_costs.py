@@ -1,11 +1,11 @@
 """Costs of cells, against planning's count and against products counted by hand."""
 
 import pytest
+from jax_lora.planning.setup import Setup
 
 from configs import base
 from jax_lora.model.config import CONFIGS
 from jax_lora.planning.operations import operations
-from jax_lora.planning.setup import Setup
 from jax_lora.study import costs
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -1,0 +1,127 @@
+"""What study.py runs: the checks of a study's input, its dry run, its launcher and its workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_lora import sharding
+from jax_lora.config import RunConfig
+from jax_lora.errors import RunFailed
+from jax_lora.run import Run, scoring
+from jax_lora.run.training import running
+from jax_lora.study import costs, grid, slurm, spec
+from jax_lora.study.team import Team
+from jax_lora.study.worker import Worker, resolve
+from jax_lora.text import table
+from jax_lora.weights import hf
+from jax_lora.weights.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
+RESUME = "rerun the same command to resume with what is missing"
+
+
+class Command:
+    """A study's config and folder, checked.
+
+    Args:
+      config: of the study, a ConfigDict like that of configs/study_base.py.
+      workdir: the study's folder.
+      only: an expression that chooses cells, see `grid.choose`; all by default.
+      say: gets tables and results.
+      train: trains a run in a folder to its end; by default `Run.train`.
+
+    Raises:
+      ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        workdir: Path,
+        only: str | None,
+        say: Callable[[str], None],
+        train: Callable[[RunConfig, Path], None],
+    ):
+        self._config, self._workdir, self._say, self._train = config, workdir, say, train
+        cells = grid.cells_of(config)
+        self._cells = grid.choose(cells, only) if only else cells
+        self._resolved = resolve(config)
+        spec.check_same_study(workdir / "study.json", self._resolved)
+        with spec.inputs_of(config, workdir) as folder:
+            fingerprint = spec.check_input(config, folder, self._cells)
+        self._resolved["data_fingerprint"] = fingerprint
+        spec.check_same_study(workdir / "study.json", self._resolved)
+
+    def dry_run(self, target: str | None, tokens_per_second: float | None) -> None:
+        """Say what the cells cost, see `costs.dry_run`."""
+        with spec.inputs_of(self._config, self._workdir) as folder:
+            header, rows, note = costs.dry_run(
+                self._config, folder, self._workdir, self._cells, target, tokens_per_second
+            )
+        self._say(f"{table(header, rows)}\n{note}")
+
+    def launch(
+        self, script: str, workers: int, hosts: int, options: Sequence[str], submit: bool
+    ) -> None:
+        """Say, and perhaps submit, a SLURM job array of workers that run this very command."""
+        words = [sys.executable, os.path.abspath(script), *slurm.worker_arguments(sys.argv[1:])]
+        words += ["--coordinator=auto"] if hosts > 1 else []
+        options = [f"--chdir={os.getcwd()}", *options]
+        text = slurm.script(words, workers, options, self._workdir, hosts)
+        self._say(text.removesuffix("\n"))
+        if submit:
+            self._say(f"# job {slurm.submit(text, self._workdir)}")
+
+    def work(self, retry_failed: bool) -> None:
+        """Work on the cells as one worker, or as one of its processes, until none is left.
+
+        Raises:
+          RunFailed: some cells failed, or this worker cannot go on.
+        """
+        store = sharding.store()
+        with Team(store, jax.process_index(), jax.process_count()) if store else Team() as team:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _stopped if team.leads else lambda *_: team.stop())
+            worker = Worker(
+                self._config, self._workdir, team, self._train, _score, _export, logger.info
+            )
+            if not team.leads:
+                worker.follow()
+                return
+            worker.prepare(self._resolved)
+            with running(lambda _: RESUME):
+                state, failed = worker.run(self._cells, retry_failed)
+        self._say(f"{state}\npython study.py --workdir={self._workdir} --report   # the report")
+        if failed:
+            raise RunFailed("; ".join(failed))
+
+
+def _score(folder: Path, sets: Sequence[str]) -> None:
+    # The cells of a study share a base that is on the device, where one device can hold it.
+    Run.open(None, folder, say=print_line).score(sets, base_on_host=False)
+
+
+def _export(folder: Path, config: RunConfig, destination: Path) -> None:
+    scored = scoring.load(folder, config, "last")
+    tokenizer = load_tokenizer(config.model)
+    hf.save(destination, scored.shape, scored.variables["params"], tokenizer, config.dtype)
+
+
+def print_line(text: str) -> None:
+    """A line on standard output, which a worker redirects to a cell's log."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _stopped(*_: object) -> None:
+    """Ctrl-C or SIGTERM outside of training: leave, and leave no lock."""
+    logger.info("stopped; %s", RESUME)
+    raise SystemExit(75)
