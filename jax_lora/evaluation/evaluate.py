@@ -103,6 +103,8 @@ def write_predictions(
     rows: Sequence[tuple[Example, Row]],
     answer: Callable[[Sequence[tuple[Example, Row]]], Iterator[list[Prediction]]],
     settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> int:
     """Complete `predictions.jsonl`, going on where an earlier call was interrupted.
 
@@ -110,7 +112,9 @@ def write_predictions(
       folder: of the test set.
       rows: the examples to answer.
       answer: yields the predictions of the rows given to it (see `predict`).
-      settings: whatever decides the answers; other settings start over.
+      settings: whatever decides the answers, such as the digest of the weights (`weights.base`)
+        and the version of this package; other settings start over.
+      overwrite: start over, whatever is there.
 
     Returns:
       How many answers an earlier call had left.
@@ -118,7 +122,7 @@ def write_predictions(
     final, partial = folder / "predictions.jsonl", folder / "predictions.jsonl.partial"
     said = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    if not said.is_file() or said.read_text() != text:
+    if overwrite or not said.is_file() or said.read_bytes() != text.encode():
         for stale in (final, partial, folder / "scores.json"):
             stale.unlink(missing_ok=True)
         write_text(said, text)
