@@ -71,6 +71,30 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     raise MissingFileError(errno.ENOENT, text, str(path))
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | os.PathLike[str]) -> None:
+    """Refuse a tokenizer whose special tokens have no row in the model's embedding table.
+
+    An added token beyond the table may never occur; `data.prompts.Encoder` with a `vocab_size`
+    refuses the row where one does.
+
+    Args:
+      tokenizer: as of `load_tokenizer`.
+      vocab_size: rows of the model's embedding table.
+      source: where the tokenizer is from, for the message.
+
+    Raises:
+      DataError: its BOS, EOS or padding token has an id of `vocab_size` or more.
+    """
+    for name in ("bos", "eos", "pad"):
+        i = getattr(tokenizer, f"{name}_token_id")
+        if i is not None and i >= vocab_size:
+            token = getattr(tokenizer, f"{name}_token")
+            raise DataError(
+                f"{source}: {name} token {token!r}: found id {i}, expected below the model's "
+                f"vocab_size {vocab_size}"
+            )
+
+
 def _from_tokenizer_json(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
