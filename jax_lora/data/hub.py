@@ -112,11 +112,19 @@ def _read_categories(categories: Mapping[str, str] | str | Path | None) -> Mappi
     return known
 
 
+def _read(table: Any, rows: int | slice, where: str) -> Any:
+    """`table[rows]`; the bytes of a text are looked at here for the first time."""
+    try:
+        return table[rows]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from None
+
+
 def _hub_tasks(table: Any, where: str, categories: Mapping[str, str]) -> tuple[Task, ...]:
     rows_of: dict[str, list[np.ndarray]] = defaultdict(list)
     step = 100_000  # names in slices, positions in arrays: 8 bytes a row, 5 million rows
     for start in range(0, len(table), step):
-        names = np.asarray(table[start : start + step]["task_name"])
+        names = np.asarray(_read(table, slice(start, start + step), where)["task_name"])
         for name in np.unique(names):
             rows_of[str(name)].append(start + np.flatnonzero(names == name))
     return tuple(
@@ -130,7 +138,7 @@ def _hub_task(
 ) -> Task:
     read = partial(_hub_instances, table, rows, name, where)
     instances = read()
-    definition = table[int(rows[0])]["definition"]
+    definition = _read(table, int(rows[0]), where)["definition"]
     first_text({"Definition": definition}, "Definition", Path(f"{where}:{name}"))
     return Task(
         name=name,
@@ -146,7 +154,7 @@ def _hub_task(
 
 def _hub_instances(table: Any, rows: np.ndarray, name: str, where: str) -> tuple[Instance, ...]:
     """One task's rows as instances, in the order in which each first appears."""
-    columns = table.select(rows)[:]
+    columns = _read(table.select(rows), slice(None), f"{where}:{name}")
     ids = columns.get("id") or [None] * len(rows)
     outputs: dict[tuple[str | None, str], list[str]] = {}
     for given, text, target in zip(ids, columns["inputs"], columns["targets"], strict=True):

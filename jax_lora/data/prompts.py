@@ -70,12 +70,14 @@ class Encoder:
         never the definition, the response header or the answer.
       target_length: tokens set aside for the answer and its end token. A longer answer stays
         whole and takes its room from the input field.
+      vocab_size: rows of the model's embedding table; None checks no ids.
     """
 
     tokenizer: Any
     template: str = "alpaca"
     source_length: int = 1024
     target_length: int = 128
+    vocab_size: int | None = None
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
@@ -95,20 +97,35 @@ class Encoder:
 
         Raises:
           ConfigError: a definition that alone exceeds `source_length`.
+          DataError: an id of `vocab_size` or more.
         """
-        return self._fit(example, self.source_length)
+        row = self._fit(example, self.source_length)
+        self._check_ids(example, row.ids)
+        return row
 
     def training_row(self, example: Example, answer: str | None = None) -> Row:
         """Prompt, answer (by default the first reference) and the end token.
 
         Raises:
           ConfigError: definition and answer that do not fit in a row even without an input.
+          DataError: an id of `vocab_size` or more.
         """
         answer_ids = self._answer_ids(example.references[0] if answer is None else answer)
         room = min(self.source_length, self.row_length - len(answer_ids))
         row = self._fit(example, room)
         ids = np.concatenate([row.ids, np.asarray(answer_ids, np.int32)])
+        self._check_ids(example, ids)
         return Row(ids, row.prompt_length, row.prompt, row.truncated)
+
+    def _check_ids(self, example: Example, ids: np.ndarray) -> None:
+        # A gather beyond the table gives NaN, not an error.
+        if self.vocab_size is not None and ids.max() >= self.vocab_size:
+            i = int(ids.max())
+            token = self.tokenizer.convert_ids_to_tokens(i)
+            raise DataError(
+                f"{example.task} {example.id}: token {token!r} has id {i}, expected below the "
+                f"model's vocab_size {self.vocab_size}; the tokenizer is another model's"
+            )
 
     def _answer_ids(self, answer: str) -> list[int]:
         tok = self.tokenizer

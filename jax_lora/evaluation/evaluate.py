@@ -11,6 +11,7 @@ Scores are a function of these files alone: they need neither a model nor an acc
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from jax_lora.data.instructions import Checkout, Example
 from jax_lora.data.prompts import Encoder, Row
+from jax_lora.errors import DataError, MissingFileError
 from jax_lora.evaluation import behaviour, metrics
 from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, write_json, write_text
 
@@ -101,6 +103,8 @@ def write_predictions(
     rows: Sequence[tuple[Example, Row]],
     answer: Callable[[Sequence[tuple[Example, Row]]], Iterator[list[Prediction]]],
     settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> int:
     """Complete `predictions.jsonl`, going on where an earlier call was interrupted.
 
@@ -108,7 +112,9 @@ def write_predictions(
       folder: of the test set.
       rows: the examples to answer.
       answer: yields the predictions of the rows given to it (see `predict`).
-      settings: whatever decides the answers; other settings start over.
+      settings: whatever decides the answers, such as the digest of the weights (`weights.base`)
+        and the version of this package; other settings start over.
+      overwrite: start over, whatever is there.
 
     Returns:
       How many answers an earlier call had left.
@@ -116,7 +122,7 @@ def write_predictions(
     final, partial = folder / "predictions.jsonl", folder / "predictions.jsonl.partial"
     said = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    if not said.is_file() or said.read_text() != text:
+    if overwrite or not said.is_file() or said.read_bytes() != text.encode():
         for stale in (final, partial, folder / "scores.json"):
             stale.unlink(missing_ok=True)
         write_text(said, text)
@@ -150,15 +156,20 @@ def score(folder: Path) -> dict[str, Any]:
       percentages of all answers.
 
     Raises:
-      FileNotFoundError: the examples or the finished predictions are not there.
+      MissingFileError: the examples or the finished predictions are not there.
+      DataError: a file with something else in it.
     """
-    examples = read_jsonl(folder / "examples.jsonl")
-    predictions = {(p["task"], p["id"]): p for p in read_jsonl(folder / "predictions.jsonl")}
-    if not examples or not predictions:
-        raise FileNotFoundError(
-            f"{folder}: expected examples.jsonl and predictions.jsonl, finished"
-        )
+    examples = _read_rows(folder / "examples.jsonl", _EXAMPLE)
+    answered = _read_rows(folder / "predictions.jsonl", _PREDICTION)
+    if not examples or not answered:
+        text = "expected examples.jsonl and predictions.jsonl, finished"
+        raise MissingFileError(errno.ENOENT, text, str(folder))
+    predictions = {(p["task"], p["id"]): p for p in answered}
     labels = read_json(folder / "labels.json", dict)
+    for task, counts in labels.items():
+        if not isinstance(counts, dict) or {type(n) for n in counts.values()} != {int}:
+            path = folder / "labels.json"
+            raise DataError(f"{path}: {task}: found {counts!r:.60}, expected labels and counts")
     answers = {key: p["prediction"] for key, p in predictions.items()}
     rows: list[dict[str, Any]] = [
         e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples
@@ -190,3 +201,22 @@ def score(folder: Path) -> dict[str, Any]:
     result["truncated"] = 100 * float(np.mean([p["truncated"] for p in said]))
     result["unfinished"] = 100 * float(np.mean([not p["finished"] for p in said]))
     return result
+
+
+_EXAMPLE = {"task": str, "category": str, "id": str, "references": list}
+_PREDICTION = {"task": str, "id": str, "prediction": str, "truncated": bool, "finished": bool}
+
+
+def _read_rows(path: Path, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
+    """`read_jsonl`, of rows that have these fields; a list is one of texts, at least one."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        for key, kind in kinds.items():
+            found = row.get(key)
+            empty = kind is list and isinstance(found, list) and {type(x) for x in found} != {str}
+            if not isinstance(found, kind) or empty:
+                raise DataError(
+                    f"{path}: row {number}: {key}: found {found!r:.60}, expected "
+                    f"{'a list of texts' if kind is list else kind.__name__}"
+                )
+    return rows

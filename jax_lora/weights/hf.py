@@ -31,6 +31,7 @@ __all__ = [
     "read_json",
     "resolve",
     "save",
+    "weight_files",
     "write_tensors",
 ]
 
@@ -109,20 +110,29 @@ def load(
         return config, assemble(config, dtype, lambda name: files[name].get_tensor(name), place)
 
 
-@contextmanager
-def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
-    """Open a folder's safetensors: name → open file, and name → shape. Reads headers only."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: `model.safetensors`, or its index's shards."""
+    return _shards(folder)[0]
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        paths, wanted = [single], None
-    elif index.is_file():
+        return [single], None
+    if index.is_file():
         wanted = read_json(index, dict).get("weight_map")
         if not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
             raise DataError(f"{index}: no weight_map, expected tensor names and their shards")
-        paths = [folder / name for name in sorted(set(wanted.values()))]
-    else:
-        text = "no weights, expected model.safetensors or model.safetensors.index.json"
-        raise MissingFileError(errno.ENOENT, text, str(folder))
+        return [folder / name for name in sorted(set(wanted.values()))], wanted
+    text = "no weights, expected model.safetensors or model.safetensors.index.json"
+    raise MissingFileError(errno.ENOENT, text, str(folder))
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
+    """Open a folder's safetensors: name → open file, and name → shape. Reads headers only."""
+    paths, wanted = _shards(folder)
+    index = folder / "model.safetensors.index.json"
     files: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:

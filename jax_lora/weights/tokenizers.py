@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,26 +71,68 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     raise MissingFileError(errno.ENOENT, text, str(path))
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | os.PathLike[str]) -> None:
+    """Refuse a tokenizer whose special tokens have no row in the model's embedding table.
+
+    An added token beyond the table may never occur; `data.prompts.Encoder` with a `vocab_size`
+    refuses the row where one does.
+
+    Args:
+      tokenizer: as of `load_tokenizer`.
+      vocab_size: rows of the model's embedding table.
+      source: where the tokenizer is from, for the message.
+
+    Raises:
+      DataError: its BOS, EOS or padding token has an id of `vocab_size` or more.
+    """
+    for name in ("bos", "eos", "pad"):
+        i = getattr(tokenizer, f"{name}_token_id")
+        if i is not None and i >= vocab_size:
+            token = getattr(tokenizer, f"{name}_token")
+            raise DataError(
+                f"{source}: {name} token {token!r}: found id {i}, expected below the model's "
+                f"vocab_size {vocab_size}"
+            )
+
+
 def _from_tokenizer_json(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = folder / "tokenizer_config.json"
-    known = settings.is_file() and "tokenizer_class" in read_json(settings)
+    known = settings.is_file() and "tokenizer_class" in read_json(settings, dict)
     # Without a class to look up, tokenizer.json itself says all there is.
     loader = AutoTokenizer if known else PreTrainedTokenizerFast
+    with _damaged(folder):
+        found = loader.from_pretrained(folder, local_files_only=True)
+        found.decode(found("Hello").input_ids)  # some damage shows at the first use only
+        return found
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Whatever the libraries raise over a tokenizer's files, as one DataError."""
     try:
-        return loader.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust side raises bare Exceptions
+        yield
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the Rust side raises bare Exceptions, and panics, which are none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{folder}: its tokenizer cannot be read: {reason}") from None
+        raise DataError(f"{path}: its tokenizer cannot be read: {reason}") from None
 
 
 def _from_tokenizer_model(folder: Path) -> Any:
+    with _damaged(folder):
+        return _from_sentencepiece(folder)
+
+
+def _from_sentencepiece(folder: Path) -> Any:
     spm = read_sentencepiece(folder / "tokenizer.model")
     inner = _sentencepiece(spm.pieces, spm.scores, spm.kinds, spm.add_prefix)
     settings = {}
     if (path := folder / "tokenizer_config.json").is_file():
-        settings = read_json(path)
+        settings = read_json(path, dict)
     added = {
         int(i): AddedToken(t["content"], special=t.get("special", True), normalized=False)
         for i, t in settings.get("added_tokens_decoder", {}).items()
@@ -109,6 +153,11 @@ def _from_tokenizer_model(folder: Path) -> Any:
 
 def _from_gguf(path: Path) -> Any:
     metadata = open_gguf(path).metadata
+    with _damaged(path):
+        return _from_metadata(path, metadata)
+
+
+def _from_metadata(path: Path, metadata: dict[str, Any]) -> Any:
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)

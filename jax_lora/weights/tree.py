@@ -86,6 +86,9 @@ def check_tensors(
     Raises:
       DataError: a tensor is missing, has another shape, or is not part of the model.
     """
+    if config.num_hidden_layers > len(found):  # a damaged number may have no end of layers
+        layers = config.num_hidden_layers
+        raise DataError(f"{where}: found {len(found)} tensors, expected those of {layers} layers")
     expected = {name: leaf.shape for leaf in leaves(config) for name in leaf.names}
     missing = [name for name in expected if name not in found]
     if missing == ["lm_head.weight"]:

@@ -6,6 +6,7 @@ import pytest
 from jax_lora.data.instructions import Example, read_checkout
 from jax_lora.data.prompts import Encoder, alpaca, tk
 from jax_lora.data.toy import write_checkout
+from jax_lora.errors import DataError
 from jax_lora.weights.tokenizers import load_tokenizer
 
 
@@ -86,6 +87,20 @@ def test_what_cannot_fit_is_refused(tokenizer):
         Encoder(tokenizer, source_length=100).prompt_row(example(definition="Do it. " * 200))
     with pytest.raises(ValueError, match="template: found 'chat'"):
         Encoder(tokenizer, "chat")
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(tokenizer):
+    plain = Encoder(tokenizer).training_row(example())
+    size = 1 + int(plain.ids.max())
+    encoder = Encoder(tokenizer, vocab_size=size)
+    np.testing.assert_array_equal(encoder.training_row(example()).ids, plain.ids)
+    i = tokenizer.convert_tokens_to_ids("<user>")
+    assert i >= size
+    said = f"task1_echo task1-0: token '<user>' has id {i}, expected below the model's vocab_size"
+    with pytest.raises(DataError, match=f"{said} {size}"):
+        encoder.prompt_row(example(text="a <user> b"))
+    with pytest.raises(DataError, match=said):
+        encoder.training_row(example(answer="<user>"))
 
 
 def test_llama_answers_carry_no_extra_space(shared):

@@ -11,6 +11,7 @@ from jax_lora.data.prompts import Encoder
 from jax_lora.data.tasksets import draw
 from jax_lora.data.toy import write_checkout
 from jax_lora.evaluation import evaluate
+from jax_lora.files import read_jsonl
 from jax_lora.weights.tokenizers import load_tokenizer
 
 
@@ -95,8 +96,25 @@ def test_other_settings_start_over(setting, tmp_path):
     evaluate.write_predictions(tmp_path, rows, oracle(encoder, rows), {"model": "one"})
     wrong = oracle(encoder, rows, right=lambda e: False)
     assert evaluate.write_predictions(tmp_path, rows, wrong, {"model": "two"}) == 0
-    answers = evaluate.read_jsonl(tmp_path / "predictions.jsonl")
+    answers = read_jsonl(tmp_path / "predictions.jsonl")
     assert {a["prediction"] for a in answers} == {"wrong"}
+
+
+def test_other_weights_or_another_version_redo_the_answers(setting, tmp_path):
+    _, _, encoder, rows = setting
+    right, wrong = oracle(encoder, rows), oracle(encoder, rows, right=lambda e: False)
+    settings = {"model": "m", "weights": "0123", "version": "0.1.0"}
+    evaluate.write_predictions(tmp_path, rows, right, settings)
+    assert evaluate.write_predictions(tmp_path, rows, wrong, settings) == len(rows)
+    for key in ("weights", "version"):
+        (tmp_path / "scores.json").write_text("{}")
+        settings |= {key: "other"}
+        assert evaluate.write_predictions(tmp_path, rows, wrong, settings) == 0
+        assert not (tmp_path / "scores.json").exists()
+        assert evaluate.write_predictions(tmp_path, rows, right, settings) == len(rows)
+    assert evaluate.write_predictions(tmp_path, rows, right, settings, overwrite=True) == 0
+    answers = read_jsonl(tmp_path / "predictions.jsonl")
+    assert len(answers) == len(rows) and "wrong" not in {a["prediction"] for a in answers}
 
 
 def test_a_folder_without_predictions_is_refused(tmp_path):

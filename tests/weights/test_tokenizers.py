@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jax_lora.weights import gguf, hf
-from jax_lora.weights.tokenizers import load_tokenizer
+from jax_lora.weights.tokenizers import check_vocabulary, load_tokenizer
 from tests.weights.builders import (
     CORPUS,
     hf_weights,
@@ -140,3 +140,14 @@ def test_damaged_tokenizers_are_named(shared, tmp_path):
         assert str(path) in refusal(load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "its tokenizer cannot be read" in refusal(load_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "pad"])
+def test_special_tokens_beyond_the_model_are_refused(tmp_path, name):
+    tokenizer = load_tokenizer(tiny(tmp_path, tiny_bpe("smollm")))
+    size = len(tokenizer)
+    check_vocabulary(tokenizer, size, "here")
+    tokenizer.add_special_tokens({f"{name}_token": "<new>"})
+    said = f"here: {name} token '<new>': found id {size}, expected below the model's vocab_size"
+    assert refusal(check_vocabulary, tokenizer, size, "here") == f"{said} {size}"
+    check_vocabulary(tokenizer, size + 1, "here")
