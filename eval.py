@@ -77,8 +77,8 @@ def main(_):
 
 
 def on_host(_, array: Any) -> Any:
-    """Leave the base in the host's memory, from which `greedy.apart` takes it layer by layer: the
-    device holds it once, so that what could be trained on it can be scored on it."""
+    """Leave the base on the host, from which `greedy.unstack_layers` takes it layer by layer:
+    the device holds it once, so that what could be trained on it can be scored on it."""
     return array
 
 
@@ -126,7 +126,7 @@ def run(
             evaluate.write_labels(folder, checkout, sets[name].tasks)
 
     # ------------------------------------------------------------------ answers and scores
-    generate = batching.dealt_out(generators(config, model, variables, copies, end_ids))
+    generate = batching.round_robin(generators(config, model, variables, copies, end_ids))
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
     del variables
 
@@ -188,7 +188,7 @@ def check(workdir: Path, adapter: str, prompts: int, instead: Mapping[str, int])
         end_ids = (encoder.tokenizer.eos_token_id,)
         one, *others = generators(config, model, variables, copies, end_ids)
         print(f"\n{origin}, {dtype}: answers to {len(asked)} prompts that change", flush=True)
-        many = batching.dealt_out([one, *others]) if others else None
+        many = batching.round_robin([one, *others]) if others else None
         for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
             print(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%", flush=True)
             bad |= dtype == "float32" and changed > 0
@@ -226,8 +226,8 @@ def generators(
     return [
         functools.partial(
             batching.answers,
-            model.clone(settle=sharding.Activations(mesh)),
-            greedy.apart(variables, mesh),
+            model.clone(shard_activation=sharding.Activations(mesh)),
+            greedy.unstack_layers(variables, mesh),
             max_new_tokens=config.eval.max_new_tokens,
             end_ids=end_ids,
             buckets=tuple(config.eval.buckets),

@@ -109,9 +109,9 @@ def setups(config: Any, where: Target) -> list[Setup]:
     full = config.method == "full"
     rank = None if full else config.lora.rank
     targets = tuple(config.lora.targets)
-    contracted = ()
+    materialized = ()
     if not full and config.lora.contract == "auto":
-        contracted = lora.contracted(shape, config.lora.rank, targets)
+        materialized = lora.materialized_targets(shape, config.lora.rank, targets)
     platform, kernel = where.device.platform, config.attention
     lengths = tuple(config.data.buckets)
     if kernel == "auto":
@@ -122,7 +122,7 @@ def setups(config: Any, where: Target) -> list[Setup]:
         rank=rank,
         targets=targets,
         variant="lora" if full else config.lora.variant,
-        contracted=contracted,
+        materialized=materialized,
         trainable=tuple(config.trainable),
         frozen=tuple(config.frozen),
         dtype=config.dtype,
@@ -184,8 +184,8 @@ def say_what(model: str, setup: Setup, where: Target) -> None:
     if setup.rank is not None:
         kind = "DoRA" if setup.variant == "dora" else "LoRA"
         method = f"{kind} of rank {setup.rank} on {', '.join(setup.targets)}"
-        if setup.contracted:
-            method += f"; A·B formed once a step for {', '.join(setup.contracted)}"
+        if setup.materialized:
+            method += f"; A·B formed once a step for {', '.join(setup.materialized)}"
     table = counts.table(*variables(setup))
     frozen, trainable = (int(table[kind].to_numpy().sum()) for kind in ("frozen", "trainable"))
     data, fsdp, tensor = setup.mesh

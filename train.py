@@ -31,7 +31,7 @@ from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.model import attention, lora, variants
 from jax_lora.model.llama import Llama
-from jax_lora.model.products import sliceable
+from jax_lora.model.products import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.training import loop, masks
 from jax_lora.training.checkpoints import Checkpoints
@@ -165,9 +165,11 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             attention=attend,
         )
         jax.eval_shape(model.apply, shapes, jnp.zeros((1, 2), jnp.int32))  # checks the module
-        contracted = ()
+        materialized = ()
         if config.method == "lora" and config.lora.contract == "auto":
-            contracted = lora.contracted(model_config, config.lora.rank, config.lora.targets)
+            materialized = lora.materialized_targets(
+                model_config, config.lora.rank, config.lora.targets
+            )
         optimizer = adamw(
             rate,
             b1=o.b1,
@@ -183,7 +185,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
             seed=config.seed,
             dropout_rate=config.lora.dropout if config.method == "lora" else 0.0,
             packed=config.data.packed,
-            contracted=contracted,
+            materialized=materialized,
             loss_chunk=config.loss_chunk,
             mesh=mesh,
         )
@@ -220,7 +222,7 @@ def run(config: Any, workdir: Path, verify: bool = False) -> None:
                 )
             start, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
             trainable, frozen = masks.partition(variables, trains)
-            frozen = sliceable(frozen, model.platform)
+            frozen = bitcast_bf16(frozen, model.platform)
             state = State(start, trainable, sharding.make(optimizer.init, mesh, trainable))
             del shapes, params, variables, trainable  # a resumed run holds one copy of what trains
             checkpoints = Checkpoints(workdir / "checkpoints")

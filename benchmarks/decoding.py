@@ -68,7 +68,7 @@ def mix(tokenizer: Any, data: Path, per_task: int, new_tokens: int) -> Work:
 def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
     """Answers as eval.py makes them."""
     config, base = base_weights.load(model, dtype)
-    module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.apart({"params": base})
+    module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.unstack_layers({"params": base})
 
     def answer(work: Work) -> Answers:
         ended = batching.answers(

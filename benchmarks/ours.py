@@ -18,7 +18,7 @@ from benchmarks.work import LEARNING_RATE, Case
 from jax_lora.model import attention, lora
 from jax_lora.model.config import ATTENTION
 from jax_lora.model.llama import Llama
-from jax_lora.model.products import contract, sliceable
+from jax_lora.model.products import bitcast_bf16, einsum
 from jax_lora.training import loop, masks
 from jax_lora.training.step import State, adamw, make_step
 
@@ -71,7 +71,7 @@ class Trainer:
     def __init__(self, case: Case, weights: Any, packed: bool = False):
         rules = masks.FULL if case.rank is None else masks.LORA
         trainable, frozen = masks.partition(weights, masks.mask(weights, *rules))
-        self.frozen = sliceable(frozen, jax.default_backend())
+        self.frozen = bitcast_bf16(frozen, jax.default_backend())
         optimizer = adamw(optax.constant_schedule(LEARNING_RATE))
         self.functions = make_step(
             model_of(case),
@@ -79,9 +79,9 @@ class Trainer:
             seed=0,
             dropout_rate=0.0 if case.rank is None else case.dropout,
             packed=packed,
-            contracted=()
+            materialized=()
             if case.rank is None
-            else lora.contracted(case.config, case.rank, ATTENTION),
+            else lora.materialized_targets(case.config, case.rank, ATTENTION),
             loss_chunk=case.loss_chunk,
         )
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -102,7 +102,7 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
     """(prompts (B, P), new tokens N) → greedy continuations (B, N) that never end early."""
     from jax_lora.decoding import batching, greedy
 
-    module, parts = model_of(case), greedy.apart(weights)
+    module, parts = model_of(case), greedy.unstack_layers(weights)
 
     def generate(prompts: np.ndarray, new: int) -> np.ndarray:
         rows, length = prompts.shape
@@ -127,7 +127,7 @@ def product(dtype: str, side: int) -> Callable[[], Any]:
     """A function that multiplies two (side, side) matrices as the model does and waits."""
     a, b = jax.random.normal(jax.random.key(0), (2, 1, side, side), jnp.dtype(dtype))
     platform = jax.default_backend()
-    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0], platform))
+    multiply = jax.jit(lambda x, w: einsum("btd,df->btf", x.dtype, x, w[0], platform))
     return lambda: multiply(a, b).block_until_ready()
 
 

@@ -49,7 +49,7 @@ def setup(model: str, rank: int | None, kind: str, **fields: Any) -> Setup:
     if rank is None:
         fields = {"trainable": masks.FULL[0], "frozen": masks.FULL[1], "dropout": 0.0} | fields
     elif fields.pop("contract", True):
-        fields = {"contracted": lora.contracted(config, rank, ATTENTION)} | fields
+        fields = {"materialized": lora.materialized_targets(config, rank, ATTENTION)} | fields
     platform = DEVICES[kind].platform
     if "attention" not in fields:
         fields = fields | {"attention": attention.best(platform, "bfloat16", config.head_dim)}

@@ -166,14 +166,16 @@ def _setup(case: Case) -> Any:
     from jax_lora.training import masks
 
     rules = masks.FULL if case.rank is None else masks.LORA
-    contracted = () if case.rank is None else lora.contracted(case.config, case.rank, ATTENTION)
+    materialized = (
+        () if case.rank is None else lora.materialized_targets(case.config, case.rank, ATTENTION)
+    )
     return Setup(
         case.config,
         case.rank,
         rows=case.rows,
         length=case.length,
         batch_rows=case.rows,
-        contracted=contracted,
+        materialized=materialized,
         trainable=rules[0],
         frozen=rules[1],
         dtype=case.dtype,

@@ -120,7 +120,7 @@ def updates(
         ).at(0)
         options: Any = dict(seed=0, dropout_rate=dropout_rate, packed=packed, mesh=mesh)
         functions = make_step(model, optax.sgd(0.0), **options)
-        working = functions.begin(state, frozen)
+        working = functions.prepare(state, frozen)
         gradients, loss = zeros(working)
         count = np.float32(sum(int(micro.loss_mask[:, 1:].sum()) for micro in batch))
         for micro in batch:

@@ -58,7 +58,7 @@ class LoadedModel:
 
     @cached_property
     def _unstacked(self) -> greedy.Weights:
-        return greedy.apart(self.variables)
+        return greedy.unstack_layers(self.variables)
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Logits (B, T, V), float32, of token ids (B, T), one row or several of equal length.

@@ -119,11 +119,11 @@ def test_annotations_of_shapes_execute():
     """In a function, in a method of a Flax module and under jit; conftest.py sees to it."""
     model = Llama(LlamaConfig(61, 32, 48, 1, 4, 2, 8))
     ids, row = jnp.zeros((2, 8), jnp.int32), jnp.zeros(8, jnp.int32)
-    rows = greedy.free(model, 2, 8, 4)
+    rows = greedy.empty_rows(model, 2, 8, 4)
     for wrong in (
         lambda: positions(ids, ids[:1]),  # segments of another shape than the tokens
         lambda: jax.eval_shape(model.init, jax.random.key(0), row),
-        lambda: greedy.rearrange(model, rows, ids, 4),
+        lambda: greedy.gather_rows(model, rows, ids, 4),
     ):
         with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters"):
             wrong()

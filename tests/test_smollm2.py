@@ -66,7 +66,7 @@ def test_greedy_answers_equal_transformers(ours, theirs, prompts):
     end = ours.tokenizer.eos_token_id
     found = batching.answers(
         ours.module,
-        greedy.apart(ours.variables),
+        greedy.unstack_layers(ours.variables),
         prompts,
         max_new_tokens=NEW_TOKENS,
         end_ids=(end,),

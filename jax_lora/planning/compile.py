@@ -155,10 +155,10 @@ def compile_step(setup: Setup, target: Target) -> Verdict:
         ),
         "update": step.update.lower(state, frozen, working),  # pyright: ignore
     }
-    if setup.contracted:
-        lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
+    if setup.materialized:
+        lowered["prepare"] = jax.jit(step.prepare).lower(state, frozen)
     takes = {"accumulate": (working, working, frozen), "update": (state, working)}
-    takes["begin"] = (state.trainable,)
+    takes["prepare"] = (state.trainable,)
     held = memory(setup).held
     programs = {}
     for name, program in lowered.items():

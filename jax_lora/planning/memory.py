@@ -72,7 +72,7 @@ def memory(setup: Setup) -> Memory:
     deltas = local_bytes(working["deltas"], mesh)
     forming = _forming(setup)
     # Taking the gradient of A B apart, XLA has so much of A's and B's at once.
-    taken = local_bytes(state.trainable, mesh) if setup.contracted else 0
+    taken = local_bytes(state.trainable, mesh) if setup.materialized else 0
     update = taken + forming if forming else taken * 3 // 8
     return Memory(
         base=local_bytes((frozen, state.trainable), mesh) - adapters,
@@ -124,7 +124,7 @@ def _numbers(setup: Setup) -> tuple[float, float]:
     adapters = 0.0
     for name in setup.targets if setup.rank is not None else ():
         a, b = linear[name]
-        adapters += a * b if name in setup.contracted else (setup.rank or 0) * (a + b)
+        adapters += a * b if name in setup.materialized else (setup.rank or 0) * (a + b)
     return sum(a * b for a, b in linear.values()) / tensor, adapters / tensor
 
 
@@ -134,16 +134,16 @@ def _borrowed(setup: Setup) -> float:
     if setup.mesh[1] == 1:
         return 0.0
     adapters = _numbers(setup)[1]
-    cast = 0 if setup.contracted else setup.config.num_hidden_layers / setup.mesh[1]
+    cast = 0 if setup.materialized else setup.config.num_hidden_layers / setup.mesh[1]
     return adapters * (4 + cast * _width(setup))
 
 
 def _forming(setup: Setup) -> int:
     # A B beside the last step's, and on several devices one B of all layers, gathered.
-    if not setup.contracted or setup.mesh[1] == 1:
+    if not setup.materialized or setup.mesh[1] == 1:
         return 0
     linear, c = setup.config.linear_shapes(), setup.config
-    widest = max(linear[name][1] for name in setup.contracted)
+    widest = max(linear[name][1] for name in setup.materialized)
     return 4 * c.num_hidden_layers * (setup.rank or 0) * widest // setup.mesh[2]
 
 

@@ -70,13 +70,13 @@ def _adapter(setup: Setup, name: str) -> tuple[float, float]:
     a, b = setup.config.linear_shapes()[name]
     layers, rank = setup.config.num_hidden_layers, setup.rank or 0
     dense, skinny = 2.0 * layers * a * b, 2.0 * layers * rank * (a + b)
-    if name in setup.contracted:  # A B is formed, and its gradient taken apart, once a step
+    if name in setup.materialized:  # A B is formed, and its gradient taken apart, once a step
         once = dense * rank / (setup.batch_rows * setup.length)
         forward, backward = dense + once, 2 * dense + 2 * once
     else:
         forward, backward = skinny, 2 * skinny
     if setup.variant == "dora":  # the norms of W + s A B; and, after dropout, x W once more
-        if name not in setup.contracted:
+        if name not in setup.materialized:
             forward += dense * rank / (setup.rows * setup.row_parts * setup.length)
         if setup.dropout:
             forward, backward = forward + dense, backward + dense

@@ -34,7 +34,7 @@ class Setup:
         groups has as many) and the tokens of each, padding included.
       batch_rows: rows of a whole optimizer step.
       targets, variant: of the adapters; variant "lora" or "dora".
-      contracted: targets whose A B is formed once a step, see `lora.contracted`.
+      materialized: targets whose A B is formed once a step, see `lora.materialized_targets`.
       trainable, frozen: the mask's regular expressions.
       dtype: of frozen weights and arithmetic.
       remat, attention: see `Llama`.
@@ -51,7 +51,7 @@ class Setup:
     batch_rows: int = 128
     targets: tuple[str, ...] = ATTENTION
     variant: str = "lora"
-    contracted: tuple[str, ...] = ()
+    materialized: tuple[str, ...] = ()
     trainable: tuple[str, ...] = masks.LORA[0]
     frozen: tuple[str, ...] = masks.LORA[1]
     dtype: str = "bfloat16"
@@ -109,7 +109,7 @@ def functions(setup: Setup, mesh: Mesh | None = None) -> tuple[Step, optax.Gradi
         seed=0,
         dropout_rate=setup.dropout,
         packed=setup.packed,
-        contracted=setup.contracted,
+        materialized=setup.materialized,
         loss_chunk=setup.loss_chunk,
         mesh=mesh,
     )
@@ -151,7 +151,7 @@ def trees(setup: Setup, mesh: Mesh | AbstractMesh | None = None) -> Trees:
     step, optimizer = functions(setup)
     number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = State(number, trainable, jax.eval_shape(optimizer.init, trainable))
-    working = jax.eval_shape(step.begin, state, frozen)
+    working = jax.eval_shape(step.prepare, state, frozen)
     shape = (setup.rows * setup.row_parts, setup.length)
     where = NamedSharding(mesh, sharding.ROWS)
     micro: Any = [

@@ -51,7 +51,7 @@ def train(
     step = int(state.step)
     for batch in batches:
         weight = np.float32(sum(float(micro.loss_mask[:, 1:].sum()) for micro in batch))
-        working = functions.begin(state, frozen)
+        working = functions.prepare(state, frozen)
         gradients, loss = zeros(working)
         for micro in batch:
             moved = put(Micro(micro.tokens, micro.loss_mask, micro.example))

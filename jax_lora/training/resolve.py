@@ -99,7 +99,7 @@ class Resolved:
             seed=c.seed,
             dropout_rate=self.dropout,
             packed=c.data.packed,
-            contracted=self.materialized,
+            materialized=self.materialized,
             loss_chunk=c.loss_chunk,
             mesh=mesh,
         )
@@ -124,5 +124,5 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
     attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
     materialized = ()
     if config.method == "lora" and config.lora.materialize_delta == "auto":
-        materialized = lora.contracted(shape, config.lora.rank, config.lora.targets)
+        materialized = lora.materialized_targets(shape, config.lora.rank, config.lora.targets)
     return Resolved(config, shape, platform, config.mesh.sizes(devices), kernel, materialized)

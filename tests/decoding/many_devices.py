@@ -38,9 +38,9 @@ def held(tree, device):
 
 def answered(count):
     mesh = sharding.make_mesh((1, 1, count), jax.devices()[:count])
-    model = Llama(CONFIG, dtype=jnp.float32, settle=sharding.Activations(mesh))
-    weights = greedy.apart(variables(), mesh)
-    rows = greedy.free(model, 4, 38, 6)
+    model = Llama(CONFIG, dtype=jnp.float32, shard_activation=sharding.Activations(mesh))
+    weights = greedy.unstack_layers(variables(), mesh)
+    rows = greedy.empty_rows(model, 4, 38, 6)
     program = greedy.decode.lower(model, weights, rows, 0, end_ids=(7,)).compile()
     caches, decode = [], greedy.decode
 

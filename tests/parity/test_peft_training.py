@@ -42,9 +42,9 @@ def taken():
 @pytest.fixture(scope="module")
 def trainers(base):
     model = Llama(base.config, dtype=jnp.float32)
-    formed = lora.contracted(base.config, WIDE, LINEAR)
-    assert formed == LINEAR and lora.contracted(base.config, RANK, LINEAR) == ()
-    return {False: training.Ours(model), True: training.Ours(model, contracted=formed)}
+    formed = lora.materialized_targets(base.config, WIDE, LINEAR)
+    assert formed == LINEAR and lora.materialized_targets(base.config, RANK, LINEAR) == ()
+    return {False: training.Ours(model), True: training.Ours(model, materialized=formed)}
 
 
 def both(kind: str, base: training.Base, folder, moved: bool = False) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ SETUPS = {
     ("tiny", "cpu"): [Setup(CONFIG, 3, mesh=(2, 2, 2), **TINY)],
     ("tiny", "a100-80gb"): [Setup(CONFIG, 3, mesh=(1, 2, 1), **TINY)],
     ("llama-7b", "cpu"): [
-        Setup(CONFIG, 40, mesh=(1, 8, 1), contracted=ATTENTION, **TINY),
+        Setup(CONFIG, 40, mesh=(1, 8, 1), materialized=ATTENTION, **TINY),
         Setup(CONFIG, None, mesh=(2, 2, 2), **TINY, **FULL),
         scale.setup("llama-7b", 16, "cpu", mesh=(1, 8, 1)),
         scale.setup("llama-7b", 4096, "cpu", mesh=(1, 8, 1)),
@@ -42,10 +42,10 @@ def planned(setup: Setup) -> dict[str, int]:
     # examples' numbers and the step's.
     batch = tokens * (4 + 1) + 4 + 4 + (tokens * 4 + 4 if setup.dropout else 0)
     trained = held.adapters - scales if setup.rank else held.base
-    adapters = held.deltas if setup.contracted else held.adapters
+    adapters = held.deltas if setup.materialized else held.adapters
     return {
         "accumulate": held.base + adapters + held.gradients + batch,
-        "update": trained + held.optimizer + held.gradients + (scales if setup.contracted else 0),
+        "update": trained + held.optimizer + held.gradients + (scales if setup.materialized else 0),
     }
 
 

@@ -47,7 +47,7 @@ def test_what_is_computed_again_is_less_than_a_forward_pass():
 
 
 def test_forming_the_product_pays_above_half_the_width():
-    skinny, formed = seven(4096), seven(4096, contracted=ATTENTION)
+    skinny, formed = seven(4096), seven(4096, materialized=ATTENTION)
     base = seven(8, remat="none")
     shares = [
         ceiling(base, H200) / ceiling(replace(one, remat="none"), H200) for one in (skinny, formed)

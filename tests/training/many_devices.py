@@ -93,7 +93,7 @@ def functions_on(mesh, remat):
         seed=3,
         dropout_rate=0.2,
         packed=True,
-        contracted=CONTRACTED,
+        materialized=CONTRACTED,
         loss_chunk=8,
         mesh=mesh,
     )
@@ -156,7 +156,7 @@ def compiled(mesh):
     trainable, frozen = masks.partition(tree, masks.mask(tree, *EVERYTHING))
     functions = functions_on(mesh, "full")
     state = State(np.zeros((), np.int32), trainable, None)
-    working = sharding.abstract(jax.eval_shape(functions.begin, state, frozen), mesh)
+    working = sharding.abstract(jax.eval_shape(functions.prepare, state, frozen), mesh)
     micro = sharding.place_rows(Micro(**vars(packed_batch(1))), mesh)
     number = np.zeros((), np.float32)
     program = functions.accumulate.lower(
