@@ -24,10 +24,10 @@ from ml_collections import ConfigDict
 from jax_lora import check as invariance
 from jax_lora import cli, inputs, sharding
 from jax_lora.data.batches import bucket_for
-from jax_lora.decoding import batching, greedy
 from jax_lora.evaluation import evaluate
+from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import masks
 from jax_lora.training.checkpoints import Checkpoints
@@ -126,7 +126,7 @@ def run(
             evaluate.write_labels(folder, checkout, sets[name].tasks)
 
     # ------------------------------------------------------------------ answers and scores
-    generate = batching.round_robin(generators(config, model, variables, copies, end_ids))
+    generate = scheduler.round_robin(generators(config, model, variables, copies, end_ids))
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
     del variables
 
@@ -188,7 +188,7 @@ def check(workdir: Path, adapter: str, prompts: int, instead: Mapping[str, int])
         end_ids = (encoder.tokenizer.eos_token_id,)
         one, *others = generators(config, model, variables, copies, end_ids)
         print(f"\n{origin}, {dtype}: answers to {len(asked)} prompts that change", flush=True)
-        many = batching.round_robin([one, *others]) if others else None
+        many = scheduler.round_robin([one, *others]) if others else None
         for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
             print(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%", flush=True)
             bad |= dtype == "float32" and changed > 0
@@ -222,10 +222,10 @@ def copies_of(config: Any) -> list[Mesh]:
 def generators(
     config: Any, model: Llama, variables: Any, copies: Sequence[Mesh], end_ids: tuple
 ) -> list[Any]:
-    """`batching.answers` on each copy's devices, all but the prompts and their groups bound."""
+    """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound."""
     return [
         functools.partial(
-            batching.answers,
+            scheduler.answers,
             model.clone(shard_activation=sharding.Activations(mesh)),
             greedy.unstack_layers(variables, mesh),
             max_new_tokens=config.eval.max_new_tokens,

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from jax_lora import cli
 from jax_lora.model import attention, lora
 from jax_lora.model.config import CONFIGS
-from jax_lora.model.llama import REMAT
+from jax_lora.model.transformer import REMAT
 from jax_lora.planning import counts
 from jax_lora.planning.compile import compile_step, devices
 from jax_lora.planning.memory import MOST_DEVICES, Memory, fewest, largest, memory

@@ -30,8 +30,8 @@ from jax_lora import cli, inputs, sharding
 from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.model import attention, lora, variants
-from jax_lora.model.llama import Llama
-from jax_lora.model.products import bitcast_bf16
+from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.training import loop, masks
 from jax_lora.training.checkpoints import Checkpoints

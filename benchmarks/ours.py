@@ -17,8 +17,8 @@ import optax
 from benchmarks.work import LEARNING_RATE, Case
 from jax_lora.model import attention, lora
 from jax_lora.model.config import ATTENTION
-from jax_lora.model.llama import Llama
-from jax_lora.model.products import bitcast_bf16, einsum
+from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import bitcast_bf16, einsum
 from jax_lora.training import loop, masks
 from jax_lora.training.step import State, adamw, make_step
 
@@ -100,13 +100,13 @@ class Trainer:
 
 def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarray]:
     """(prompts (B, P), new tokens N) → greedy continuations (B, N) that never end early."""
-    from jax_lora.decoding import batching, greedy
+    from jax_lora.generation import greedy, scheduler
 
     module, parts = model_of(case), greedy.unstack_layers(weights)
 
     def generate(prompts: np.ndarray, new: int) -> np.ndarray:
         rows, length = prompts.shape
-        ended = batching.answers(
+        ended = scheduler.answers(
             module,
             parts,
             prompts,

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax_lora import sharding
 from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, State, make_step, zeros
 
@@ -37,7 +37,7 @@ def answers(
     """How many answers change with their arrangement.
 
     Args:
-      generate: `decoding.batching.answers`, bound but for the prompts, their groups and what is
+      generate: `generation.scheduler.answers`, bound but for the prompts, their groups and what is
         arranged here.
       rows: prompts.
       tasks: the task of each; prompts of a task share what they begin with.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_lora
-from jax_lora.decoding import greedy
+from jax_lora.generation import greedy
 from jax_lora.model import lora
 from jax_lora.weights import peft
 from tests import reference

@@ -16,7 +16,7 @@ import pytest
 
 import eval as scoring
 from jax_lora.data.toy import write_checkout
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import gguf, hf
 from tests.conftest import REPOSITORY
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_lora.model.products import einsum
+from jax_lora.model.xla_cpu import einsum
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jax_lora import sharding
 from jax_lora.model.config import ATTENTION, GROUP, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, State, Step, adamw, make_step

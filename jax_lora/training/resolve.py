@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax_lora.config import RunConfig
 from jax_lora.model import attention, lora
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training.step import Step, adamw, make_step, schedule
 
 

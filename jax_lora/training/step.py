@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora import sharding
 from jax_lora.model import attention, lora
 from jax_lora.model.dropout import Dropout, keep_threshold
-from jax_lora.model.llama import Llama, positions
-from jax_lora.model.products import bitcast_bf16
+from jax_lora.model.transformer import Llama, positions
+from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.training.masks import combine, leaf_name
 
 SCHEDULES = ("linear", "cosine", "constant")

@@ -7,8 +7,8 @@ import pytest
 
 from jax_lora.model import attention
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama, positions
-from jax_lora.model.products import bitcast_bf16, matmul_transposed
+from jax_lora.model.transformer import Llama, positions
+from jax_lora.model.xla_cpu import bitcast_bf16, matmul_transposed
 
 
 def drawn(t):

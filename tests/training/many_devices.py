@@ -22,7 +22,7 @@ import optax
 from jax_lora import sharding
 from jax_lora.data.batches import Batch
 from jax_lora.model.config import GROUP, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import Micro, State, make_step

@@ -9,7 +9,7 @@ import pytest
 from jax_lora.data.batches import Batch
 from jax_lora.model import lora
 from jax_lora.model.config import LINEAR, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.step import (
     Micro,

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
 
 import convert
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import gguf, hf, peft
 from jax_lora.weights.tokenizers import load_tokenizer
 from tests.weights.builders import CORPUS, D, F, flat, hf_weights, tiny_bpe, write_gguf

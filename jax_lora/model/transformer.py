@@ -26,11 +26,11 @@ from jaxtyping import Array, Float, Int
 
 from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
-from jax_lora.model.cache import Cache
 from jax_lora.model.config import LINEAR, LINEAR_AXES, LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
-from jax_lora.model.products import einsum, from_bits, matmul_transposed
+from jax_lora.model.kv_cache import Cache
 from jax_lora.model.rope import rope_tables, rotate
+from jax_lora.model.xla_cpu import einsum, from_bits, matmul_transposed
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
 # linear layers' products with frozen kernels and of attention, the expensive ones.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_lora.model.dropout import Dropout
-from jax_lora.model.llama import Llama
-from jax_lora.model.products import einsum
+from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import einsum
 from jax_lora.weights import hf
 from tests import reference
 

@@ -2,7 +2,7 @@
 
 B rows are decoded in lockstep, each at a position of its own: the slot of a token in the cache is
 its position in the row. So no row sees what it is batched with, and one that has ended makes
-room for another prompt at any time. `decoding.batching.answers` drives these programs.
+room for another prompt at any time. `generation.scheduler.answers` drives these programs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from jax_lora import sharding
-from jax_lora.model import cache
-from jax_lora.model.llama import Block, Llama, Positions
+from jax_lora.model import kv_cache
 from jax_lora.model.rope import rope_tables
+from jax_lora.model.transformer import Block, Llama, Positions
 
-Caches = tuple[cache.Arrays, ...]  # of every layer
+Caches = tuple[kv_cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
@@ -188,12 +188,12 @@ def decode(
 def gather_rows(model: Llama, rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
     """The rows `chosen`, B standing for a free one, with `slots` slots each, which are no more."""
     rows = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0, mode="fill", fill_value=0), rows)
-    caches = tuple(cache.shortened(arrays, slots, model.platform) for arrays in rows.caches)
+    caches = tuple(kv_cache.shortened(arrays, slots, model.platform) for arrays in rows.caches)
     return rows._replace(caches=caches, count=jnp.maximum(rows.count, 1))
 
 
 def _empty_caches(model: Llama, batch: int, slots: int) -> Caches:
-    k, v = cache.empty(model.config, batch, slots, model.dtype, model.platform)
+    k, v = kv_cache.empty(model.config, batch, slots, model.dtype, model.platform)
     return (
         (
             model.shard_activation(k, "batch", "kv_heads"),
@@ -242,7 +242,7 @@ def _forward(
     block = Block(model.config, model.attention, model.shard_activation, transposed, model.platform)
     x, updated = model.apply(weights.non_layer, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
-        x, kv = block.apply(weights.layers[i], x, i, positions, cache.Cache(k, v, starts), None)
+        x, kv = block.apply(weights.layers[i], x, i, positions, kv_cache.Cache(k, v, starts), None)
         updated.append(kv)
     return x, tuple(updated)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.decoding import batching, greedy
-from jax_lora.model.llama import Llama
+from jax_lora.generation import greedy, scheduler
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import hf
 from tests import reference
 
@@ -33,7 +33,7 @@ def answers(model, prompts, groups=None, **options):
     limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=4)
     limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,)) | options
     module, variables = model
-    return batching.answers(module, greedy.unstack_layers(variables), prompts, groups, **limits)
+    return scheduler.answers(module, greedy.unstack_layers(variables), prompts, groups, **limits)
 
 
 def decode(*args, **options):
@@ -151,7 +151,7 @@ def test_programs_are_few(model):
 
 def test_every_prompt_has_a_request():
     prompts = [np.arange(n) for n in DICE.integers(1, 60, 50)]
-    requests = batching.make_queue(prompts, [n % 3 for n in map(len, prompts)], (20, 40, 60))
+    requests = scheduler.make_queue(prompts, [n % 3 for n in map(len, prompts)], (20, 40, 60))
     assert sorted(request.prompt for request in requests) == list(range(50))
     assert [request.bucket for request in requests] == sorted(
         (r.bucket for r in requests), reverse=True
@@ -171,7 +171,7 @@ def test_every_prompt_has_a_request():
     ],
 )
 def test_what_prompts_share(prompts, shared):
-    assert batching.shared_prefix_length(prompts) == shared
+    assert scheduler.shared_prefix_length(prompts) == shared
 
 
 def test_a_prompt_that_fits_no_bucket_is_refused(model):

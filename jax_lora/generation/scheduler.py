@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_lora.decoding import greedy
-from jax_lora.model.llama import Llama
+from jax_lora.generation import greedy
+from jax_lora.model.transformer import Llama
 
 Ids = Sequence[int] | np.ndarray
 SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
