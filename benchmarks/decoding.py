@@ -31,8 +31,8 @@ import numpy as np
 from jax_lora import cli
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder
-from jax_lora.decoding import batching, greedy
-from jax_lora.model.llama import Llama
+from jax_lora.generation import greedy, scheduler
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import base as base_weights
 from jax_lora.weights.tokenizers import load_tokenizer
 
@@ -68,10 +68,10 @@ def mix(tokenizer: Any, data: Path, per_task: int, new_tokens: int) -> Work:
 def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
     """Answers as eval.py makes them."""
     config, base = base_weights.load(model, dtype)
-    module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.apart({"params": base})
+    module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.unstack_layers({"params": base})
 
     def answer(work: Work) -> Answers:
-        ended = batching.answers(
+        ended = scheduler.answers(
             module,
             weights,
             work.prompts,

@@ -17,8 +17,8 @@ import optax
 
 from benchmarks.work import LEARNING_RATE, Case
 from jax_lora.model import lora
-from jax_lora.model.llama import Llama
-from jax_lora.model.products import contract, sliceable
+from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import bitcast_bf16, einsum
 from jax_lora.training import loop, masks
 from jax_lora.training.step import State
 
@@ -60,7 +60,7 @@ class Trainer:
         config = resolved.config
         trains = masks.mask(weights, config.trainable, config.frozen)
         trainable, frozen = masks.partition(weights, trains)
-        self.frozen = sliceable(frozen, jax.default_backend())
+        self.frozen = bitcast_bf16(frozen, jax.default_backend())
         optimizer = resolved.optimizer(optax.constant_schedule(LEARNING_RATE))
         self.functions = resolved.step(optimizer, mesh=None)
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -79,14 +79,14 @@ class Trainer:
 
 def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarray]:
     """(prompts (B, P), new tokens N) → greedy continuations (B, N) that never end early."""
-    from jax_lora.decoding import batching, greedy
+    from jax_lora.generation import greedy, scheduler
 
     module = case.planned(jax.default_backend()).resolved.model()
-    parts = greedy.apart(weights)
+    parts = greedy.unstack_layers(weights)
 
     def generate(prompts: np.ndarray, new: int) -> np.ndarray:
         rows, length = prompts.shape
-        ended = batching.answers(
+        ended = scheduler.answers(
             module,
             parts,
             prompts,
@@ -107,7 +107,7 @@ def product(dtype: str, side: int) -> Callable[[], Any]:
     """A function that multiplies two (side, side) matrices as the model does and waits."""
     a, b = jax.random.normal(jax.random.key(0), (2, 1, side, side), jnp.dtype(dtype))
     platform = jax.default_backend()
-    multiply = jax.jit(lambda x, w: contract("btd,df->btf", x.dtype, x, w[0], platform))
+    multiply = jax.jit(lambda x, w: einsum("btd,df->btf", x.dtype, x, w[0], platform))
     return lambda: multiply(a, b).block_until_ready()
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float
 
-from jax_lora.decoding import batching, greedy
+from jax_lora.generation import greedy, scheduler
 from jax_lora.model.config import ATTENTION, CONFIGS, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import masks
 from jax_lora.weights import base as base_weights
@@ -58,7 +58,7 @@ class LoadedModel:
 
     @cached_property
     def _unstacked(self) -> greedy.Weights:
-        return greedy.apart(self.variables)
+        return greedy.unstack_layers(self.variables)
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Logits (B, T, V), float32, of token ids (B, T), one row or several of equal length.
@@ -100,7 +100,7 @@ class LoadedModel:
             raise ValueError("prompts: found an empty one, expected at least one token each")
         # A power of two, so that a session compiles a few shapes and not one a prompt.
         width = 1 << (max(map(len, rows), default=1) - 1).bit_length()
-        ended = batching.answers(
+        ended = scheduler.answers(
             self.module,
             self._unstacked,
             rows,

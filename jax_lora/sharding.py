@@ -32,6 +32,15 @@ from jax_lora.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # of a batch
+# Logical axes of activations, see `Llama.shard_activation` → mesh axes.
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
 
 # The ends of leaf names, and how such a leaf is cut. Ends, so that a gradient or a moment of Adam
 # lies where its parameter does: `1/0/mu/lora/layers/…/q_proj/a`. `tensor` cuts kernels where they
@@ -249,30 +258,28 @@ def embeddings_gathered(variables: Any, mesh: Mesh) -> Any:
 
 @dataclass(frozen=True)
 class Activations:
-    """Where activations (B, T, ·) lie: rows by data and fsdp, the last side by tensor if it is cut;
-    of those that have heads, (B, K, …), these.
+    """Constrains the sharding of activations by their logical axes, as in Flax.
 
-    `Llama.settle` of a model on many devices. Left alone, the partitioner cuts activations as the
-    adapters are, and sends them around all the time. So it does with the product of a B (R, ·),
-    which is better borrowed: whole, or with its last side cut by tensor.
+    `Llama.shard_activation` of a model on many devices. Without it the partitioner shards
+    activations as the adapters are and communicates them in every layer. The same holds for the
+    product with a B (R, out): gathering B, or its shard along `tensor`, costs less.
     """
 
     mesh: Mesh
 
-    def __call__(self, x: jax.Array, cut: bool) -> jax.Array:
-        last = "tensor" if cut else None
-        rows = ("data", "fsdp")
-        sides = {2: P(None, last), 3: P(rows, None, last)}.get(x.ndim, P(rows, last))
-        where = NamedSharding(self.mesh, _dividing(sides, x.shape, self.mesh))
-        return jax.lax.with_sharding_constraint(x, where)
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """`axes`: of the dimensions of x, keys of `LOGICAL_AXES` or None; the rest is None."""
+        spec = P(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes))
+        sharding = NamedSharding(self.mesh, _dividing(spec, x.shape, self.mesh))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
 
 @dataclass(frozen=True)
 class LocalAttention:
-    """A kernel of `jax_lora.model.attention`, each device on its own rows and heads.
+    """A kernel of `jax_lora.model.attention` that each device runs on its own rows and heads.
 
     The partitioner cannot look into fused kernels. `Llama.attention` of a model on many devices;
-    kv heads that `tensor` does not divide are whole on every device.
+    kv heads that `tensor` does not divide are replicated.
     """
 
     kernel: Callable[..., jax.Array]

@@ -14,9 +14,9 @@ from jaxtyping import TypeCheckError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from jax_lora.decoding import greedy
+from jax_lora.generation import greedy
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama, positions
+from jax_lora.model.transformer import Llama, positions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "jax_lora"
@@ -28,10 +28,10 @@ ARROWS = {
     "data": set(),
     "sharding": set(),
     "weights": {"model", "sharding"},
-    "decoding": {"model", "sharding"},
+    "generation": {"model", "sharding"},
     "training": {"model", "sharding"},
-    "evaluation": {"decoding", "data"},
-    "planning": {"model", "sharding", "training", "decoding"},
+    "evaluation": {"generation", "data"},
+    "planning": {"model", "sharding", "training", "generation"},
 }
 ARROWS["study"] = {*ARROWS}
 ARROWS |= {"config": set(), "errors": set(), "files": set()}
@@ -59,8 +59,8 @@ def forbidden(source: str, path: str) -> list[str]:
         root, *inner = name.split(".")
         if root in ("absl", "ml_collections"):
             found.append(f"{path}:{line} imports {root}, which is for the scripts")
-        if root == "flax" and path != "model/llama.py":
-            found.append(f"{path}:{line} imports flax, which is for model/llama.py")
+        if root == "flax" and path != "model/transformer.py":
+            found.append(f"{path}:{line} imports flax, which is for model/transformer.py")
         if root == "jax_lora" and floor not in TOP:
             target = inner[0] if inner else "__init__"
             alone = path == "evaluation/metrics.py"
@@ -94,9 +94,13 @@ def test_file_keeps_the_rules(path):
 @pytest.mark.parametrize(
     ("path", "source", "rule"),
     [
-        ("data/toy.py", "from jax_lora.model.llama import Llama", "jax_lora.model: no such"),
+        ("data/toy.py", "from jax_lora.model.transformer import Llama", "jax_lora.model: no such"),
         ("data/toy.py", "from jax_lora import model", "jax_lora.model: no such arrow"),
-        ("data/toy.py", "def f():\n    from ..model import llama", ":2 imports jax_lora.model"),
+        (
+            "data/toy.py",
+            "def f():\n    from ..model import transformer",
+            ":2 imports jax_lora.model",
+        ),
         ("weights/hf.py", "import jax_lora.cli", "jax_lora.cli: no such arrow"),
         ("training/step.py", "import jax_lora", "jax_lora.__init__: no such arrow"),
         ("evaluation/metrics.py", "from jax_lora.evaluation import behaviour", "no such arrow"),
@@ -104,11 +108,11 @@ def test_file_keeps_the_rules(path):
         ("model/lora.py", "import flax.linen as nn", "imports flax"),
         ("cli.py", "from absl import app", "imports absl"),
         ("__init__.py", "print('hello')", "prints"),
-        ("model/lora.py", "from . import llama", None),
+        ("model/lora.py", "from . import transformer", None),
         ("study/grid.py", "from ..planning.counts import count", None),
         ("evaluation/behaviour.py", "from jax_lora.evaluation.metrics import normalize", None),
         ("__init__.py", "from jax_lora.study import grid", None),
-        ("model/llama.py", "from flax import linen", None),
+        ("model/transformer.py", "from flax import linen", None),
     ],
 )
 def test_the_rules_see_what_they_should(path, source, rule):
@@ -121,11 +125,11 @@ def test_annotations_of_shapes_execute():
     """In a function, in a method of a Flax module and under jit; conftest.py sees to it."""
     model = Llama(LlamaConfig(61, 32, 48, 1, 4, 2, 8))
     ids, row = jnp.zeros((2, 8), jnp.int32), jnp.zeros(8, jnp.int32)
-    rows = greedy.free(model, 2, 8, 4)
+    rows = greedy.empty_rows(model, 2, 8, 4)
     for wrong in (
         lambda: positions(ids, ids[:1]),  # segments of another shape than the tokens
         lambda: jax.eval_shape(model.init, jax.random.key(0), row),
-        lambda: greedy.rearrange(model, rows, ids, 4),
+        lambda: greedy.gather_rows(model, rows, ids, 4),
     ):
         with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters"):
             wrong()

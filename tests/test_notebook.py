@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_lora
-from jax_lora.decoding import greedy
+from jax_lora.generation import greedy
 from jax_lora.model import lora
 from jax_lora.weights import peft
 from tests import reference
@@ -37,13 +37,13 @@ def test_folder_and_gguf_give_the_same_logits(folder, tiny_model):
 
 
 def test_generate_unstacks_the_layers_once(tiny_model, monkeypatch):
-    calls, unstack = [], greedy.apart
+    calls, unstack = [], greedy.unstack_layers
 
     def counted(*args):
         calls.append(args)
         return unstack(*args)
 
-    monkeypatch.setattr(greedy, "apart", counted)
+    monkeypatch.setattr(greedy, "unstack_layers", counted)
     model = jax_lora.load(tiny_model, dtype="float32")
     assert not calls
     first, second = (model.generate("some words", max_new_tokens=2) for _ in range(2))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jax_lora.data.toy import write_checkout
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.run import Run, scoring
 from jax_lora.weights import gguf, hf
 from tests.conftest import REPOSITORY

@@ -6,7 +6,7 @@ import pytest
 import jax_lora
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder
-from jax_lora.decoding import batching, greedy
+from jax_lora.generation import greedy, scheduler
 
 NEW_TOKENS = 24
 
@@ -64,9 +64,9 @@ def test_greedy_answers_equal_transformers(ours, theirs, prompts):
 
     assert len(prompts) == 20
     end = ours.tokenizer.eos_token_id
-    found = batching.answers(
+    found = scheduler.answers(
         ours.module,
-        greedy.apart(ours.variables),
+        greedy.unstack_layers(ours.variables),
         prompts,
         max_new_tokens=NEW_TOKENS,
         end_ids=(end,),

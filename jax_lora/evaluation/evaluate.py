@@ -54,7 +54,7 @@ def predict(
     """Answer prompts; those of a task share what they begin with.
 
     Args:
-      generate: `decoding.batching.answers`, all but the prompts and their groups bound.
+      generate: `generation.scheduler.answers`, all but the prompts and their groups bound.
       encoder: decodes.
       rows: examples with their prompt rows.
       end_ids: what ends an answer.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_lora.model.products import contract
+from jax_lora.model.xla_cpu import einsum
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -37,7 +37,7 @@ def softmax_mix(
 
 def _exp_scores(platform, q, k, visible):
     # exp(score - the maximum of the row), (B, K, G, T, S) float32
-    scores = contract("bkgth,bksh->bkgts", jnp.float32, q, k, platform) * q.shape[-1] ** -0.5
+    scores = einsum("bkgth,bksh->bkgts", jnp.float32, q, k, platform) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     return jnp.exp(scores - scores.max(axis=-1, keepdims=True))
 
@@ -46,13 +46,13 @@ def _softmax_mix_forward(platform, q, k, v, visible):
     exp_scores = _exp_scores(platform, q, k, visible)
     total = exp_scores.sum(axis=-1, keepdims=True)
     probs = exp_scores.astype(q.dtype)  # not normalized yet
-    out = contract("bkgts,bksh->bkgth", jnp.float32, probs, v, platform) / total
+    out = einsum("bkgts,bksh->bkgth", jnp.float32, probs, v, platform) / total
     return out.astype(q.dtype), (q, k, v, visible, total, out)
 
 
 def _softmax_mix_backward(platform, saved, g):
     q, k, v, visible, total, out = saved
-    product = partial(contract, platform=platform)
+    product = partial(einsum, platform=platform)
     exp_scores, g = _exp_scores(platform, q, k, visible), g.astype(jnp.float32) / total
     inner = jnp.sum(g * out, axis=-1, keepdims=True)
     g = g.astype(q.dtype)

@@ -90,6 +90,16 @@ class LlamaConfig:
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 LINEAR = ATTENTION + MLP
+# The logical axes of the (in, out) dimensions, see `Llama.shard_activation`.
+LINEAR_AXES = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
 GROUP = {name: "self_attn" for name in ATTENTION} | {name: "mlp" for name in MLP}
 
 

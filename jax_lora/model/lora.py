@@ -178,15 +178,15 @@ def does_nothing(adapters: Mapping[str, Any]) -> bool:
     )
 
 
-# ------------------------------------------------------------------ one product in place of two
+# ------------------------------------------------------------------ materialized deltas
 
 
-def contracted(config: LlamaConfig, rank: int, targets: Sequence[str]) -> tuple[str, ...]:
-    """The targets whose s A B is cheaper formed once a step than applied as two products.
+def materialized_targets(config: LlamaConfig, rank: int, targets: Sequence[str]) -> tuple[str, ...]:
+    """The targets whose s A B is cheaper computed once per step than applied as two products.
 
     Per token and target, forward and backward: r (in + out) multiplications thrice against
-    in · out thrice; forming s A B, and taking its gradient apart, is shared by a whole batch. For
-    a square kernel of side d that is r > d/2.
+    in · out thrice; computing s A B, and the gradients of A and B from that of the delta, is shared
+    by a whole batch. For a square kernel of side d that is r > d/2.
     """
     linear = config.linear_shapes()
     return tuple(
@@ -195,7 +195,7 @@ def contracted(config: LlamaConfig, rank: int, targets: Sequence[str]) -> tuple[
 
 
 def deltas(adapters: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-    """s A B (L, in, out), float32, of the `targets`, to be differentiated: group → target → it."""
+    """s A B (L, in, out), float32, to be differentiated, of the `targets`: group → target → it."""
 
     def form(leaf: Mapping[str, Any]) -> jax.Array:
         scaled = leaf["b"] * leaf["scale"][:, None, None]
@@ -207,14 +207,14 @@ def deltas(adapters: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any
     }
 
 
-def with_deltas(adapters: Mapping[str, Any], formed: Mapping[str, Any]) -> dict[str, Any]:
-    """Adapters as the module applies them: `delta` in place of `a`, `b`, `scale` where formed."""
+def with_deltas(adapters: Mapping[str, Any], deltas: Mapping[str, Any]) -> dict[str, Any]:
+    """Adapters as the module applies them: `delta`, where given, for `a`, `b`, `scale`."""
 
     def chosen(group: str, name: str, leaf: Mapping[str, Any]) -> dict[str, Any]:
-        if name not in formed.get(group, {}):
+        if name not in deltas.get(group, {}):
             return dict(leaf)
         rest = {key: leaf[key] for key in leaf if key not in ("a", "b", "scale")}
-        return rest | {"delta": formed[group][name]}
+        return rest | {"delta": deltas[group][name]}
 
     return {
         "layers": {

@@ -157,9 +157,9 @@ def compile_step(planned: PlannedStep, target: Target) -> Verdict:
         "update": step.update.lower(state, frozen, diff_params),  # pyright: ignore
     }
     if planned.resolved.materialized:
-        lowered["begin"] = jax.jit(step.begin).lower(state, frozen)
+        lowered["prepare"] = jax.jit(step.prepare).lower(state, frozen)
     takes = {"accumulate": (diff_params, diff_params, frozen), "update": (state, diff_params)}
-    takes["begin"] = (state.trainable,)
+    takes["prepare"] = (state.trainable,)
     held = memory(planned).held
     programs = {}
     for name, program in lowered.items():

@@ -13,7 +13,7 @@ import pandas as pd
 
 from jax_lora.model import lora
 from jax_lora.model.config import ATTENTION, GROUP, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax_lora import sharding
 from jax_lora.data.batches import Batches
 from jax_lora.data.prompts import Row
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, State, make_step, zeros
 
@@ -37,7 +37,7 @@ def answers(
     """How many answers change with their arrangement.
 
     Args:
-      generate: `decoding.batching.answers`, bound but for the prompts, their groups and what is
+      generate: `generation.scheduler.answers`, bound but for the prompts, their groups and what is
         arranged here.
       rows: prompts.
       tasks: the task of each; prompts of a task share what they begin with.
@@ -120,13 +120,13 @@ def updates(
         ).at(0)
         options: Any = dict(seed=0, dropout_rate=dropout_rate, packed=packed, mesh=mesh)
         functions = make_step(model, optax.sgd(0.0), **options)
-        working = functions.begin(state, frozen)
-        gradients, loss = zeros(working)
+        diff_params = functions.prepare(state, frozen)
+        gradients, loss = zeros(diff_params)
         count = np.float32(sum(int(micro.loss_mask[:, 1:].sum()) for micro in batch))
         for micro in batch:
             moved = sharding.place_rows(Micro(**vars(micro)), mesh)
             gradients, loss = functions.accumulate(
-                gradients, loss, working, state.step, frozen, moved, count
+                gradients, loss, diff_params, state.step, frozen, moved, count
             )
         return float(loss), sharding.whole(gradients)
 

@@ -27,7 +27,7 @@ from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
 from jax_lora.model import lora
-from jax_lora.model.products import sliceable
+from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.run import folder, inputs
 from jax_lora.training import masks
@@ -177,7 +177,7 @@ def build(given: Inputs, workdir: Path) -> Training:
     optimizer = given.resolved.optimizer(rate)
     number, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
     trainable, frozen = masks.partition(variables, given.mask)
-    frozen = sliceable(frozen, given.resolved.platform)
+    frozen = bitcast_bf16(frozen, given.resolved.platform)
     state = State(number, trainable, sharding.make(optimizer.init, mesh, trainable))
     del variables, trainable  # a resumed run holds one copy of what trains
     checkpoints = Checkpoints(workdir / "checkpoints")

@@ -15,10 +15,10 @@ import pandas as pd
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
-from jax_lora.decoding import batching
 from jax_lora.files import read_jsonl
+from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.run import folder, inputs, invariance, prepare, scoring, training
 from jax_lora.text import table
 from jax_lora.training import masks
@@ -183,7 +183,7 @@ class Run:
             model = Llama(scored.shape, dtype=jnp.dtype(dtype), unroll=config.unroll)
             one, *others = scoring.generators(config, model, scored.variables, meshes, end_ids)
             self._say(f"\n{scored.origin}, {dtype}: answers to {len(asked)} prompts that change")
-            many = batching.dealt_out([one, *others]) if others else None
+            many = scheduler.round_robin([one, *others]) if others else None
             for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
                 self._say(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%")
                 good &= dtype != "float32" or changed == 0

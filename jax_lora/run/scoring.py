@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from jax_lora import sharding
 from jax_lora.config import RunConfig
 from jax_lora.data.batches import bucket_for
-from jax_lora.decoding import batching, greedy
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import evaluate
 from jax_lora.files import read_json, write_json
+from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
 from jax_lora.run import inputs
@@ -153,12 +153,12 @@ def copies(config: RunConfig) -> list[Mesh]:
 def generators(
     config: RunConfig, model: Llama, variables: Any, meshes: Sequence[Mesh], end_ids: tuple
 ) -> list[Any]:
-    """`batching.answers` on each copy's devices, all but the prompts and their groups bound."""
+    """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound."""
     return [
         functools.partial(
-            batching.answers,
-            model.clone(settle=sharding.Activations(mesh)),
-            greedy.apart(variables, mesh),
+            scheduler.answers,
+            model.clone(shard_activation=sharding.Activations(mesh)),
+            greedy.unstack_layers(variables, mesh=mesh),
             max_new_tokens=config.eval.max_new_tokens,
             end_ids=end_ids,
             buckets=config.eval.buckets,
@@ -240,7 +240,7 @@ def score(
         if overwrite:
             (results / name / "settings.json").unlink(missing_ok=True)
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
-    generate = batching.dealt_out(generators(config, model, scored.variables, meshes, end_ids))
+    generate = scheduler.round_robin(generators(config, model, scored.variables, meshes, end_ids))
     origin = scored.origin
     del scored
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)

@@ -20,7 +20,7 @@ from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import TEMPLATES
 from jax_lora.data.toy import TASKS, write_checkout
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import hf
 
 END = "<|end|>"

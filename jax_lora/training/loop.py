@@ -70,12 +70,12 @@ def train(
     for batch in batches:
         weight = np.float32(sum(float(micro.loss_mask[:, 1:].sum()) for micro in batch))
         compiled = compiled_seconds()
-        working = functions.begin(state, frozen)
-        gradients, loss = zeros(working)
+        diff_params = functions.prepare(state, frozen)
+        gradients, loss = zeros(diff_params)
         for micro in batch:
             moved = put(Micro(micro.tokens, micro.loss_mask, micro.example))
             gradients, loss = functions.accumulate(
-                gradients, loss, working, state.step, frozen, moved, weight
+                gradients, loss, diff_params, state.step, frozen, moved, weight
             )
         state, norm = functions.update(state, frozen, gradients)
         step += 1

@@ -16,7 +16,7 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.model import attention, lora
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training.step import Step, adamw, make_step, schedule
 
 
@@ -100,7 +100,7 @@ class Resolved:
             seed=c.seed,
             dropout_rate=self.dropout,
             packed=c.data.packed,
-            contracted=self.materialized,
+            materialized=self.materialized,
             loss_chunk=c.loss_chunk,
             mesh=mesh,
         )
@@ -131,5 +131,5 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
         raise ConfigError(f"config: {error}") from None
     materialized = ()
     if config.method == "lora" and config.lora.materialize_delta == "auto":
-        materialized = lora.contracted(shape, config.lora.rank, config.lora.targets)
+        materialized = lora.materialized_targets(shape, config.lora.rank, config.lora.targets)
     return Resolved(config, shape, platform, config.mesh.sizes(devices), kernel, materialized)

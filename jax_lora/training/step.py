@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_lora import sharding
 from jax_lora.model import attention, lora
 from jax_lora.model.dropout import Dropout, keep_threshold
-from jax_lora.model.llama import Llama, positions
-from jax_lora.model.products import sliceable
+from jax_lora.model.transformer import Llama, positions
+from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.training.masks import combine, leaf_name
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -45,16 +45,16 @@ class Micro(NamedTuple):
 class Step(NamedTuple):
     """The functions of one optimizer step, from `make_step`.
 
-    begin(state, frozen) → working: what a step differentiates, `delta`s formed.
-    accumulate(gradients, loss, working, step, frozen, micro, weight) → (gradients, loss), for
-      every micro-batch, starting from `zeros(working)`; `weight` is the sum of the loss weights of
-      the whole global batch (its loss tokens, where each weighs 1), `step` the state's.
+    prepare(state, frozen) → diff_params: what a step differentiates, with materialized `delta`s.
+    accumulate(gradients, loss, diff_params, step, frozen, micro, weight) → (gradients, loss), for
+      every micro-batch, starting from `zeros(diff_params)`; `weight` is the sum of the loss weights
+      of the whole global batch (its loss tokens, where each weighs 1), `step` the state's.
     update(state, frozen, gradients) → (state, gradient norm before the clip).
 
-    accumulate gives up the buffers of its first two arguments, update those of its state.
+    accumulate donates the buffers of its first two arguments, update those of its state.
     """
 
-    begin: Callable[..., Any]
+    prepare: Callable[..., Any]
     accumulate: Callable[..., Any]
     update: Callable[..., Any]
 
@@ -132,7 +132,7 @@ def token_losses(
     chunk: int,
     groups: int = 1,
 ) -> Float[Array, ""]:
-    """Sum of weights · cross-entropy, the logits made `chunk` positions at a time.
+    """Sum of weights · cross-entropy, the logits computed `chunk` positions at a time.
 
     Positions that count come first and chunks without any are skipped, so the vocabulary
     product is paid for the loss tokens only (answers are a tenth of a prompt). The gradient is
@@ -163,16 +163,18 @@ def token_losses(
 def _losses(logits: Array, target: Array, weight: Array) -> tuple[Array, Array]:
     # The sum of weight · cross-entropy, and its gradient by the logits.
     highest = logits.max(axis=-1, keepdims=True)
-    odds = jnp.exp(logits - highest)
-    total = odds.sum(axis=-1, keepdims=True)
+    exp_logits = jnp.exp(logits - highest)
+    total = exp_logits.sum(axis=-1, keepdims=True)
     label = jnp.take_along_axis(logits, target[..., None], axis=-1)
     losses = (jnp.log(total) + highest - label)[..., 0]
-    hit = jnp.arange(logits.shape[-1]) == target[..., None]
-    return jnp.sum(losses * weight), (odds / total - hit) * weight[..., None]
+    one_hot = jnp.arange(logits.shape[-1]) == target[..., None]
+    return jnp.sum(losses * weight), (exp_logits / total - one_hot) * weight[..., None]
 
 
 def _logits(model: Llama, head: Any, h: Array) -> Array:
-    return model.settle(model.apply(head, model.settle(h, False), method="head"), True)
+    h = model.shard_activation(h, "batch", None, "embed")
+    logits = model.apply(head, h, method="head")
+    return model.shard_activation(logits, "batch", None, "vocab")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -201,9 +203,9 @@ def _summed_forward(model, head, hidden, targets, weights):
 
     def body(carry, part):
         def add(h, target, weight):
-            made, pull = jax.vjp(logits, trained, h)
-            loss, slope = _losses(made, target, weight)
-            dtrained, dh = pull(slope)
+            chunk_logits, vjp = jax.vjp(logits, trained, h)
+            loss, dlogits = _losses(chunk_logits, target, weight)
+            dtrained, dh = vjp(dlogits)
             return jax.tree.map(jnp.add, carry, (loss, dtrained)), dh
 
         skip = lambda h, *_: (carry, jnp.zeros_like(h))  # noqa: E731
@@ -251,19 +253,19 @@ def make_step(
     seed: int,
     dropout_rate: float,
     packed: bool = False,
-    contracted: Sequence[str] = (),
+    materialized: Sequence[str] = (),
     loss_chunk: int = 256,
     mesh: Mesh | None = None,
 ) -> Step:
-    """The compiled functions of a step; `accumulate` compiles once a micro-batch shape.
+    """The compiled functions of a step; `accumulate` compiles once per micro-batch shape.
 
     Args:
       model: gives the forward pass and its remat policy.
       optimizer: from `adamw`.
-      seed: of dropout; a mask is a function of (seed, step, place in the batch, layer, target).
+      seed: of dropout; a mask is a function of (seed, step, position in the batch, layer, target).
       dropout_rate: on the input of A, in [0, 1).
       packed: rows hold several examples.
-      contracted: targets whose A B is formed once a step, see `lora.contracted`.
+      materialized: targets whose A B is computed once per step, see `lora.materialized_targets`.
       loss_chunk: positions whose logits exist at a time, for each of the data × fsdp parts of a
         micro-batch.
       mesh: of the arrays that the functions will get, from `sharding.make_mesh`; what they
@@ -276,80 +278,82 @@ def make_step(
     groups = sharding.row_parts(mesh)
     if mesh is not None:
         local = sharding.LocalAttention(attention.kernel(model.attention, model.platform), mesh)
-        model = model.clone(settle=sharding.Activations(mesh), attention=local)
+        model = model.clone(shard_activation=sharding.Activations(mesh), attention=local)
 
-    def kept(tree):
+    def constrained(tree):
         return tree if mesh is None else sharding.constrain(tree, mesh)
 
-    def deltas(trainable, frozen):
-        return lora.deltas(combine(trainable, frozen)["lora"], contracted)
+    def compute_deltas(trainable, frozen):
+        return lora.deltas(combine(trainable, frozen)["lora"], materialized)
 
-    def work(trainable, made):
-        return {"deltas": made, "rest": _without(trainable, contracted)}
+    def diff_params_of(trainable, deltas):
+        return {"deltas": deltas, "rest": _without(trainable, materialized)}
 
-    def loss(working, frozen, step, micro, weight):
+    def loss(diff_params, frozen, step, micro, weight):
         dropout = None
         if dropout_rate:
             segments = micro.example if packed else None
             dropout = Dropout(_keys(seed, step, micro, segments), dropout_rate)
         variables = combine(
-            working["rest"], sliceable(_without(frozen, contracted), model.platform)
+            diff_params["rest"], bitcast_bf16(_without(frozen, materialized), model.platform)
         )
         if mesh is not None:
             variables = sharding.embeddings_gathered(variables, mesh)
-        if contracted:
-            formed = lora.with_deltas(variables["lora"], working["deltas"])
+        if materialized:
+            formed = lora.with_deltas(variables["lora"], diff_params["deltas"])
             variables = {**variables, "lora": formed}
         # The share of each token in the loss, so that a bfloat16 gradient is rounded but once.
         micro = micro._replace(loss_mask=micro.loss_mask.astype(jnp.float32) / weight)
         chunk = loss_chunk * groups
         return loss_sum(model, variables, micro, dropout, packed=packed, chunk=chunk, groups=groups)
 
-    compiled_deltas = jax.jit(lambda trainable, frozen: kept(deltas(trainable, frozen)))
+    compiled_deltas = jax.jit(
+        lambda trainable, frozen: constrained(compute_deltas(trainable, frozen))
+    )
 
-    def begin(state, frozen):
-        made = compiled_deltas(state.trainable, frozen) if contracted else {}
-        return work(state.trainable, made)
+    def prepare(state, frozen):
+        deltas = compiled_deltas(state.trainable, frozen) if materialized else {}
+        return diff_params_of(state.trainable, deltas)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def accumulate(gradients, total, working, step, frozen, micro, weight):
-        value, grad = jax.value_and_grad(loss)(working, frozen, step, micro, weight)
-        return kept(jax.tree.map(jnp.add, gradients, grad)), total + value
+    def accumulate(gradients, total, diff_params, step, frozen, micro, weight):
+        value, grad = jax.value_and_grad(loss)(diff_params, frozen, step, micro, weight)
+        return constrained(jax.tree.map(jnp.add, gradients, grad)), total + value
 
     @partial(jax.jit, donate_argnums=0)
     def update(state, frozen, gradients):
-        if contracted:
-            whole = lambda t: work(t, deltas(t, frozen))  # noqa: E731
-            (gradients,) = jax.vjp(whole, state.trainable)[1](gradients)
+        if materialized:
+            of_trainable = lambda t: diff_params_of(t, compute_deltas(t, frozen))  # noqa: E731
+            (gradients,) = jax.vjp(of_trainable, state.trainable)[1](gradients)
         else:
             gradients = gradients["rest"]
         updates, opt = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return kept(State(state.step + 1, trainable, opt)), optax.tree.norm(gradients)
+        return constrained(State(state.step + 1, trainable, opt)), optax.tree.norm(gradients)
 
-    return Step(begin, accumulate, update)
+    return Step(prepare, accumulate, update)
 
 
-def zeros(working: Any) -> tuple[Any, Array]:
+def zeros(diff_params: Any) -> tuple[Any, Array]:
     """Where a global batch starts: zero gradients, zero loss."""
     # On the same devices, or the first micro-batch would be compiled apart from the others.
-    where = jax.tree.leaves(working)[0].sharding
+    where = jax.tree.leaves(diff_params)[0].sharding
     where = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
-    return jax.tree.map(jnp.zeros_like, working), jnp.zeros((), jnp.float32, device=where)
+    return jax.tree.map(jnp.zeros_like, diff_params), jnp.zeros((), jnp.float32, device=where)
 
 
-def _without(half: Any, contracted: Sequence[str]) -> Any:
+def _without(half: Any, materialized: Sequence[str]) -> Any:
     # One half of the variables, less the a, b and scale of these targets.
-    if not contracted:
+    if not materialized:
         return half
-    gone = re.compile(rf"lora/.*/({'|'.join(contracted)})/(a|b|scale)")
+    removed = re.compile(rf"lora/.*/({'|'.join(materialized)})/(a|b|scale)")
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: optax.MaskedNode() if gone.fullmatch(leaf_name(path)) else x, half
+        lambda path, x: optax.MaskedNode() if removed.fullmatch(leaf_name(path)) else x, half
     )
 
 
 def _keys(seed: int, step: Array, micro: Micro, segments: Array | None) -> Array:
-    # (B, T) keys: of the example, then of the token's place in it.
+    # (B, T) keys: of the example, then of the position of the token in it.
     fold = jax.vmap(jax.vmap(jax.random.fold_in))
     key = jax.random.fold_in(lora.seed_keys(seed).dropout, step)
     keys = jnp.broadcast_to(key, micro.tokens.shape)

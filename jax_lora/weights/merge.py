@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.weights.tree import numpy_dtype
 
 TOKENS = 32  # ids that `rounding_change` reads

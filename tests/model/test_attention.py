@@ -7,8 +7,8 @@ import pytest
 
 from jax_lora.model import attention
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.llama import Llama, positions
-from jax_lora.model.products import contract_across, sliceable
+from jax_lora.model.transformer import Llama, positions
+from jax_lora.model.xla_cpu import bitcast_bf16, matmul_transposed
 
 
 def drawn(t):
@@ -89,12 +89,12 @@ def test_bits_of_weights_change_nothing():
     params = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0), ids)["params"]
     )
-    bits = sliceable(params, "cpu")
+    bits = bitcast_bf16(params, "cpu")
     assert bits["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.uint16
     assert bits["embed_tokens"]["embedding"].dtype == jnp.bfloat16
     one, other = (model.apply({"params": p}, ids) for p in (params, bits))
     np.testing.assert_array_equal(one, other)
-    assert sliceable(params, "tpu") is params
+    assert bitcast_bf16(params, "tpu") is params
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -102,8 +102,10 @@ def test_a_kernel_that_lies_across_gives_the_same_product(dtype):
     x = jax.random.normal(jax.random.key(0), (3, 2, 16), dtype)
     kernel = jax.random.normal(jax.random.key(1), (16, 5), dtype)
     expected = np.einsum("btd,df->btf", *map(np.float64, (x, kernel)))
-    found = contract_across(jnp.float32, x, kernel.T, "cpu")
-    assert found.dtype == jnp.float32 and contract_across(dtype, x, kernel.T, "cpu").dtype == dtype
+    found = matmul_transposed(jnp.float32, x, kernel.T, "cpu")
+    assert (
+        found.dtype == jnp.float32 and matmul_transposed(dtype, x, kernel.T, "cpu").dtype == dtype
+    )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 

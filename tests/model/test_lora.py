@@ -7,7 +7,7 @@ import pytest
 
 from jax_lora.model import lora
 from jax_lora.model.config import CONFIGS, GROUP, LINEAR, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training.step import Micro, loss_sum
 from jax_lora.weights import hf
 from tests import reference

@@ -7,7 +7,7 @@ import pytest
 
 from jax_lora.model import lora, variants
 from jax_lora.model.config import ATTENTION, LINEAR, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.run import inputs
 from jax_lora.weights import peft
 from tests import reference

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.model.config import GROUP, LINEAR, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro
 from tests.parity import training

@@ -10,7 +10,7 @@ import pytest
 
 from jax_lora.model import lora
 from jax_lora.model.config import LINEAR
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, adamw, schedule
 from tests.parity import training

@@ -12,7 +12,7 @@ from scipy import stats
 
 from jax_lora.model import lora
 from jax_lora.model.config import GROUP, LINEAR
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import peft as our_peft
 from tests import reference
 from tests.parity import training

@@ -12,7 +12,7 @@ import pytest
 
 from jax_lora.model import lora, variants
 from jax_lora.model.config import GROUP, LINEAR
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, adamw, schedule
 from tests.parity import training
@@ -42,9 +42,9 @@ def taken():
 @pytest.fixture(scope="module")
 def trainers(base):
     model = Llama(base.config, dtype=jnp.float32)
-    formed = lora.contracted(base.config, WIDE, LINEAR)
-    assert formed == LINEAR and lora.contracted(base.config, RANK, LINEAR) == ()
-    return {False: training.Ours(model), True: training.Ours(model, contracted=formed)}
+    formed = lora.materialized_targets(base.config, WIDE, LINEAR)
+    assert formed == LINEAR and lora.materialized_targets(base.config, RANK, LINEAR) == ()
+    return {False: training.Ours(model), True: training.Ours(model, materialized=formed)}
 
 
 def both(kind: str, base: training.Base, folder, moved: bool = False) -> tuple[Any, Any]:

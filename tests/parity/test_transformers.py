@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import adamw, schedule
 from tests import reference

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from jax_lora.model.config import LINEAR, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.step import Micro, State, make_step
 from jax_lora.weights import hf, tree

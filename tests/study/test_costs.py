@@ -1,27 +1,21 @@
 """Costs of cells, against planning's count and against products counted by hand."""
 
 import pytest
-from jax_lora.planning.setup import Setup
 
-from configs import base
-from jax_lora.model.config import CONFIGS
+from jax_lora.config import RunConfig
 from jax_lora.planning.operations import operations
+from jax_lora.planning.steps import planned
 from jax_lora.study import costs
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def run(**changes):
-    config = base.get_config()
-    config.model = "llama-7b"
-    config.update(changes)
-    return config
+    return RunConfig().replace(model="llama-7b", **changes)
 
 
 def test_the_operations_of_a_high_rank_are_plannings():
     """The delta is materialized once per step: 40.5 · 10⁹ operations, not 52.2."""
-    training, forward = costs.operations_per_token(run(lora={"rank": 4096}))
-    parts = operations(Setup(CONFIGS["llama-7b"], 4096, length=1152, contracted=TARGETS))
+    training, forward = costs.operations_per_token(run(**{"lora.rank": 4096}))
+    parts = operations(planned(run(**{"lora.rank": 4096}), "llama-7b", "cuda", length=1152))
     assert training == sum(work.forward + work.backward for work in parts.values())
     assert forward == sum(parts[name].forward for name in ("layers", "attention", "vocabulary"))
     assert 40.4e9 < training < 40.7e9
@@ -32,7 +26,7 @@ def test_operations_are_the_products_of_a_step():
     attention = 32 * 2 * d * length  # the causal half of two products, length × length × d
     forward = 2 * (32 * (4 * d * d + 3 * d * f) + d * v) + attention
     adapters = 2 * 32 * 4 * 16 * (d + d)
-    lora = costs.operations_per_token(run(lora={"rank": 16}))
+    lora = costs.operations_per_token(run(**{"lora.rank": 16}))
     assert lora == pytest.approx((2 * forward + attention + 3 * adapters, forward))
     full = {"method": "full", "trainable": (r"params/.*",), "frozen": ()}
     assert costs.operations_per_token(run(**full)) == pytest.approx((3 * forward, forward))

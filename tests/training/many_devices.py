@@ -22,7 +22,7 @@ import optax
 from jax_lora import sharding
 from jax_lora.data.batches import Batch
 from jax_lora.model.config import GROUP, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import Micro, State, make_step
@@ -93,7 +93,7 @@ def functions_on(mesh, remat):
         seed=3,
         dropout_rate=0.2,
         packed=True,
-        contracted=CONTRACTED,
+        materialized=CONTRACTED,
         loss_chunk=8,
         mesh=mesh,
     )
@@ -156,13 +156,13 @@ def compiled(mesh):
     trainable, frozen = masks.partition(tree, masks.mask(tree, *EVERYTHING))
     functions = functions_on(mesh, "full")
     state = State(np.zeros((), np.int32), trainable, None)
-    working = sharding.abstract(jax.eval_shape(functions.begin, state, frozen), mesh)
+    diff_params = sharding.abstract(jax.eval_shape(functions.prepare, state, frozen), mesh)
     micro = sharding.place_rows(Micro(**vars(packed_batch(1))), mesh)
     number = np.zeros((), np.float32)
     program = functions.accumulate.lower(
-        working, number, working, state.step, sharding.abstract(frozen, mesh), micro, number
+        diff_params, number, diff_params, state.step, sharding.abstract(frozen, mesh), micro, number
     ).compile()
-    held = 2 * sharding.local_bytes(working, mesh) + sharding.local_bytes(frozen, mesh)
+    held = 2 * sharding.local_bytes(diff_params, mesh) + sharding.local_bytes(frozen, mesh)
     unused = sum(3 * 4 for _ in CONTRACTED)  # their scales
     rows = ROWS // sharding.row_parts(mesh) * TOKENS * (4 + 1 + 4)
     return program, held - unused + rows + 3 * 4

@@ -9,7 +9,7 @@ import pytest
 from jax_lora.data.batches import Batch
 from jax_lora.model import lora
 from jax_lora.model.config import LINEAR, LlamaConfig
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.step import (
     Micro,
@@ -193,7 +193,7 @@ def test_the_clip_sees_the_trainable_gradient_alone():
     np.testing.assert_allclose(reports[0].gradient_norm, expected, rtol=1e-5)
 
 
-def gradients(batches, *, contracted=(), packed=False, dropout=0.3, variant="lora"):
+def gradients(batches, *, materialized=(), packed=False, dropout=0.3, variant="lora"):
     """Loss and gradient of a global batch, B (and m) drawn so that everything matters."""
     everything = variables()
     keys = iter(jax.random.split(jax.random.key(4), 99))
@@ -204,7 +204,7 @@ def gradients(batches, *, contracted=(), packed=False, dropout=0.3, variant="lor
                 leaf["m"] = 1 + jax.random.uniform(next(keys), leaf["b"].shape[::2])
     trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
     options = dict(seed=3, dropout_rate=dropout, loss_chunk=8)
-    functions = make_step(MODEL, KEEP, contracted=contracted, packed=packed, **options)
+    functions = make_step(MODEL, KEEP, materialized=materialized, packed=packed, **options)
     state = State(jnp.zeros((), jnp.int32), trainable, KEEP.init(trainable))
     ((after, report),) = loop.train(state, frozen, [batches], functions)
     return float(report.loss), after.optimizer
@@ -217,11 +217,11 @@ def assert_same(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("contracted", [LINEAR, ("q_proj", "down_proj")])
-def test_one_formed_product_equals_two(contracted, variant):
+@pytest.mark.parametrize("materialized", [LINEAR, ("q_proj", "down_proj")])
+def test_one_formed_product_equals_two(materialized, variant):
     # Gradients of A, B and m, dropout on, over two micro-batches.
     batches = global_batch(4)
-    one, other = (gradients(batches, contracted=c, variant=variant) for c in (contracted, ()))
+    one, other = (gradients(batches, materialized=c, variant=variant) for c in (materialized, ()))
     assert_same(one, other)
 
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
 
 import convert
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.run.convert import stored_dtype
 from jax_lora.weights import gguf, hf, peft
 from jax_lora.weights.tokenizers import load_tokenizer

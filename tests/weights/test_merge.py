@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_lora.model.llama import Llama
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import hf, merge
 from tests import reference
 from tests.weights.builders import flat

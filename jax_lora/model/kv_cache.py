@@ -16,7 +16,7 @@ Arrays = tuple[Array, Array]  # `k` and `v` of a `Cache`
 class Cache(NamedTuple):
     """Keys and values of the tokens before, S slots a row: a token's slot is its place there.
 
-    On a CPU keys lie across, (B, K, H, S): their products are several times as fast so. A GPU's
+    On a CPU keys are transposed, (B, K, H, S): their products are several times as fast so. A GPU's
     compiler would turn them back, with a second copy of all keys. `length`: (B,) slots taken; new
     tokens go behind them and see them, and each other under the causal mask.
     """

@@ -12,9 +12,9 @@ from tests.conftest import REPOSITORY, many_cpus
 
 @pytest.fixture(scope="module")
 def found():
-    """What tests/decoding/many_devices.py prints, by the number of devices."""
+    """What tests/generation/many_devices.py prints, by the number of devices."""
     said = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.decoding.many_devices"],
+        [sys.executable, "-W", "error", "-m", "tests.generation.many_devices"],
         cwd=REPOSITORY,
         env=os.environ | many_cpus(4),
         capture_output=True,

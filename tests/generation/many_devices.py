@@ -1,7 +1,7 @@
 """What test_many_devices.py runs in a process with 4 devices: answers of a model that 2 or 4 of
 them share, beside those of one.
 
-    python -m tests.decoding.many_devices
+    python -m tests.generation.many_devices
 
 prints JSON: for each number of devices the answers, and of every device the bytes that it holds of
 the weights and, after each stretch of decoding, of a layer's cache; `planned` is what the table of
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import sharding
-from jax_lora.decoding import batching, greedy
-from jax_lora.model.llama import Llama
+from jax_lora.generation import greedy, scheduler
+from jax_lora.model.transformer import Llama
 from tests.training.many_devices import CONFIG, communication, variables
 
 SHARED = list(range(1, 21))  # what half of the prompts begin with
@@ -38,9 +38,9 @@ def held(tree, device):
 
 def answered(count):
     mesh = sharding.make_mesh((1, 1, count), jax.devices()[:count])
-    model = Llama(CONFIG, dtype=jnp.float32, settle=sharding.Activations(mesh))
-    weights = greedy.apart(variables(), mesh)
-    rows = greedy.free(model, 4, 38, 6)
+    model = Llama(CONFIG, dtype=jnp.float32, shard_activation=sharding.Activations(mesh))
+    weights = greedy.unstack_layers(variables(), mesh)
+    rows = greedy.empty_rows(model, 4, 38, 6)
     program = greedy.decode.lower(model, weights, rows, 0, end_ids=(7,)).compile()
     caches, decode = [], greedy.decode
 
@@ -51,7 +51,7 @@ def answered(count):
 
     greedy.decode = watched
     groups = [len(prompt) > len(SHARED) for prompt in prompts()]
-    ended = batching.answers(model, weights, prompts(), groups, **LIMITS)
+    ended = scheduler.answers(model, weights, prompts(), groups, **LIMITS)
     answers = dict(itertools.chain.from_iterable(ended))
     greedy.decode = decode
     return {

@@ -7,7 +7,7 @@ collection is optional and may hold any subset of the linear layers: a `Dense` a
 update where the collection has its name, and the module itself knows no rank.
 
 Letters in shapes: B batch, T tokens, S cached tokens, D model, N query heads, K kv heads,
-G = N/K query heads a kv head, H head size, F mlp, V vocabulary, L layers, R rank.
+G = N/K query heads per kv head, H head size, F mlp, V vocabulary, L layers, R rank.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from jaxtyping import Array, Float, Int
 
 from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
-from jax_lora.model.cache import Cache
-from jax_lora.model.config import LINEAR, LlamaConfig
+from jax_lora.model.config import LINEAR, LINEAR_AXES, LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
-from jax_lora.model.products import contract, contract_across, values
+from jax_lora.model.kv_cache import Cache
 from jax_lora.model.rope import rope_tables, rotate
+from jax_lora.model.xla_cpu import einsum, from_bits, matmul_transposed
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
-# linear layers' products with frozen kernels and of attention, the dear ones.
+# linear layers' products with frozen kernels and of attention, the expensive ones.
 REMAT = ("none", "full", "products")
 _INIT = nn.initializers.normal(0.02)
 Tokens = Int[Array | np.ndarray, "B T"]  # ids, not necessarily on the device yet
-# Lays activations (B, T, ·), (B, K, …) or a B (R, ·) out on many devices: (x, is its last side cut,
-# or are its heads?) → x.
-Settle = Callable[[Array, bool], Array]
+# Constrains the sharding of an activation, or of a B (R, out): (x, logical axis of every dimension)
+# → x. The axes: "batch" (rows), "embed" (D), "heads" (N, or N·H), "kv_heads" (K, or K·H), "mlp"
+# (F), "vocab" (V), None for any other; those at the end may be left out.
+ShardActivation = Callable[..., Array]
 
 
-class Place(NamedTuple):
-    """Where the tokens stand: the rotary tables (cos, sin), each (B, T, H/2), and in packed rows
-    `segments` (B, T), equal within an example, else None."""
+class Positions(NamedTuple):
+    """The positions of the tokens: the rotary tables (cos, sin), each (B, T, H/2), and in packed
+    rows `segments` (B, T), equal within an example, else None."""
 
     rope: tuple[Array, Array]
     segments: Int[Array, "B T"] | None
@@ -54,44 +55,45 @@ class Dense(nn.Module):
     """x W (+ bias), and the low-rank update where the `lora` collection has one.
 
     LoRA (Hu et al. 2021): x W + s · dropout(x) A B. Where the collection holds `delta`, the
-    product s A B formed beforehand, in place of `a`, `b`, `scale`: x W + dropout(x) delta.
+    product s A B materialized beforehand, in place of `a`, `b`, `scale`: x W + dropout(x) delta.
     DoRA (Liu et al. 2024, arXiv:2402.09353), where it has `m`: g ⊙ (x W + s · dropout(x) A B)
-    with g = m / ‖W + s A B‖, a norm an output, taken as a constant; like PEFT, the correction
+    with g = m / ‖W + s A B‖, one norm per output, taken as a constant; like PEFT, the correction
     (g - 1) x W goes through the same dropout and the bias stays outside.
 
-    `across`: the kernel lies (out, in), see `contract_across`.
+    `transposed`: the kernel is stored (out, in), see `matmul_transposed`.
     """
 
     name_in_block: str
     features: int
     use_bias: bool
-    settle: Settle
-    across: bool
+    shard_activation: ShardActivation
+    transposed: bool
     platform: str
 
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
-        back = self.name_in_block in ("o_proj", "down_proj")  # to D; the others leave it
-        x = self.settle(x, back)
-        if self.across:
+        in_axis, out_axis = LINEAR_AXES[self.name_in_block]
+        x = self.shard_activation(x, "batch", None, in_axis)
+        if self.transposed:
             kernel = self.param("kernel", _INIT, (self.features, x.shape[-1]))
-            y = base = contract_across(x.dtype, x, kernel, self.platform)
+            y = base = matmul_transposed(x.dtype, x, kernel, self.platform)
             kernel = kernel.T
         else:
             kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
             y = base = checkpoint_name(
-                contract("btd,df->btf", x.dtype, x, kernel, self.platform), "product"
+                einsum("btd,df->btf", x.dtype, x, kernel, self.platform), "product"
             )
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
                 position = layer * len(LINEAR) + LINEAR.index(self.name_in_block)
-                dropped = self.settle(drop(x, dropout, position), back)
-            update, delta = self._update(dropped, not back)
+                dropped = drop(x, dropout, position)
+                dropped = self.shard_activation(dropped, "batch", None, in_axis)
+            update, delta = self._update(dropped, out_axis)
             if self.has_variable("lora", "m"):
                 if dropout is not None:
-                    base = contract("btd,df->btf", x.dtype, dropped, kernel, self.platform)
-                wide = values(kernel).astype(jnp.float32) + delta()
+                    base = einsum("btd,df->btf", x.dtype, dropped, kernel, self.platform)
+                wide = from_bits(kernel).astype(jnp.float32) + delta()
                 norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=0))
                 gain = self.get_variable("lora", "m") / norm
                 y = y + (gain - 1).astype(x.dtype) * base + gain.astype(x.dtype) * update
@@ -100,18 +102,18 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(x.dtype)
-        return self.settle(y, not back)
+        return self.shard_activation(y, "batch", None, out_axis)
 
-    def _update(self, x: Array, cut: bool) -> tuple[Array, Callable[[], Array]]:
-        """The update of the outputs, and a function that forms the update of the kernel."""
+    def _update(self, x: Array, out_axis: str) -> tuple[Array, Callable[[], Array]]:
+        """The update of the outputs, and a function that computes the update of the kernel."""
         if self.has_variable("lora", "delta"):
             delta = self.get_variable("lora", "delta")
-            return contract("btd,df->btf", x.dtype, x, delta, self.platform), lambda: delta
+            return einsum("btd,df->btf", x.dtype, x, delta, self.platform), lambda: delta
         a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
-        b = self.settle(b, cut)
-        # The scale meets the R numbers of a token, not the outputs, of which there are more.
-        low = contract("btd,dr->btr", x.dtype, x, a, self.platform) * scale.astype(x.dtype)
-        return contract("btr,rf->btf", x.dtype, low, b, self.platform), lambda: scale * (a @ b)
+        b = self.shard_activation(b, None, out_axis)
+        # The scale multiplies the R numbers of a token, which are fewer than its outputs.
+        low = einsum("btd,dr->btr", x.dtype, x, a, self.platform) * scale.astype(x.dtype)
+        return einsum("btr,rf->btf", x.dtype, low, b, self.platform), lambda: scale * (a @ b)
 
 
 class RMSNorm(nn.Module):
@@ -121,13 +123,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _normed(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+        return _rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
-# What is cheap is computed again in the backward pass, whatever the policy: to keep it would cost
-# more memory traffic than to make it.
+# What is cheap is computed again in the backward pass, whatever the policy: saving it would cost
+# more memory traffic than computing it.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def _normed(x: Array, scale: Array, eps: float) -> Array:
+def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
     return scale.astype(x.dtype) * wide.astype(x.dtype)
@@ -143,22 +145,28 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     kernel: str | Kernel
-    settle: Settle
-    across: bool
+    shard_activation: ShardActivation
+    transposed: bool
     platform: str
 
     @nn.compact
-    def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
+    def __call__(
+        self, x, layer, positions: Positions, cache: Cache | None, dropout: Dropout | None
+    ):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        options = dict(settle=self.settle, across=self.across, platform=self.platform)
+        options = dict(
+            shard_activation=self.shard_activation,
+            transposed=self.transposed,
+            platform=self.platform,
+        )
         dense = partial(Dense, use_bias=c.attention_bias, **options)
 
         def project(name: str, features: int, y: Array) -> Any:
             y = dense(name, features, name=name)(y, layer, dropout)
-            # At one row a TPU's compiler would else let the transposed heads decide how the kernels
-            # lie, and copy those of all layers: 3 GiB of LLaMA-7B.
+            # At one row a TPU's compiler would else derive the layout of the kernels from the
+            # transposed heads, and copy those of all layers: 3 GiB of LLaMA-7B.
             return jax.lax.optimization_barrier(y) if self.platform == "tpu" else y
 
         # Heads go before tokens, (B, K, G, T, H) and (B, K, S, H): batched matrix products on a
@@ -166,34 +174,38 @@ class Attention(nn.Module):
         q = project("q_proj", n * h, x).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
         keys = project("k_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
         values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
-        q, keys = rotate(q, *place.rope), rotate(keys, *place.rope)
+        q, keys = rotate(q, *positions.rope), rotate(keys, *positions.rope)
         if cache is None:
-            mixed, grown = (
-                attention.kernel(self.kernel, self.platform)(q, keys, values, place.segments),
-                None,
-            )
+            attend = attention.kernel(self.kernel, self.platform)
+            mixed, updated = attend(q, keys, values, positions.segments), None
         else:
-            # Left alone, the partitioner sends the past around where `tensor` does not divide K.
-            q, keys, values = (self.settle(x, True) for x in (q, keys, values))
-            mixed, grown = cache.attend(q, keys, values, self.platform)
-            grown = tuple(self.settle(x, True) for x in grown)
+            # Without these the partitioner communicates the cache where `tensor` does not divide K.
+            q, keys, values = (
+                self.shard_activation(x, "batch", "kv_heads") for x in (q, keys, values)
+            )
+            mixed, updated = cache.attend(q, keys, values, self.platform)
+            updated = tuple(self.shard_activation(x, "batch", "kv_heads") for x in updated)
         mixed = checkpoint_name(mixed, "product")
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
-        return project("o_proj", c.hidden_size, mixed), grown
+        return project("o_proj", c.hidden_size, mixed), updated
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
     config: LlamaConfig
-    settle: Settle
-    across: bool
+    shard_activation: ShardActivation
+    transposed: bool
     platform: str
 
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
         c = self.config
-        options = dict(settle=self.settle, across=self.across, platform=self.platform)
+        options = dict(
+            shard_activation=self.shard_activation,
+            transposed=self.transposed,
+            platform=self.platform,
+        )
         dense = partial(Dense, use_bias=c.mlp_bias, **options)
         gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
         up = dense("up_proj", c.intermediate_size, name="up_proj")(x, layer, dropout)
@@ -201,45 +213,52 @@ class MLP(nn.Module):
         return down(_swiglu(gate, up), layer, dropout)
 
 
-def _settled(x: Array, cut: bool) -> Array:
+def _unsharded(x: Array, *axes: str | None) -> Array:
     return x
 
 
 class Block(nn.Module):
-    """One layer: the states after it, and its cache's arrays, grown, or None without a cache.
+    """One layer: the states after it, and its updated keys and values, or None without a cache.
 
-    `layer` is its number; `across`: all kernels lie (out, in).
+    `layer` is its number; `transposed`: all kernels are stored (out, in).
     """
 
     config: LlamaConfig
     attention: str | Kernel
-    settle: Settle
-    across: bool
+    shard_activation: ShardActivation
+    transposed: bool
     platform: str
 
     @nn.compact
-    def __call__(self, x, layer, place: Place, cache: Cache | None, dropout: Dropout | None):
+    def __call__(
+        self, x, layer, positions: Positions, cache: Cache | None, dropout: Dropout | None
+    ):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         attend = Attention(
-            c, self.attention, self.settle, self.across, self.platform, name="self_attn"
+            c,
+            self.attention,
+            self.shard_activation,
+            self.transposed,
+            self.platform,
+            name="self_attn",
         )
-        attended, grown = attend(normed, layer, place, cache, dropout)
+        attended, updated = attend(normed, layer, positions, cache, dropout)
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        mlp = MLP(c, self.settle, self.across, self.platform, name="mlp")
+        mlp = MLP(c, self.shard_activation, self.transposed, self.platform, name="mlp")
         x = x + mlp(normed, layer, dropout)
-        return x, grown
+        return x, updated
 
 
 def positions(tokens: Tokens, segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
-    """Each token's place in its row, or in its segment."""
+    """The position of each token in its row, or in its segment."""
     count = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segments is None:
         return count
-    begins = segments != jnp.roll(segments, 1, axis=1)
-    begins = begins.at[:, 0].set(True)
-    return count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+    is_first = segments != jnp.roll(segments, 1, axis=1)
+    is_first = is_first.at[:, 0].set(True)
+    return count - jax.lax.cummax(jnp.where(is_first, count, 0), axis=1)
 
 
 class Llama(nn.Module):
@@ -250,9 +269,9 @@ class Llama(nn.Module):
       dtype: of the activations and matrix products; parameters keep their own.
       remat: what the backward pass recomputes, see `REMAT`.
       attention: the kernel of prefill and training, among `attention.KERNELS`; or one itself.
-      unroll: layers a step of the scan; more compiles longer and, on a CPU, runs faster.
-      settle: where activations lie on many devices, see `jax_lora.sharding.Activations`.
-      across: the head's kernel lies (V, D), see `contract_across`; for decoding.
+      unroll: layers per step of the scan; more compile longer and, on a CPU, run faster.
+      shard_activation: constrains the sharding of activations, see `jax_lora.sharding.Activations`.
+      transposed: the head's kernel is stored (V, D), see `matmul_transposed`; for decoding.
       platform: that the program will run on: "cpu", "gpu"/"cuda" or "tpu"; by default JAX's
         backend when the module is made. It belongs to the module, so that `jax.jit` with the
         module as a static argument compiles a program for each platform.
@@ -263,8 +282,8 @@ class Llama(nn.Module):
     remat: str = "none"
     attention: str | Kernel = "xla"
     unroll: int = 1
-    settle: Settle = _settled
-    across: bool = False
+    shard_activation: ShardActivation = _unsharded
+    transposed: bool = False
     platform: str = field(default_factory=jax.default_backend)
 
     if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
@@ -289,14 +308,16 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=c.num_hidden_layers,
             unroll=self.unroll,
-        )(c, self.attention, self.settle, False, self.platform)
+        )(c, self.attention, self.shard_activation, False, self.platform)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = _Head(c.vocab_size, self.across, self.platform)
+            self.lm_head = _Head(c.vocab_size, self.transposed, self.platform)
 
     def embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
-        """What the first layer reads."""
-        return self.settle(self.embed_tokens(tokens).astype(self.dtype), False)
+        """Embeddings of the tokens, the input of the first layer."""
+        return self.shard_activation(
+            self.embed_tokens(tokens).astype(self.dtype), "batch", None, "embed"
+        )
 
     def hidden(
         self,
@@ -307,18 +328,18 @@ class Llama(nn.Module):
         """States after the last layer, under a causal mask.
 
         Args:
-          tokens: (B, T) ids, each row starting at its first token; what follows a row's end
-            cannot influence it.
+          tokens: (B, T) ids, each row starting at its first token; the padding behind its
+            end cannot influence it.
           dropout: on the adapters' input; None is off.
           segments: (B, T) in rows that hold several examples: equal within an example, which
-            attends to itself alone and counts its positions from 0.
+            attends to itself only and counts its positions from 0.
 
         Returns:
           The states (B, T, D), not yet normed.
         """
-        place = Place(rope_tables(self.config, positions(tokens, segments)), segments)
+        rope = rope_tables(self.config, positions(tokens, segments))
         layers = jnp.arange(self.config.num_hidden_layers)
-        return self.layers(self.embed(tokens), layers, place, None, dropout)[0]
+        return self.layers(self.embed(tokens), layers, Positions(rope, segments), None, dropout)[0]
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the final norm and the vocabulary product."""
@@ -326,9 +347,9 @@ class Llama(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden)
         embedding = self.embed_tokens.embedding
-        if self.across:
-            return contract_across(jnp.float32, hidden, embedding, self.platform)
-        return contract("btd,vd->btv", jnp.float32, hidden, embedding, self.platform)
+        if self.transposed:
+            return matmul_transposed(jnp.float32, hidden, embedding, self.platform)
+        return einsum("btd,vd->btv", jnp.float32, hidden, embedding, self.platform)
 
     def __call__(self, tokens: Tokens, dropout: Dropout | None = None) -> Float[Array, "B T V"]:
         """Logits in float32 of every position."""
@@ -337,13 +358,13 @@ class Llama(nn.Module):
 
 class _Head(nn.Module):
     vocab_size: int
-    across: bool
+    transposed: bool
     platform: str
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
-        if self.across:
+        if self.transposed:
             kernel = self.param("kernel", _INIT, (self.vocab_size, hidden.shape[-1]))
-            return contract_across(jnp.float32, hidden, kernel, self.platform)
+            return matmul_transposed(jnp.float32, hidden, kernel, self.platform)
         kernel = self.param("kernel", _INIT, (hidden.shape[-1], self.vocab_size))
-        return contract("btd,dv->btv", jnp.float32, hidden, kernel, self.platform)
+        return einsum("btd,dv->btv", jnp.float32, hidden, kernel, self.platform)

@@ -15,36 +15,36 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def contract(spec: str, dtype: Any, x: Array, w: Array, platform: str) -> Array:
+def einsum(spec: str, dtype: Any, x: Array, w: Array, platform: str) -> Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
 
     A gradient of its own, because the automatic one multiplies mixed dtypes and rounds the
     gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
-    its three terms. `w` may hold the bits of bfloat16 numbers, see `sliceable`.
+    its three terms. `w` may hold the bits of bfloat16 numbers, see `bitcast_bf16`.
     """
-    product: Any = _contract(spec, dtype, platform, x, values(w))
+    product: Any = _einsum_vjp(spec, dtype, platform, x, from_bits(w))
     return product
 
 
-def contract_across(dtype: Any, x: Array, w: Array, platform: str) -> Array:
-    """x (B, T, in) by w (out, in): the product of few rows with a large kernel, for decoding.
+def matmul_transposed(dtype: Any, x: Array, w: Array, platform: str) -> Array:
+    """x (B, T, in) by the transpose of w (out, in), for decoding: few rows, a large kernel.
 
     XLA's CPU compiler rearranges the right operand of a product before it multiplies. With the
-    kernel on the left that is the few rows; it is read once, in the order in which it lies. Has
-    JAX's own gradient, see `contract`.
+    kernel on the left that is the few rows; it is read once, in the order in which it is stored.
+    Has JAX's own gradient, see `einsum`.
     """
     return _einsum("fd,btd->fbt", w.astype(x.dtype), x, dtype, platform).transpose(1, 2, 0)
 
 
-def values(kernel: Array) -> Array:
-    """The numbers of a kernel that `sliceable` may have turned into bits."""
+def from_bits(kernel: Array) -> Array:
+    """The bfloat16 numbers of a kernel that `bitcast_bf16` may have turned into bits."""
     if kernel.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
     return kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _contract(spec: str, dtype: Any, platform: str, x: Array, w: Array) -> Array:
+def _einsum_vjp(spec: str, dtype: Any, platform: str, x: Array, w: Array) -> Array:
     return _einsum(spec, x, w.astype(x.dtype), dtype, platform)
 
 
@@ -58,11 +58,11 @@ def _einsum(spec: str, a: Array, b: Array, dtype: Any, platform: str) -> Array:
     return out.astype(dtype)
 
 
-def _contract_forward(spec, dtype, platform, x, w):
-    return _contract(spec, dtype, platform, x, w), (x, w)
+def _einsum_vjp_forward(spec, dtype, platform, x, w):
+    return _einsum_vjp(spec, dtype, platform, x, w), (x, w)
 
 
-def _contract_backward(spec, dtype, platform, saved, g):
+def _einsum_vjp_backward(spec, dtype, platform, saved, g):
     x, w = saved
     terms, out = spec.split("->")
     xs, ws = terms.split(",")
@@ -72,14 +72,14 @@ def _contract_backward(spec, dtype, platform, saved, g):
     return dx, dw
 
 
-_contract.defvjp(_contract_forward, _contract_backward)
+_einsum_vjp.defvjp(_einsum_vjp_forward, _einsum_vjp_backward)
 
 
-def sliceable(frozen: Any, platform: str) -> Any:
-    """Stacked bfloat16 kernels as their bits (uint16) on a CPU; elsewhere, what came in.
+def bitcast_bf16(frozen: Any, platform: str) -> Any:
+    """Stacked bfloat16 kernels as their bits (uint16) on a CPU; elsewhere the tree itself.
 
     XLA's CPU compiler has no bfloat16 slice: it widens a whole stack of layers to float32 before
-    the loop that takes one layer at a time, once a call. Slices of integers it leaves alone.
+    the loop that takes one layer at a time, once per call. Slices of integers it does not widen.
     For weights that are not differentiated: their gradient would be zero, silently.
 
     Args:

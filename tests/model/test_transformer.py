@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_lora.model.dropout import Dropout
-from jax_lora.model.llama import Llama
-from jax_lora.model.products import contract
+from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import einsum
 from jax_lora.weights import hf
 from tests import reference
 
@@ -104,7 +104,7 @@ def test_products_and_their_gradients_in_bfloat16(spec, x, w):
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:2], (x, w), strict=True))
     master = w.astype(jnp.float32)  # as in full fine-tuning: its gradient must stay float32
-    out, pull = jax.vjp(lambda x, w: contract(spec, jnp.bfloat16, x, w, "cpu"), x, master)
+    out, pull = jax.vjp(lambda x, w: einsum(spec, jnp.bfloat16, x, w, "cpu"), x, master)
     g = jax.random.normal(keys[2], out.shape, jnp.bfloat16)
     found = (out, *jax.jit(lambda g: jax.tree.map(jnp.asarray, pull(g)))(g))
     wide, pull = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x.astype(jnp.float32), master)

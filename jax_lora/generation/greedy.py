@@ -1,8 +1,8 @@
 """Greedy decoding with a key-value cache: the programs that run on the device.
 
-B rows go on in lockstep, each from a place of its own: a token's slot in the cache is its place in
-its row. So no row sees what it is batched with, and one that has ended makes room for another
-prompt at any time. `decoding.batching.answers` drives these programs.
+B rows are decoded in lockstep, each at a position of its own: the slot of a token in the cache is
+its position in the row. So no row sees what it is batched with, and one that has ended makes
+room for another prompt at any time. `generation.scheduler.answers` drives these programs.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from jax_lora import sharding
-from jax_lora.model import cache
-from jax_lora.model.llama import Block, Llama, Place
+from jax_lora.model import kv_cache
 from jax_lora.model.rope import rope_tables
+from jax_lora.model.transformer import Block, Llama, Positions
 
-Caches = tuple[cache.Arrays, ...]  # of every layer
+Caches = tuple[kv_cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
-    """A model's variables, as `apart` leaves them: those outside its layers, and each layer's."""
+    """The variables, as `unstack_layers` leaves them: outside its layers, and of each layer."""
 
-    outside: Any
+    non_layer: Any
     layers: tuple[Any, ...]
 
 
 class Rows(NamedTuple):
-    """B answers in the making.
+    """B answers that are being generated.
 
-    `caches`: S slots a row. `prompt`: (B,) tokens of the prompts. `new`: (B, N) the answers, of
-    which `count` (B,) tokens are said; the last one is not in the cache yet. `running`: (B,) those
-    that have not ended; the others are free.
+    `caches`: S slots per row. `prompt`: (B,) tokens of the prompts. `new`: (B, N) the answers, of
+    which `count` (B,) tokens are generated; the last one is not in the cache yet. `running`: (B,)
+    those that have not ended; the others are free.
     """
 
     caches: Caches
@@ -46,9 +46,12 @@ class Rows(NamedTuple):
     running: Bool[Array, " B"]
 
 
-def apart(variables: Any, mesh: Mesh | None = None, platform: str | None = None) -> Weights:
-    """{"params": base} and perhaps "lora", each layer's part of the stacks in arrays of its own:
-    slices inside the loop would copy the whole model once a token. On a CPU kernels lie across.
+def unstack_layers(
+    variables: Any, mesh: Mesh | None = None, platform: str | None = None
+) -> Weights:
+    """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
+    slices inside the loop would copy the whole model once per token. On a CPU kernels are stored
+    transposed, (out, in).
 
     Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
     one layer.
@@ -59,19 +62,19 @@ def apart(variables: Any, mesh: Mesh | None = None, platform: str | None = None)
         default they lie on one device.
       platform: of the model that will use them, by default JAX's backend.
     """
-    laid = partial(_laid, platform=platform or jax.default_backend())
+    transpose = partial(_transpose_kernels, platform=platform or jax.default_backend())
     stacks = {name: tree["layers"] for name, tree in variables.items()}
-    outside = {k: v for k, v in variables["params"].items() if k != "layers"}
+    non_layer = {k: v for k, v in variables["params"].items() if k != "layers"}
     depth = len(stacks["params"]["input_layernorm"]["scale"])
     layers = (jax.tree.map(operator.itemgetter(i), stacks) for i in range(depth))
     if mesh is not None:
-        outside = sharding.place(outside, mesh)
+        non_layer = sharding.place(non_layer, mesh)
         layers = (sharding.place_layer(layer, mesh) for layer in layers)
-    return Weights({"params": laid(outside)}, tuple(map(laid, layers)))
+    return Weights({"params": transpose(non_layer)}, tuple(map(transpose, layers)))
 
 
 @partial(jax.jit, static_argnames="platform")
-def _laid(tree: Any, platform: str) -> Any:
+def _transpose_kernels(tree: Any, platform: str) -> Any:
     if platform != "cpu":
         return tree
     return jax.tree_util.tree_map_with_path(
@@ -80,15 +83,15 @@ def _laid(tree: Any, platform: str) -> Any:
 
 
 @partial(jax.jit, static_argnames=("model", "batch", "slots", "new_tokens"))
-def free(model: Llama, batch: int, slots: int, new_tokens: int) -> Rows:
-    """Rows that wait for prompts."""
+def empty_rows(model: Llama, batch: int, slots: int, new_tokens: int) -> Rows:
+    """A batch of free rows."""
     zeros = jnp.zeros(batch, jnp.int32)
     new = jnp.zeros((batch, new_tokens), jnp.int32)
-    return Rows(_no_tokens(model, batch, slots), zeros, new, zeros + 1, zeros > 0)
+    return Rows(_empty_caches(model, batch, slots), zeros, new, zeros + 1, zeros > 0)
 
 
 @partial(jax.jit, static_argnames=("model", "slots", "chunk"))
-def read(
+def prefill_prefix(
     model: Llama,
     weights: Weights,
     tokens: Int[Array, "1 P"],
@@ -98,15 +101,15 @@ def read(
     chunk: int,
 ) -> Caches:
     """The caches of a text that several prompts begin with; see `admit`."""
-    caches = _no_tokens(model, 1, slots)
-    return _read(model, weights, caches, 0 * length, tokens, length, chunk)[1]
+    caches = _empty_caches(model, 1, slots)
+    return _prefill(model, weights, caches, 0 * length, tokens, length, chunk)[1]
 
 
 @partial(jax.jit, donate_argnames=("rows",))
-def begin(rows: Rows, before: Caches, into: Int[Array, " A"]) -> Rows:
-    """Put what `read` returned into the caches of the rows `into`; B and more stand for none."""
+def copy_prefix(rows: Rows, prefix: Caches, into: Int[Array, " A"]) -> Rows:
+    """Copy the caches of `prefill_prefix` into those of the rows `into`; B and more are dropped."""
     put = jax.tree.map(
-        lambda whole, one: whole.at[into].set(one, unique_indices=True), rows.caches, before
+        lambda whole, one: whole.at[into].set(one, unique_indices=True), rows.caches, prefix
     )
     return rows._replace(caches=put)
 
@@ -124,23 +127,23 @@ def admit(
     end_ids: tuple[int, ...],
     chunk: int,
 ) -> Rows:
-    """Let A prompts into free rows, and say the first token of their answers.
+    """Prefill A prompts into free rows, and generate the first token of their answers.
 
     Args:
       model: the module.
-      weights: see `apart`.
-      rows: given up.
+      weights: see `unstack_layers`.
+      rows: donated.
       into: the rows, no two the same, which spares a GPU atomic operations; B and more, behind
         the last, are for prompts that only fill the shape.
-      starts: tokens of each prompt that `begin` has put into its row, or 0.
+      starts: tokens of each prompt that `copy_prefix` has put into its row, or 0.
       tokens: those that follow, right-padded.
       lengths: true lengths of these, at least 1.
       end_ids: any of these ends an answer, and is its last token.
-      chunk: tokens a row that are read at a time, until the longest has been read; divides P.
+      chunk: tokens per row that are prefilled at a time, until all are done; divides P.
     """
     own = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
-    last, own = _read(model, weights, own, starts, tokens, lengths, chunk)
-    first = _most_likely(model, weights, last)
+    last, own = _prefill(model, weights, own, starts, tokens, lengths, chunk)
+    first = _argmax_token(model, weights, last)
     return Rows(
         jax.tree.map(
             lambda whole, part: whole.at[into].set(part, unique_indices=True), rows.caches, own
@@ -148,46 +151,58 @@ def admit(
         rows.prompt.at[into].set(starts + lengths),
         rows.new.at[into, 0].set(first),
         rows.count.at[into].set(1),
-        rows.running.at[into].set(_goes_on(first, jnp.ones_like(first), rows, end_ids)),
+        rows.running.at[into].set(_is_running(first, jnp.ones_like(first), rows, end_ids)),
     )
 
 
 @partial(jax.jit, static_argnames=("model", "end_ids"), donate_argnames=("rows",))
 def decode(
-    model: Llama, weights: Weights, rows: Rows, few: Int[Array, ""], *, end_ids: tuple[int, ...]
+    model: Llama,
+    weights: Weights,
+    rows: Rows,
+    max_running: Int[Array, ""],
+    *,
+    end_ids: tuple[int, ...],
 ) -> Rows:
-    """Go on until at most `few` rows are running; `rows` are given up."""
-    every = jnp.arange(len(rows.new))
+    """Decode until at most `max_running` rows are running; `rows` are donated."""
+    row_ids = jnp.arange(len(rows.new))
 
     def step(rows: Rows) -> Rows:
-        token = rows.new[every, rows.count - 1]
-        places = (rows.prompt + rows.count - 1)[:, None]
-        rope = rope_tables(model.config, places)
-        hidden, caches = _extend(model, weights, rows.caches, places[:, 0], rope, token[:, None])
-        token = _most_likely(model, weights, hidden)
-        # What a row that has ended goes on to say lies behind its count.
-        new = rows.new.at[every, rows.count].set(token)
+        token = rows.new[row_ids, rows.count - 1]
+        positions = (rows.prompt + rows.count - 1)[:, None]
+        rope = rope_tables(model.config, positions)
+        hidden, caches = _forward(
+            model, weights, rows.caches, positions[:, 0], rope, token[:, None]
+        )
+        token = _argmax_token(model, weights, hidden)
+        # What is generated for a row that has ended is behind its count.
+        new = rows.new.at[row_ids, rows.count].set(token)
         count = rows.count + rows.running
-        running = rows.running & _goes_on(token, count, rows, end_ids)
+        running = rows.running & _is_running(token, count, rows, end_ids)
         return Rows(caches, rows.prompt, new, count, running)
 
-    return jax.lax.while_loop(lambda rows: rows.running.sum() > few, step, rows)
+    return jax.lax.while_loop(lambda rows: rows.running.sum() > max_running, step, rows)
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
-def rearrange(model: Llama, rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
+def gather_rows(model: Llama, rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
     """The rows `chosen`, B standing for a free one, with `slots` slots each, which are no more."""
     rows = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0, mode="fill", fill_value=0), rows)
-    caches = tuple(cache.shortened(arrays, slots, model.platform) for arrays in rows.caches)
+    caches = tuple(kv_cache.shortened(arrays, slots, model.platform) for arrays in rows.caches)
     return rows._replace(caches=caches, count=jnp.maximum(rows.count, 1))
 
 
-def _no_tokens(model: Llama, batch: int, slots: int) -> Caches:
-    k, v = cache.empty(model.config, batch, slots, model.dtype, model.platform)
-    return ((model.settle(k, True), model.settle(v, True)),) * model.config.num_hidden_layers
+def _empty_caches(model: Llama, batch: int, slots: int) -> Caches:
+    k, v = kv_cache.empty(model.config, batch, slots, model.dtype, model.platform)
+    return (
+        (
+            model.shard_activation(k, "batch", "kv_heads"),
+            model.shard_activation(v, "batch", "kv_heads"),
+        ),
+    ) * model.config.num_hidden_layers
 
 
-def _read(
+def _prefill(
     model: Llama,
     weights: Weights,
     caches: Caches,
@@ -197,7 +212,7 @@ def _read(
     chunk: int,
 ) -> tuple[Array, Caches]:
     """The state (A, 1, D) of each row's last token, and the caches after; see `admit`."""
-    # Places stop at a row's last one: dynamic rotary scaling asks how long the whole row is.
+    # Positions stop at the last one of a row: dynamic rotary scaling depends on its length.
     within = jnp.minimum(jnp.arange(tokens.shape[1]), lengths[:, None] - 1)
     rope = rope_tables(model.config, starts[:, None] + within)
 
@@ -206,7 +221,7 @@ def _read(
         text, *part = (
             jax.lax.dynamic_slice_in_dim(x, done, chunk, axis=1) for x in (tokens, *rope)
         )
-        hidden, caches = _extend(model, weights, caches, starts + done, tuple(part), text)
+        hidden, caches = _forward(model, weights, caches, starts + done, tuple(part), text)
         at = lengths - 1 - done
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
         last = jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)
@@ -218,26 +233,26 @@ def _read(
     )[1:]
 
 
-def _extend(
+def _forward(
     model: Llama, weights: Weights, caches: Caches, starts: Array, rope: Any, tokens: Array
 ) -> tuple[Array, Caches]:
-    """The states (B, T, D) of tokens whose first stands at `starts` (B,), and the caches after."""
-    place = Place(rope, None)
-    across = model.platform == "cpu"
-    block = Block(model.config, model.attention, model.settle, across, model.platform)
-    x, grown = model.apply(weights.outside, tokens, method="embed"), []
+    """The states (B, T, D) of tokens, the first at position `starts` (B,), and the caches after."""
+    positions = Positions(rope, None)
+    transposed = model.platform == "cpu"
+    block = Block(model.config, model.attention, model.shard_activation, transposed, model.platform)
+    x, updated = model.apply(weights.non_layer, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
-        x, kv = block.apply(weights.layers[i], x, i, place, cache.Cache(k, v, starts), None)
-        grown.append(kv)
-    return x, tuple(grown)
+        x, kv = block.apply(weights.layers[i], x, i, positions, kv_cache.Cache(k, v, starts), None)
+        updated.append(kv)
+    return x, tuple(updated)
 
 
-def _most_likely(model: Llama, weights: Weights, hidden: Array) -> Array:
-    logits = model.clone(across=model.platform == "cpu").apply(
-        weights.outside, hidden, method="head"
+def _argmax_token(model: Llama, weights: Weights, hidden: Array) -> Array:
+    logits = model.clone(transposed=model.platform == "cpu").apply(
+        weights.non_layer, hidden, method="head"
     )
     return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
 
 
-def _goes_on(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
+def _is_running(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
     return ~jnp.isin(token, jnp.asarray(end_ids)) & (count < rows.new.shape[1])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.decoding import batching, greedy
-from jax_lora.model.llama import Llama
+from jax_lora.generation import greedy, scheduler
+from jax_lora.model.transformer import Llama
 from jax_lora.weights import hf
 from tests import reference
 
@@ -33,7 +33,7 @@ def answers(model, prompts, groups=None, **options):
     limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=4)
     limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,)) | options
     module, variables = model
-    return batching.answers(module, greedy.apart(variables), prompts, groups, **limits)
+    return scheduler.answers(module, greedy.unstack_layers(variables), prompts, groups, **limits)
 
 
 def decode(*args, **options):
@@ -125,7 +125,7 @@ def test_what_prompts_share_is_read_once(model, monkeypatch):
 
         monkeypatch.setattr(greedy, name, watched)
 
-    watch("read", lambda model, weights, tokens, length: length.tolist(), read)
+    watch("prefill_prefix", lambda model, weights, tokens, length: length.tolist(), read)
     watch(
         "admit",
         lambda m, w, rows, into, starts, tokens, n: n[into < len(rows.count)].tolist(),
@@ -140,7 +140,7 @@ def test_what_prompts_share_is_read_once(model, monkeypatch):
 def test_programs_are_few(model):
     # A bucket has one to read, to admit and to decode; at the end come those of half a batch.
     def compiled():
-        return [f._cache_size() for f in (greedy.read, greedy.admit, greedy.decode)]
+        return [f._cache_size() for f in (greedy.prefill_prefix, greedy.admit, greedy.decode)]
 
     before = compiled()
     prompts = [STEMS[2][:n] + (i,) for n in range(33) for i in range(3)]
@@ -149,14 +149,16 @@ def test_programs_are_few(model):
     assert (grown <= (2, 3, 3)).all(), grown
 
 
-def test_every_prompt_has_a_turn():
+def test_every_prompt_has_a_request():
     prompts = [np.arange(n) for n in DICE.integers(1, 60, 50)]
-    turns = batching.in_line(prompts, [n % 3 for n in map(len, prompts)], (20, 40, 60))
-    assert sorted(turn.prompt for turn in turns) == list(range(50))
-    assert [turn.bucket for turn in turns] == sorted((t.bucket for t in turns), reverse=True)
-    for turn in turns:
-        assert turn.shared < len(prompts[turn.prompt]) <= turn.bucket
-    assert any(turn.shared for turn in turns)
+    requests = scheduler.make_queue(prompts, [n % 3 for n in map(len, prompts)], (20, 40, 60))
+    assert sorted(request.prompt for request in requests) == list(range(50))
+    assert [request.bucket for request in requests] == sorted(
+        (r.bucket for r in requests), reverse=True
+    )
+    for request in requests:
+        assert request.shared < len(prompts[request.prompt]) <= request.bucket
+    assert any(request.shared for request in requests)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_every_prompt_has_a_turn():
     ],
 )
 def test_what_prompts_share(prompts, shared):
-    assert batching.shared_length(prompts) == shared
+    assert scheduler.shared_prefix_length(prompts) == shared
 
 
 def test_a_prompt_that_fits_no_bucket_is_refused(model):

@@ -1,8 +1,8 @@
 """Which prompt is answered when and in which row: continuous batching, on the host.
 
 A row whose answer has ended takes in the next prompt while the others go on. What the prompts of a
-group begin with is read once. Shapes are few: for every bucket one program each reads a group's
-beginning, admits prompts and decodes; at the end the batch is halved as it empties.
+group begin with is prefilled once. Shapes are few: for every bucket one program each prefills the
+prefix of a group, admits prompts and decodes; at the end the batch is halved as it empties.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_lora.decoding import greedy
-from jax_lora.model.llama import Llama
+from jax_lora.generation import greedy
+from jax_lora.model.transformer import Llama
 
 Ids = Sequence[int] | np.ndarray
 SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
 
 
-class Pace(NamedTuple):
+class ChunkSizes(NamedTuple):
     """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
     is alone in its batch, and the fewest rows of a batch (still fewer are no faster)."""
 
@@ -33,11 +33,11 @@ class Pace(NamedTuple):
     smallest_batch: int
 
 
-CPU, ACCELERATOR = Pace(32, 64, 8), Pace(128, 512, 32)
+CPU, ACCELERATOR = ChunkSizes(32, 64, 8), ChunkSizes(128, 512, 32)
 
 
-class Turn(NamedTuple):
-    """A prompt in the line: its index, the bucket that it is padded to, and how many of its first
+class Request(NamedTuple):
+    """A prompt in the queue: its index, the bucket that it is padded to, and how many of its first
     tokens those beside it have too."""
 
     prompt: int
@@ -61,7 +61,7 @@ def answers(
 
     Args:
       model: the module.
-      weights: see `greedy.apart`.
+      weights: see `greedy.unstack_layers`.
       prompts: ids, at least one each.
       groups: one label a prompt; those of a label are expected to begin alike. By default all
         prompts are one group.
@@ -79,32 +79,34 @@ def answers(
     """
     scaling = model.config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
-        groups = range(len(prompts))  # what follows a beginning decides how it is turned
-    line = deque(in_line(prompts, groups, buckets))
+        groups = range(len(prompts))  # what follows a prefix decides how its keys are rotated
+    queue = deque(make_queue(prompts, groups, buckets))
     batch = _Batch(model, weights, prompts, max_new_tokens, end_ids)
     ended: list[tuple[int, np.ndarray]] = []
-    while line or any(batch.owners):
+    while queue or any(batch.requests):
         # Long prompts come first, so that a row's slots only ever become fewer.
-        bucket = max(turn.bucket for turn in (*batch.owners, *itertools.islice(line, 1)) if turn)
-        size, left = max(1, min(max_batch, batch_tokens // bucket)), len(batch.busy) + len(line)
-        smallest = batch.pace.smallest_batch
+        bucket = max(
+            request.bucket for request in (*batch.requests, *itertools.islice(queue, 1)) if request
+        )
+        size, left = max(1, min(max_batch, batch_tokens // bucket)), len(batch.busy) + len(queue)
+        smallest = batch.chunk_sizes.smallest_batch
         while size > smallest and size // 2 >= left:
             size //= 2
         batch.fit(size, bucket)
-        at_once = min(batch.at_once, len(line))
-        while line and len(batch.vacant) >= at_once:
-            batch.admit([line.popleft() for _ in range(at_once)])
-            at_once = min(batch.at_once, len(line))
-        few = size - at_once if line else size // 2 if size > smallest else 0
-        batch.decode(few)
+        at_once = min(batch.at_once, len(queue))
+        while queue and len(batch.free_rows) >= at_once:
+            batch.admit([queue.popleft() for _ in range(at_once)])
+            at_once = min(batch.at_once, len(queue))
+        max_running = size - at_once if queue else size // 2 if size > smallest else 0
+        batch.decode(max_running)
         if ended:
             yield ended  # while the device goes on
-        ended = batch.leave()
+        ended = batch.pop_finished()
     if ended:
         yield ended
 
 
-def dealt_out(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+def round_robin(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     """`answers` of several devices as one.
 
     Every device has the whole model and answers its share of the prompts of each group, driven by a
@@ -116,7 +118,7 @@ def dealt_out(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     if len(devices) == 1:
         return devices[0]
 
-    def together(
+    def answer_all(
         prompts: Sequence[Ids], groups: Sequence[Hashable] | None = None, **options: Any
     ) -> Iterator[list[tuple[int, np.ndarray]]]:
         found: SimpleQueue[Any] = SimpleQueue()
@@ -146,32 +148,32 @@ def dealt_out(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
             else:
                 yield ended
 
-    return together
+    return answer_all
 
 
 class _Batch:
-    """The rows on the device, and on the host whose answer is in each (`owners`; None: free)."""
+    """The rows on the device, and on the host whose answer is in each (`requests`; None: free)."""
 
     def __init__(self, model, weights, prompts, max_new_tokens, end_ids):
         self.model, self.weights, self.prompts = model, weights, prompts
         self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
-        self.owners: list[Turn | None] = []
+        self.requests: list[Request | None] = []
         self.bucket, self.rows = 0, None
-        self.pace = CPU if model.platform == "cpu" else ACCELERATOR
-        self.beginning, self.before = (), None  # what `greedy.read` read last, and its caches
+        self.chunk_sizes = CPU if model.platform == "cpu" else ACCELERATOR
+        self.prefix, self.prefix_caches = (), None  # of the last `greedy.prefill_prefix`
 
     @property
     def busy(self) -> list[int]:
-        return [row for row, turn in enumerate(self.owners) if turn]
+        return [row for row, request in enumerate(self.requests) if request]
 
     @property
-    def vacant(self) -> list[int]:
-        return [row for row, turn in enumerate(self.owners) if not turn]
+    def free_rows(self) -> list[int]:
+        return [row for row, request in enumerate(self.requests) if not request]
 
     @property
     def at_once(self) -> int:
-        """Prompts to admit together: many are read faster, few leave less rows idle meanwhile."""
-        return max(1, len(self.owners) // 4)
+        """Prompts to admit together: many are faster, few leave fewer rows idle."""
+        return max(1, len(self.requests) // 4)
 
     @property
     def slots(self) -> int:
@@ -179,80 +181,84 @@ class _Batch:
 
     def fit(self, size: int, bucket: int) -> None:
         """Give the batch `size` rows for prompts of at most `bucket` tokens."""
-        if (size, bucket) == (len(self.owners), self.bucket):
+        if (size, bucket) == (len(self.requests), self.bucket):
             return
-        self.bucket, self.beginning = bucket, ()
+        self.bucket, self.prefix = bucket, ()
         if busy := self.busy:
-            chosen = _filled(busy, size, len(self.owners))
-            self.rows = greedy.rearrange(self.model, self.rows, chosen, self.slots)
+            chosen = _fill(busy, size, len(self.requests))
+            self.rows = greedy.gather_rows(self.model, self.rows, chosen, self.slots)
         else:
-            self.rows = greedy.free(self.model, size, self.slots, self.max_new_tokens)
-        self.owners = [self.owners[row] for row in busy] + [None] * (size - len(busy))
+            self.rows = greedy.empty_rows(self.model, size, self.slots, self.max_new_tokens)
+        self.requests = [self.requests[row] for row in busy] + [None] * (size - len(busy))
 
-    def admit(self, turns: Sequence[Turn]) -> None:
+    def admit(self, requests: Sequence[Request]) -> None:
         """Let prompts into free rows: what they share first, once, then the rest of each."""
-        count, size = self.at_once, len(self.owners)
-        into = self.vacant[: len(turns)]
-        for row, turn in zip(into, turns, strict=True):
-            self.owners[row] = turn
-        beginnings = [tuple(map(int, self.prompts[t.prompt][: t.shared])) for t in turns]
-        for beginning in filter(None, dict.fromkeys(beginnings)):
-            if beginning != self.beginning:
-                chunk = self.pace.prefix_chunk
-                text = _padded([beginning], 1, self.bucket, chunk)
-                self.before = greedy.read(
+        count, size = self.at_once, len(self.requests)
+        into = self.free_rows[: len(requests)]
+        for row, request in zip(into, requests, strict=True):
+            self.requests[row] = request
+        prefixes = [tuple(map(int, self.prompts[r.prompt][: r.shared])) for r in requests]
+        for prefix in filter(None, dict.fromkeys(prefixes)):
+            if prefix != self.prefix:
+                chunk = self.chunk_sizes.prefix_chunk
+                text = _padded([prefix], 1, self.bucket, chunk)
+                self.prefix_caches = greedy.prefill_prefix(
                     self.model, self.weights, *text, slots=self.slots, chunk=chunk
                 )
-                self.beginning = beginning
-            own = [row for row, b in zip(into, beginnings, strict=True) if b == beginning]
-            self.rows = greedy.begin(self.rows, self.before, _places(own, count, size))
-        chunk = self.pace.chunk
-        texts = [self.prompts[t.prompt][t.shared :] for t in turns]
+                self.prefix = prefix
+            own = [row for row, b in zip(into, prefixes, strict=True) if b == prefix]
+            self.rows = greedy.copy_prefix(
+                self.rows, self.prefix_caches, _row_ids(own, count, size)
+            )
+        chunk = self.chunk_sizes.chunk
+        texts = [self.prompts[r.prompt][r.shared :] for r in requests]
         self.rows = greedy.admit(
             self.model,
             self.weights,
             self.rows,
-            _places(into, count, size),
-            _filled([turn.shared for turn in turns], count, 0),
+            _row_ids(into, count, size),
+            _fill([request.shared for request in requests], count, 0),
             *_padded(texts, count, self.bucket, chunk),
             end_ids=self.end_ids,
             chunk=chunk,
         )
 
-    def decode(self, few: int) -> None:
-        """Start going on until at most `few` answers are running; does not wait."""
-        self.rows = greedy.decode(self.model, self.weights, self.rows, few, end_ids=self.end_ids)
+    def decode(self, max_running: int) -> None:
+        """Start decoding until at most `max_running` answers are running; does not wait."""
+        self.rows = greedy.decode(
+            self.model, self.weights, self.rows, max_running, end_ids=self.end_ids
+        )
 
-    def leave(self) -> list[tuple[int, np.ndarray]]:
+    def pop_finished(self) -> list[tuple[int, np.ndarray]]:
         """Wait for the device; the answers that have ended, whose rows are free from now on."""
         rows: Any = self.rows
         new, count, running = jax.device_get((rows.new, rows.count, rows.running))
         ended = []
         for row in self.busy:
-            turn = self.owners[row]
-            if turn and not running[row]:
-                ended.append((turn.prompt, new[row, : count[row]]))
-                self.owners[row] = None
+            request = self.requests[row]
+            if request and not running[row]:
+                ended.append((request.prompt, new[row, : count[row]]))
+                self.requests[row] = None
         return ended
 
 
-def in_line(
+def make_queue(
     prompts: Sequence[Ids], groups: Sequence[Hashable] | None, buckets: Sequence[int]
-) -> list[Turn]:
+) -> list[Request]:
     """All prompts: the longest bucket first, in it group by group, the longest prompt first."""
     parts: dict[tuple[int, Hashable], list[int]] = {}
     for i, prompt in enumerate(prompts):
         label = None if groups is None else groups[i]
         parts.setdefault((_bucket_for(len(prompt), buckets), label), []).append(i)
-    turns = []
+    requests = []
     for (bucket, _), members in sorted(parts.items(), key=lambda item: -item[0][0]):
-        shared = shared_length([prompts[i] for i in members])
+        shared = shared_prefix_length([prompts[i] for i in members])
         members.sort(key=lambda i: -len(prompts[i]))
-        turns += [Turn(i, bucket, shared) for i in members]
-    return turns
+        requests += [Request(i, bucket, shared) for i in members]
+    return requests
 
 
-def shared_length(prompts: Sequence[Ids]) -> int:
+def shared_prefix_length(prompts: Sequence[Ids]) -> int:
     """How many tokens several prompts begin with alike, the last one of each left out; 0 where
     to read them once does not pay."""
     if len(prompts) < 2:
@@ -279,14 +285,14 @@ def _padded(
     tokens = np.zeros((rows, -(-bucket // chunk) * chunk), np.int32)
     for row, text in zip(tokens, texts, strict=False):
         row[: len(text)] = text
-    return tokens, _filled([len(text) for text in texts], rows, 1)
+    return tokens, _fill([len(text) for text in texts], rows, 1)
 
 
-def _filled(numbers: Sequence[int], size: int, filling: int) -> np.ndarray:
+def _fill(numbers: Sequence[int], size: int, filling: int) -> np.ndarray:
     """`numbers` and as often `filling` as it takes to make them `size`."""
     return np.asarray([*numbers, *[filling] * (size - len(numbers))], np.int32)
 
 
-def _places(rows: Sequence[int], count: int, size: int) -> np.ndarray:
+def _row_ids(rows: Sequence[int], count: int, size: int) -> np.ndarray:
     """`rows` of a batch of `size`, and as many behind its last one as make them `count`."""
     return np.asarray([*rows, *range(size, size + count - len(rows))], np.int32)
