@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: take no accelerator
 
@@ -23,22 +22,16 @@ from ml_collections import config_flags
 from jax_lora import cli
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
-from jax_lora.model.config import CONFIGS, LlamaConfig
-from jax_lora.planning import report, steps
-from jax_lora.planning.memory import memory  # noqa: F401  (study.py's, see below)
-from jax_lora.planning.operations import ceiling  # noqa: F401
-from jax_lora.planning.targets import DEVICES, Target, target  # noqa: F401
+from jax_lora.planning import report
+from jax_lora.planning.targets import DEVICES
 from jax_lora.weights import base as base_weights
 
-if __name__ == "__main__":  # study.py imports this file and has flags of its own
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", help_string="configs/*.py", lock_config=True
-    )
-    _TARGET = flags.DEFINE_string("target", None, f"{', '.join(DEVICES)}; or N of them: NAME-N")
-    _TOKENS = flags.DEFINE_integer(
-        "tokens", None, "of an example on average, for speed and days; by default the most"
-    )
-    _COMPILE = flags.DEFINE_boolean("compile", False, "compile the step for the target as well")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
+_TARGET = flags.DEFINE_string("target", None, f"{', '.join(DEVICES)}; or N of them: NAME-N")
+_TOKENS = flags.DEFINE_integer(
+    "tokens", None, "of an example on average, for speed and days; by default the most"
+)
+_COMPILE = flags.DEFINE_boolean("compile", False, "compile the step for the target as well")
 
 
 def main(_):
@@ -49,23 +42,11 @@ def main(_):
         if not _TARGET.value:
             raise ConfigError(f"--target: found none, expected one of {', '.join(DEVICES)}")
         config = RunConfig.from_config_dict(_CONFIG.value)
-        model, shape = base_model(config)
+        model = config.model or "llama-7b"
+        shape = base_weights.known_or_read_config(model)
         options = _TARGET.value, _TOKENS.value, _COMPILE.value
         for text in report.plan(config, shape, model, *options):
             print(text, flush=True)
-
-
-def base_model(config: RunConfig) -> tuple[str, LlamaConfig]:
-    """The name and the shape of the base model: a known one, or that of a folder or file."""
-    name = config.model or "llama-7b"
-    return name, CONFIGS[name] if name in CONFIGS else base_weights.read_config(name)
-
-
-# ---- For study.py only, until it imports jax_lora.planning: setups, memory, ceiling, target.
-def setups(config: Any, where: Target) -> list[steps.PlannedStep]:
-    """The new name is `jax_lora.planning.steps.planned_steps(RunConfig, shape, target)`."""
-    typed = RunConfig.from_config_dict(config)
-    return steps.planned_steps(typed, base_model(typed)[1], where)
 
 
 if __name__ == "__main__":

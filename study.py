@@ -4,8 +4,7 @@
     python study.py --workdir=studies/mini --report
 
 Every process that runs the first command, on any machine that sees the folder, takes cells from
-it; rerun the same command to resume. The second one writes tables, figures and findings from
-results.parquet alone, and a page of answers from cases.jsonl.
+it; rerun the same command to resume. The second one writes the report from results.parquet.
 """
 
 import functools
@@ -18,9 +17,7 @@ from ml_collections import config_flags
 from jax_lora import cli, sharding
 from jax_lora.errors import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="configs/study_*.py", lock_config=True
-)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the study's folder")
 _ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank <= 64 and set == \"T100\"'")
 _RETRY = flags.DEFINE_boolean("retry-failed", False, "take cells that failed once more")
@@ -36,7 +33,7 @@ _WORKERS = flags.DEFINE_integer("workers", 1, "tasks of the job array")
 _HOSTS = flags.DEFINE_integer("hosts", 1, "nodes of each task of the job array")
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "an option for the job array: --gres=gpu:1")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "where several processes are one worker: see train.py, as for the next two"
+    "coordinator", "", "of the processes of one worker: see train.py"
 )
 _PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes there are")
 _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")

@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Array, Float
 
 from jax_lora.generation import greedy, scheduler
-from jax_lora.model.config import ATTENTION, CONFIGS, LlamaConfig
+from jax_lora.model.config import ATTENTION, LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import masks
@@ -170,6 +170,5 @@ def parameter_table(
       FileNotFoundError: a model that is no known name and no file.
     """
     if not isinstance(model, LlamaConfig):
-        name = os.fspath(model)
-        model = CONFIGS[name] if name in CONFIGS else base_weights.read_config(name)
+        model = base_weights.known_or_read_config(model)
     return counts.parameter_table(model, rank, targets)

@@ -33,10 +33,12 @@ ARROWS = {
     "evaluation": {"generation", "data"},
     "planning": {"model", "sharding", "training", "generation"},
 }
+ARROWS["run"] = {*ARROWS}
 ARROWS["study"] = {*ARROWS}
-ARROWS |= {"config": set(), "errors": set(), "files": set()}
-GROUND = {"config", "errors", "files"}  # any file may import these
-TOP = {"__init__", "check", "cli", "inputs", "notebook"}
+GROUND = {"config", "errors", "files", "text"}  # any file may import these
+ARROWS |= dict.fromkeys(GROUND, set())
+TOP = {"__init__", "cli", "notebook"}
+SCRIPTS = ("train", "eval", "study", "plan", "convert")
 
 
 def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
@@ -119,6 +121,22 @@ def test_the_rules_see_what_they_should(path, source, rule):
     found = forbidden(source, path)
     assert len(found) == (rule is not None)
     assert rule is None or rule in found[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_flags_and_one_call_of_the_library(script):
+    assert len((REPOSITORY / f"{script}.py").read_text("utf-8").splitlines()) <= 80
+
+
+def test_nothing_imports_a_script():
+    listed = subprocess.check_output(["git", "ls-files", "*.py"], cwd=REPOSITORY, text=True)
+    for path in listed.splitlines():
+        tests_of_it = path == "tests/weights/test_convert.py"  # calls main() in its own process
+        names = {
+            name.split(".")[0]
+            for name, _ in imports(ast.parse((REPOSITORY / path).read_text("utf-8")), ())
+        }
+        assert tests_of_it or not names & {*SCRIPTS}, path
 
 
 def test_annotations_of_shapes_execute():

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jax_lora import sharding
@@ -23,12 +22,12 @@ from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, Example, read_checkout
 from jax_lora.data.prompts import Encoder, Row
 from jax_lora.data.tasksets import TaskSet, draw
-from jax_lora.errors import ConfigError, DataError
+from jax_lora.errors import ConfigError
 from jax_lora.model import lora, variants
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.tokenizers import load_tokenizer
+from jax_lora.weights.tokenizers import check_vocabulary, load_tokenizer
 
 VARIANTS = ("lora", "dora")
 
@@ -91,43 +90,27 @@ def training_set(config: RunConfig) -> TaskSet:
 
 
 def encoder(config: RunConfig) -> Encoder:
-    """The encoder with the base's own tokenizer."""
+    """The encoder with the base's own tokenizer.
+
+    Raises:
+      DataError: a special token that the base's embeddings do not have. Looked up on a device it
+        would become NaN; the encoder refuses any other such id where it occurs.
+    """
     d = config.data
     return _encoder(config.model, d.template, d.source_length, d.target_length)
 
 
 @functools.lru_cache(maxsize=2)
 def _encoder(model: str, template: str, source_length: int, target_length: int) -> Encoder:
-    return Encoder(load_tokenizer(model), template, source_length, target_length)
+    tokenizer, size = load_tokenizer(model), base_weights.read_config(model).vocab_size
+    check_vocabulary(tokenizer, size, model)
+    return Encoder(tokenizer, template, source_length, target_length, size)
 
 
 @functools.lru_cache(maxsize=8)
 def base_digest(model: str) -> str:
     """The identity of a base's files, wherever they lie, see `base.digest`."""
     return base_weights.digest(model)
-
-
-def check_token_ids(
-    encoder: Encoder, rows: Sequence[Row], taskset: TaskSet, vocab_size: int, model: str
-) -> None:
-    """Refuse ids that the embeddings do not have: looked up on a device, they become NaN.
-
-    Raises:
-      DataError: the tokenizer, the id and its token, the example, and the vocabulary's size.
-    """
-    end = encoder.tokenizer.eos_token_id
-    if end is not None and end >= vocab_size:
-        raise DataError(
-            f"{model}: the tokenizer's end token {encoder.tokenizer.eos_token!r} has the id {end}, "
-            f"expected one below vocab_size, {vocab_size}"
-        )
-    for row, example in zip(rows, taskset.examples, strict=True):
-        if (most := int(np.max(row.ids))) >= vocab_size:
-            token = encoder.tokenizer.convert_ids_to_tokens(most)
-            raise DataError(
-                f"{model}: the tokenizer gives {token!r} the id {most}, in example {example.id} of "
-                f"{example.task}; expected ids below vocab_size, {vocab_size}"
-            )
 
 
 @functools.cache

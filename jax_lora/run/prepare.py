@@ -111,7 +111,6 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     logger.info("encoding examples")
     encoder = inputs.encoder(config)
     rows = inputs.training_rows(encoder, taskset, config.data.answer, config.seed)
-    inputs.check_token_ids(encoder, rows, taskset, shape.vocab_size, config.model)
     batches, total = batches_of(config, rows, resolved.row_groups)
     resolved.schedule(total)  # checks the warm-up
     return Inputs(resolved, mesh, shapes, mask, digests, taskset, rows, batches, total)

@@ -8,7 +8,6 @@ from typing import Any
 
 from jax_lora.config import RunConfig
 from jax_lora.files import read_json
-from jax_lora.model.config import CONFIGS, LlamaConfig
 from jax_lora.planning.memory import memory
 from jax_lora.planning.operations import ceiling, operations
 from jax_lora.planning.steps import PlannedStep, planned, planned_steps
@@ -38,12 +37,13 @@ def _step(run: RunConfig) -> PlannedStep:
     # The causal half of the pairs of tokens is counted, whichever kernel runs: as cuDNN does.
     typical = run.replace(attention="cudnn", dtype="bfloat16", remat="none")
     devices = max(1, run.mesh.data) * max(1, run.mesh.fsdp) * max(1, run.mesh.tensor)
-    return planned(typical, shape_of(run), "cuda", devices, length=max(run.data.buckets))
-
-
-def shape_of(run: RunConfig) -> LlamaConfig:
-    """The shape of a run's base model."""
-    return CONFIGS.get(run.model) or base_weights.read_config(run.model)
+    return planned(
+        typical,
+        base_weights.known_or_read_config(run.model),
+        "cuda",
+        devices,
+        length=max(run.data.buckets),
+    )
 
 
 def estimate(run: RunConfig) -> float:
@@ -96,7 +96,10 @@ def dry_run(
     runs = {cell.id: spec.run_config(config, folder, cell) for cell in cells}
     tokens = {name: spec.train_tokens(run) for name, run in runs.items()}
     per_token = {name: operations_per_token(run)[0] for name, run in runs.items()}
-    steps = {name: tuple(planned_steps(run, shape_of(run), where)) for name, run in runs.items()}
+    steps = {
+        name: tuple(planned_steps(run, base_weights.known_or_read_config(run.model), where))
+        for name, run in runs.items()
+    }
     peaks = {own: max(memory(one).peak for one in own) for own in set(steps.values())}
 
     estimated = {name: estimate(run) for name, run in runs.items()}

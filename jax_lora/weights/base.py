@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.model.config import LlamaConfig
+from jax_lora.model.config import CONFIGS, LlamaConfig
 from jax_lora.weights import gguf, hf
 from jax_lora.weights.tree import Place
 
@@ -24,6 +24,12 @@ def read_config(source: str | os.PathLike[str]) -> LlamaConfig:
     if path.suffix == ".gguf":
         return gguf.read_config(gguf.open_gguf(path))
     return hf.read_config(path)
+
+
+def known_or_read_config(model: str | os.PathLike[str]) -> LlamaConfig:
+    """The configuration of a known model such as "llama-7b", or of a source as of `read_config`."""
+    name = os.fspath(model)
+    return CONFIGS[name] if name in CONFIGS else read_config(name)
 
 
 def load(

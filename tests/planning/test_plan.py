@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-import plan
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.planning import report
+from jax_lora.weights import base as base_weights
 from tests.conftest import REPOSITORY
 
 
@@ -30,7 +30,8 @@ def full(**keys):
 
 def printed(made, target, tokens=None):
     typed = RunConfig.from_config_dict(made)
-    model, shape = plan.base_model(typed)
+    model = typed.model or "llama-7b"
+    shape = base_weights.known_or_read_config(model)
     return "\n".join(report.plan(typed, shape, model, target, tokens))
 
 

@@ -1,5 +1,6 @@
 """`Run` in Python: train, resume, score; what it refuses; what its loop waits for."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -18,6 +19,7 @@ from jax_lora.files import read_jsonl
 from jax_lora.model import lora
 from jax_lora.run import folder, inputs, prepare, scoring, training
 from jax_lora.training import loop
+from jax_lora.weights import base as base_weights
 
 
 @pytest.fixture(scope="module")
@@ -144,16 +146,25 @@ def test_a_fault_of_ours_is_no_failed_run(config, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- ids
 
 
-def test_ids_outside_of_the_vocabulary_are_named(config):
-    encoder, taskset = inputs.encoder(config), inputs.training_set(config)
-    rows = inputs.training_rows(encoder, taskset, "first", 0)
-    size = max(int(row.ids.max()) for row in rows) + 1
+@pytest.mark.parametrize("what", ["end token", "token of an example"])
+def test_ids_outside_of_the_vocabulary_are_named_before_compute(
+    config, monkeypatch, tmp_path, what
+):
+    encoder = inputs.encoder(config)
     end = encoder.tokenizer.eos_token_id
-    inputs.check_token_ids(encoder, rows, taskset, max(size, end + 1), "base.gguf")
-    with pytest.raises(DataError, match=r"base.gguf: .*id \d+, in example .* of .*vocab_size"):
-        inputs.check_token_ids(encoder, rows, taskset, max(size - 1, end + 1), "base.gguf")
-    with pytest.raises(DataError, match=f"end token .* has the id {end}, .* vocab_size, {end}"):
-        inputs.check_token_ids(encoder, rows, taskset, end, "base.gguf")
+    rows = inputs.training_rows(encoder, inputs.training_set(config), "first", 0)
+    text = max(int(row.ids[row.ids != end].max()) for row in rows)
+    size, words = (end, "eos token") if what == "end token" else (max(text, end + 1), "token")
+    shape = base_weights.read_config(config.model)
+    smaller = dataclasses.replace(shape, vocab_size=size)
+    monkeypatch.setattr(base_weights, "read_config", lambda _: smaller)
+    inputs._encoder.cache_clear()
+    try:
+        with pytest.raises(DataError, match=f"{words} .* id {max(size, 0)}.*vocab_size {size}"):
+            jax_lora.Run.open(config, tmp_path / "r").train()
+    finally:
+        inputs._encoder.cache_clear()
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_draw_of_a_and_dropout_share_no_key():
