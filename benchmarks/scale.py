@@ -26,8 +26,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: take no acce
 
 import jax
 
-from jax_lora.cli import input_errors, write_json
+from jax_lora.cli import exit_codes
 from jax_lora.config import RunConfig
+from jax_lora.files import write_json
 from jax_lora.model.config import LINEAR
 from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import MOST_DEVICES, fewest, memory
@@ -293,7 +294,7 @@ def main() -> None:
     if unknown := set(chosen) - set(KINDS):
         parser.error(f"--compile: found {', '.join(unknown)}, expected some of {','.join(KINDS)}")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
-    with input_errors():
+    with exit_codes():
         compile_missing(chosen, wanted(), RECORD)
         compile_missing(chosen, held_out(), HELD_OUT)
     DOCUMENT.write_text(document(read_record()), encoding="utf-8")

@@ -38,7 +38,9 @@ def exit_codes() -> Iterator[None]:
             raise
         if os.environ.get("JAX_LORA_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exception(error)
-        text = " ".join(str(error).split()) or type(error).__name__
+        is_plain = isinstance(error, OSError) and error.strerror
+        text = f"{error.filename}: {error.strerror}" if is_plain else str(error)
+        text = " ".join(text.split()) or type(error).__name__
         code = {RunFailed: FAILED, Stopped: STOPPED}.get(type(error), WRONG_INPUT)
         sys.stderr.write(f"\n{text}\n" if code == STOPPED else f"\nerror: {text}\n")
         raise SystemExit(code) from error

@@ -234,8 +234,6 @@ def score(
     for name in names:
         evaluate.write_examples(results / name, rows[name])
         evaluate.write_labels(results / name, checkout, sets[name].tasks)
-        if overwrite:
-            (results / name / "settings.json").unlink(missing_ok=True)
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
     generate = scheduler.round_robin(generators(config, model, scored.variables, meshes, end_ids))
     origin = scored.origin
@@ -255,7 +253,9 @@ def score(
     with running(lambda _: safe), ThreadPoolExecutor(1) as beside:
         scoring = []
         for name in names:
-            evaluate.write_predictions(results / name, rows[name], answer, settings)
+            evaluate.write_predictions(
+                results / name, rows[name], answer, settings, overwrite=overwrite
+            )
             scoring.append(beside.submit(finish, name))  # while the next set is answered
         found = [one.result() for one in scoring]
     yield from found

@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 
 from jax_lora.evaluation import behaviour
-from jax_lora.evaluation.evaluate import read_jsonl
 from jax_lora.evaluation.metrics import normalize
+from jax_lora.files import fresh_file, read_json, read_jsonl
 from jax_lora.study import COLUMNS, TESTS, set_order
 from jax_lora.study.grid import Cell
-from jax_lora.study.runner import atomic_write, cell_folder
-from jax_lora.weights.hf import read_json
+from jax_lora.study.runner import cell_folder
 
 _TYPES = {"text": "str", "rank": "Int64", "count": "int64", "flag": "bool"}  # others are floats
 
@@ -66,7 +65,7 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
         with suppress(FileExistsError):
             os.link(own, one)
         if not own.samefile(one) and filecmp.cmp(own, one, shallow=False):
-            with atomic_write(own) as fresh:
+            with fresh_file(own) as fresh:
                 os.link(one, fresh)
 
 
@@ -90,7 +89,7 @@ def gather(cells: Sequence[Cell], folder: Path) -> None:
         types = {name: _TYPES.get(kind, "float64") for name, kind in kinds.items()}
         timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in said.items()])
         for name, table in (("results", results.astype(types)), ("timings", timings)):
-            with atomic_write(folder / f"{name}.parquet") as fresh:
+            with fresh_file(folder / f"{name}.parquet") as fresh:
                 table.to_parquet(fresh, index=False)
 
 
@@ -133,7 +132,7 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
             case = {name: example[name] for name in ("task", "input", "references")}
             case["task"] += f", {test}: trained on {largest}, round {first}"
             lines.append(json.dumps(case | {"answers": own}, ensure_ascii=False) + "\n")
-    with atomic_write(folder / "cases.jsonl") as fresh:
+    with fresh_file(folder / "cases.jsonl") as fresh:
         fresh.write_text("".join(lines), encoding="utf-8")
 
 

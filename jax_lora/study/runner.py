@@ -13,15 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_lora.files import write_json
 from jax_lora.study import locks
 from jax_lora.study.grid import Cell
 
@@ -30,24 +28,6 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Cell, Path], dict[str, Any]]
 OnChange = Callable[[Cell, str], None]
 STATES = ("done", "failed", "running", "waiting")
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes `path` at the end; several processes may be at it at once."""
-    fresh = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    with atomic_write(path) as fresh:
-        fresh.write_text(text, encoding="utf-8")
 
 
 def cell_folder(folder: Path, cell: Cell) -> Path:

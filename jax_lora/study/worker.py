@@ -14,10 +14,10 @@ from shutil import rmtree
 from typing import Any
 
 from jax_lora import study
+from jax_lora.files import read_json, write_json
 from jax_lora.study import costs, grid, locks, results, runner, spec, view
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
-from jax_lora.weights.hf import read_json
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Worker:
         self.team.gather()
         if not (self.workdir / "study.json").is_file():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            runner.write_json(self.workdir / "study.json", resolved)
+            write_json(self.workdir / "study.json", resolved)
         if self.config.toy.instances:
             is_made = (self.workdir / "toy" / "toy-llama").is_dir
             runner.once(self.workdir, spec.TOY, is_made, self._make_base)
