@@ -38,11 +38,14 @@ def exit_codes() -> Iterator[None]:
             raise
         if os.environ.get("JAX_LORA_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exception(error)
-        is_plain = isinstance(error, OSError) and error.strerror
-        text = f"{error.filename}: {error.strerror}" if is_plain else str(error)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:  # its own text begins with a number
+            text = f"{error.filename}: {error.strerror}"
         text = " ".join(text.split()) or type(error).__name__
         code = {RunFailed: FAILED, Stopped: STOPPED}.get(type(error), WRONG_INPUT)
-        sys.stderr.write(f"\n{text}\n" if code == STOPPED else f"\nerror: {text}\n")
+        # What ran has left the cursor behind a progress bar.
+        start = "" if code == WRONG_INPUT else "\n"
+        sys.stderr.write(f"{start}{'' if code == STOPPED else 'error: '}{text}\n")
         raise SystemExit(code) from error
 
 

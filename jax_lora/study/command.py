@@ -29,17 +29,17 @@ RESUME = "rerun the same command to resume with what is missing"
 
 
 class Command:
-    """A study's config and folder, checked.
+    """A study's config and folder, and what can be done with them.
 
     Args:
       config: of the study, a ConfigDict like that of configs/study_base.py.
       workdir: the study's folder.
       only: an expression that chooses cells, see `grid.choose`; all by default.
       say: gets tables and results.
-      train: trains a run in a folder to its end; by default `Run.train`.
+      train: trains a run in a folder to its end.
 
-    Raises:
-      ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
+    Every method first checks the study's input, and raises ConfigError, DataError or OSError where
+    it is wrong, see `jax_lora.errors`.
     """
 
     def __init__(
@@ -50,21 +50,27 @@ class Command:
         say: Callable[[str], None],
         train: Callable[[RunConfig, Path], None],
     ):
-        self._config, self._workdir, self._say, self._train = config, workdir, say, train
+        self._config, self._workdir, self._only = config, workdir, only
+        self._say, self._train = say, train
+
+    def _check(self) -> tuple[list[grid.Cell], dict[str, Any]]:
+        """The cells that are chosen, and what study.json is to hold."""
+        config, path = self._config, self._workdir / "study.json"
         cells = grid.cells_of(config)
-        self._cells = grid.choose(cells, only) if only else cells
-        self._resolved = resolve(config)
-        spec.check_same_study(workdir / "study.json", self._resolved)
-        with spec.inputs_of(config, workdir) as folder:
-            fingerprint = spec.check_input(config, folder, self._cells)
-        self._resolved["data_fingerprint"] = fingerprint
-        spec.check_same_study(workdir / "study.json", self._resolved)
+        chosen = grid.choose(cells, self._only) if self._only else cells
+        resolved = resolve(config)
+        spec.check_same_study(path, resolved)
+        with spec.inputs_of(config, self._workdir) as folder:
+            resolved["data_fingerprint"] = spec.check_input(config, folder, chosen)
+        spec.check_same_study(path, resolved)
+        return chosen, resolved
 
     def dry_run(self, target: str | None, tokens_per_second: float | None) -> None:
         """Say what the cells cost, see `costs.dry_run`."""
+        cells, _ = self._check()
         with spec.inputs_of(self._config, self._workdir) as folder:
             header, rows, note = costs.dry_run(
-                self._config, folder, self._workdir, self._cells, target, tokens_per_second
+                self._config, folder, self._workdir, cells, target, tokens_per_second
             )
         self._say(f"{table(header, rows)}\n{note}")
 
@@ -72,6 +78,7 @@ class Command:
         self, script: str, workers: int, hosts: int, options: Sequence[str], submit: bool
     ) -> None:
         """Say, and perhaps submit, a SLURM job array of workers that run this very command."""
+        self._check()
         words = [sys.executable, os.path.abspath(script), *slurm.worker_arguments(sys.argv[1:])]
         words += ["--coordinator=auto"] if hosts > 1 else []
         options = [f"--chdir={os.getcwd()}", *options]
@@ -88,6 +95,7 @@ class Command:
         """
         store = sharding.store()
         with Team(store, jax.process_index(), jax.process_count()) if store else Team() as team:
+            cells, resolved = self._check()  # one that fails here lets the other processes end
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _stopped if team.leads else lambda *_: team.stop())
             worker = Worker(
@@ -96,9 +104,9 @@ class Command:
             if not team.leads:
                 worker.follow()
                 return
-            worker.prepare(self._resolved)
+            worker.prepare(resolved)
             with running(lambda _: RESUME):
-                state, failed = worker.run(self._cells, retry_failed)
+                state, failed = worker.run(cells, retry_failed)
         self._say(f"{state}\npython study.py --workdir={self._workdir} --report   # the report")
         if failed:
             raise RunFailed("; ".join(failed))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from jax_lora.files import read_json
 from jax_lora.study import METRICS, TESTS, Frame, Study, figures, grid, read, set_order, tables
 from jax_lora.study.statistics import (
     FEWEST_TASKS,
@@ -139,7 +140,6 @@ def report(
 def write(workdir: Path) -> Path:
     """Write the report of a study from its results.parquet, study.json and cases.jsonl alone."""
     from jax_lora.evaluation.evaluate import read_jsonl  # imports jax, which `report` needs not
-    from jax_lora.weights.hf import read_json
 
     study_json, cases = read_json(workdir / "study.json"), workdir / "cases.jsonl"
     cells = grid.frame(grid.cells_of(study_json["config"]))
