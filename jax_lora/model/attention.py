@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_lora.errors import ConfigError
 from jax_lora.model.xla_cpu import einsum
 
 
@@ -162,17 +163,19 @@ def check(name: str, platform: str, dtype: Any, head_dim: int, lengths: Sequence
       ValueError: an unknown name; another platform, dtype or length than the kernel's.
     """
     if name not in KERNELS:
-        raise ValueError(f"attention: found {name!r}, expected one of {', '.join(KERNELS)}")
+        raise ConfigError(f"attention: found {name!r}, expected one of {', '.join(KERNELS)}")
     wanted = {"cudnn": ("gpu", "cuda"), "flash": ("tpu",)}.get(name)
     if wanted and platform not in wanted:
-        raise ValueError(f"attention: {name!r} needs {wanted[0]}, found {platform}; expected 'xla'")
+        raise ConfigError(
+            f"attention: {name!r} needs {wanted[0]}, found {platform}; expected 'xla'"
+        )
     if name == "cudnn" and (jnp.dtype(dtype).itemsize != 2 or head_dim > 128):
-        raise ValueError(
+        raise ConfigError(
             f"attention: 'cudnn' needs 16-bit numbers and heads of at most 128, found "
             f"{jnp.dtype(dtype).name} and {head_dim}; expected 'xla'"
         )
     if name == "flash" and any(length % 128 for length in lengths):
-        raise ValueError(
+        raise ConfigError(
             f"attention: 'flash' needs rows of multiples of 128 tokens, found {tuple(lengths)}; "
             "expected 'xla' or other buckets"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax_lora.errors import ConfigError
+
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 
 
@@ -29,7 +31,7 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.rope_type not in ROPE_TYPES:
-            raise ValueError(
+            raise ConfigError(
                 f"rope_type: found {self.rope_type!r}, expected one of {', '.join(ROPE_TYPES)}"
             )
         required = {
@@ -38,7 +40,7 @@ class RopeScaling:
         }
         for name in required.get(self.rope_type, ()):
             if getattr(self, name) is None:
-                raise ValueError(f"rope scaling {self.rope_type!r} needs {name}, found none")
+                raise ConfigError(f"rope scaling {self.rope_type!r} needs {name}, found none")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class LlamaConfig:
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"num_attention_heads: found {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: found {self.head_dim}, expected an even number")
+            raise ConfigError(f"head_dim: found {self.head_dim}, expected an even number")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """The seven linear layers of a block: Hugging Face's name → (in, out)."""

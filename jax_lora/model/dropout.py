@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jax_lora.errors import ConfigError
+
 RESOLUTION = 2**16  # a rate is rounded to a multiple of 1/RESOLUTION
 
 
@@ -29,7 +31,7 @@ def keep_threshold(rate: float) -> int:
     """
     threshold = round((1.0 - rate) * RESOLUTION) if 0.0 <= rate < 1.0 else 0
     if threshold == 0:
-        raise ValueError(
+        raise ConfigError(
             f"lora dropout: found {rate}, expected 0 <= rate < 1 - {1 / (2 * RESOLUTION):.3g}"
         )
     return threshold

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora.errors import ConfigError
 from jax_lora.model.config import ATTENTION, GROUP, LINEAR, LlamaConfig
 
 INITS = ("kaiming", "gaussian")
@@ -46,18 +47,18 @@ def check_targets(targets: Sequence[str]) -> None:
     """Raises ValueError for an empty list or a module that is none of the seven linear layers."""
     unknown = [name for name in targets if name not in LINEAR]
     if unknown or not targets:
-        raise ValueError(
+        raise ConfigError(
             f"lora targets: found {', '.join(unknown) or 'none'}, expected some of "
             f"{', '.join(LINEAR)}"
         )
     if len(set(targets)) != len(targets):
-        raise ValueError(f"lora targets: found a module twice in {', '.join(targets)}")
+        raise ConfigError(f"lora targets: found a module twice in {', '.join(targets)}")
 
 
 def check_rank(rank: int) -> None:
     """Raises ValueError unless `rank` is a positive integer."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"lora rank: found {rank!r}, expected an integer of at least 1")
+        raise ConfigError(f"lora rank: found {rank!r}, expected an integer of at least 1")
 
 
 def scale(alpha: float, rank: int, scaling: str = "alpha/r") -> float:
@@ -69,7 +70,7 @@ def scale(alpha: float, rank: int, scaling: str = "alpha/r") -> float:
       ValueError: an unknown scaling.
     """
     if scaling not in SCALINGS:
-        raise ValueError(f"lora scaling: found {scaling!r}, expected one of {', '.join(SCALINGS)}")
+        raise ConfigError(f"lora scaling: found {scaling!r}, expected one of {', '.join(SCALINGS)}")
     return alpha / (rank if scaling == "alpha/r" else rank**0.5)
 
 
@@ -120,7 +121,7 @@ def init(
       ValueError: a rank below 1, an unknown target, `a_init` or `scaling`.
     """
     if a_init not in INITS:
-        raise ValueError(f"lora a_init: found {a_init!r}, expected one of {', '.join(INITS)}")
+        raise ConfigError(f"lora a_init: found {a_init!r}, expected one of {', '.join(INITS)}")
     groups: dict[str, dict[str, Any]] = {}
     for name, leaf in shapes(config, rank, targets).items():
         own = jax.random.fold_in(key, LINEAR.index(name))
@@ -154,7 +155,7 @@ def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
         name = place.rsplit("/", 1)[-1]
         if name not in linear or place != f"layers/{GROUP[name]}/{name}":
             known = ", ".join(f"layers/{GROUP[n]}/{n}" for n in LINEAR)
-            raise ValueError(f"adapter: found a module {place!r}, expected some of {known}")
+            raise ConfigError(f"adapter: found a module {place!r}, expected some of {known}")
         rank = found.get(f"{place}/a", (0, 0, 0))[-1]
         expected[f"{place}/a"] = (layers, linear[name][0], rank)
         expected[f"{place}/b"] = (layers, rank, linear[name][1])
@@ -164,7 +165,7 @@ def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
     wrong = sorted(n for n in expected.keys() | found.keys() if found.get(n) != expected.get(n))
     if wrong or not found:
         name = wrong[0] if wrong else "layers"
-        raise ValueError(
+        raise ConfigError(
             f"adapter leaf {name}: found {found.get(name, 'nothing')}, "
             f"expected {expected.get(name, 'nothing')}"
         )

@@ -24,6 +24,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jax_lora.errors import ConfigError
 from jax_lora.model import attention
 from jax_lora.model.attention import Kernel
 from jax_lora.model.config import LINEAR, LINEAR_AXES, LlamaConfig
@@ -293,7 +294,7 @@ class Llama(nn.Module):
     def setup(self):
         c = self.config
         if self.remat not in REMAT:
-            raise ValueError(f"remat: found {self.remat!r}, expected one of {', '.join(REMAT)}")
+            raise ConfigError(f"remat: found {self.remat!r}, expected one of {', '.join(REMAT)}")
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_INIT)
         block: Any = Block
         if self.remat != "none":

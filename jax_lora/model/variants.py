@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
 
 
@@ -66,7 +67,7 @@ def pissa(params: Mapping[str, Any], config: LlamaConfig, like: Mapping[str, Any
     def principal(group, name, leaf):
         rank = leaf["a"].shape[-1]
         if rank > min(config.linear_shapes()[name]):
-            raise ValueError(
+            raise ConfigError(
                 f"lora init: pissa at rank {rank} needs kernels of at least that many rows and "
                 f"columns, found {config.linear_shapes()[name]} in {name}"
             )

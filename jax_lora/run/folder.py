@@ -90,9 +90,7 @@ def versions() -> dict[str, str]:
 
 def package_version() -> str:
     """The version of this package."""
-    import jax_lora
-
-    return jax_lora.__version__
+    return metadata.version("jax-lora")
 
 
 class MetricsLog:

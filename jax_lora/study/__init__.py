@@ -7,6 +7,7 @@ configuration is what its rounds share on one set: method, variant, rank and lea
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+from jax_lora.errors import DataError, MissingFileError
 
 if TYPE_CHECKING:
     Frame = Any  # what pyright infers from pandas' source are unions that refuse every method
@@ -52,12 +55,13 @@ def read(path: str | Path) -> Frame:
       ValueError: it is no whole parquet file, or a column is missing.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a study's results.parquet")
+        text = "no such file, expected a study's results.parquet"
+        raise MissingFileError(errno.ENOENT, text, str(path))
     try:
         results = pd.read_parquet(path)
     except (ValueError, OSError) as error:  # what pyarrow raises is one of these
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path}: {reason}; expected a whole parquet file") from None
+        raise DataError(f"{path}: {reason}; expected a whole parquet file") from None
     _require_columns(results, list(COLUMNS), str(path))
     return results
 
@@ -86,7 +90,7 @@ def check(results: Frame, expected: Frame) -> None:
     _require_columns(results, list(COLUMNS), "results")
     _require_columns(expected, GRID, "expected cells")
     if results.empty or expected.empty:
-        raise ValueError(
+        raise DataError(
             f"found {len(results)} results of {len(expected)} cells, expected some of both"
         )
     _check_values(results, COLUMNS)
@@ -165,7 +169,7 @@ def set_order(name: str) -> tuple[bool, float, str]:
 
 def _require_columns(frame: Frame, names: list[str], what: str) -> None:
     if absent := [name for name in names if name not in frame.columns]:
-        raise ValueError(f"{what}: no column {', '.join(absent)}; expected {', '.join(names)}")
+        raise DataError(f"{what}: no column {', '.join(absent)}; expected {', '.join(names)}")
 
 
 def _check_values(rows: Frame, columns: dict[str, str]) -> None:
@@ -175,10 +179,10 @@ def _check_values(rows: Frame, columns: dict[str, str]) -> None:
             bad = rows[~allowed].iloc[0]
             where = ", ".join(str(bad[key]) for key in ("cell", "test", "task") if key in columns)
             value = bad[name].item() if isinstance(bad[name], np.generic) else bad[name]
-            raise ValueError(f"{where}: {name} is {value!r}, expected {expects}")
+            raise DataError(f"{where}: {name} is {value!r}, expected {expects}")
     if "model" in columns and (models := sorted(rows["model"].unique()))[1:]:
         found = ", ".join(models)
-        raise ValueError(f"results: found models {found}; expected one, so take them one by one")
+        raise DataError(f"results: found models {found}; expected one, so take them one by one")
 
 
 def _allowed(rows: Frame, name: str, kind: str) -> tuple[np.ndarray, str]:
@@ -213,33 +217,33 @@ def _check_cells(rows: Frame, grid: Frame) -> None:
         own = whole[whole["cell"] == cell]
         name = next(n for n in OF_A_CELL if own[n].nunique(dropna=False) > 1)
         found = " and ".join(map(str, own[name].iloc[:2]))
-        raise ValueError(f"results, cell {cell}: {name} is {found}, expected one value")
+        raise DataError(f"results, cell {cell}: {name} is {found}, expected one value")
     for what, keys in (("cell", ["cell"]), ("configuration, set and round", GRID[1:])):
         if grid.duplicated(keys).any():
             names = ", ".join(grid["cell"][grid.duplicated(keys, keep=False)].iloc[:2])
-            raise ValueError(f"expected cells {names}: the same {what}, expected different ones")
+            raise DataError(f"expected cells {names}: the same {what}, expected different ones")
     planned = grid.set_index("cell")[GRID[1:]].to_dict("index")
     for row in whole.to_dict("records"):
         cell = row["cell"]
         if cell not in planned:
-            raise ValueError(f"results: cell {cell} is not in the grid, expected cells of it only")
+            raise DataError(f"results: cell {cell} is not in the grid, expected cells of it only")
         for name, there in planned[cell].items():
             here = row[name]
             if pd.isna(here) != pd.isna(there) or (pd.notna(here) and here != there):
-                raise ValueError(f"results, cell {cell}: {name} is {here}, expected {there}")
+                raise DataError(f"results, cell {cell}: {name} is {here}, expected {there}")
 
 
 def _check_tasks(rows: Frame) -> None:
     """The cells of a round were tested on the same examples, so that they can be compared."""
     if (double := rows.duplicated(["cell", "test", "task"])).any():
         cell, test, task = rows[double].iloc[0][["cell", "test", "task"]]
-        raise ValueError(f"results, cell {cell}, {test}: {task} is there twice, expected once")
+        raise DataError(f"results, cell {cell}, {test}: {task} is there twice, expected once")
     groups = rows.groupby(["round", "test", "task"])
     for name in ("examples", "closed_label", "category", "majority_baseline"):
         differs = groups[name].nunique(dropna=False) > 1
         if differs.any():
             round_, test, task = differs.index[differs][0]
-            raise ValueError(
+            raise DataError(
                 f"results, round {round_}, {test}, {task}: {name} differs between cells, "
                 "expected the same test examples for all cells of a round"
             )
@@ -247,7 +251,7 @@ def _check_tasks(rows: Frame) -> None:
     counts = rows.groupby(["round", "test", "cell"]).size()
     for (round_, test, cell), found in counts.items():
         if found != whole[round_, test]:
-            raise ValueError(
+            raise DataError(
                 f"results, cell {cell}, {test}: {found} tasks where round {round_} has "
                 f"{whole[round_, test]}; expected the same ones in all its cells"
             )

@@ -59,14 +59,14 @@ def cells(
     axes |= {f"learning_rates.{m}": learning_rates[m] for m in sorted(methods)}
     for name, values in axes.items():
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}: found {tuple(values)}, expected at least one, none twice")
+            raise ConfigError(f"{name}: found {tuple(values)}, expected at least one, none twice")
     for name, values, least in (("ranks", ranks, 1), ("rounds", rounds, 0)):
         for value in values:
             if (name, value) != ("ranks", FULL) and not (type(value) is int and value >= least):
-                raise ValueError(f"{name}: found {value!r}, expected numbers of at least {least}")
+                raise ConfigError(f"{name}: found {value!r}, expected numbers of at least {least}")
     for name in variants:
         if not re.fullmatch(r"[\w.]+", name):
-            raise ValueError(f"variants: found {name!r}, expected a name of letters and digits")
+            raise ConfigError(f"variants: found {name!r}, expected a name of letters and digits")
 
     found = []
     for rank, variant, name, round_ in product(ranks, ["", *variants], sets, rounds):

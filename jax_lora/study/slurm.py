@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from jax_lora.errors import ConfigError, MissingFileError
 
 
 def script(
@@ -25,10 +28,12 @@ def script(
     """
     for name, value in (("workers", workers), ("hosts", hosts)):
         if value < 1:
-            raise ValueError(f"--{name}: found {value}, expected at least 1")
+            raise ConfigError(f"--{name}: found {value}, expected at least 1")
     for option in options:
         if not option.startswith("-") or "\n" in option:
-            raise ValueError(f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1")
+            raise ConfigError(
+                f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1"
+            )
     own = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
     own += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
     own += [f"--nodes={hosts}"] if hosts > 1 else []
@@ -49,9 +54,10 @@ def submit(text: str, folder: Path) -> str:
     try:
         done = subprocess.run(["sbatch", "--parsable"], input=text, text=True, capture_output=True)
     except FileNotFoundError:
-        raise FileNotFoundError("sbatch: no such program here, expected SLURM") from None
+        text = "no such program here, expected SLURM"
+        raise MissingFileError(errno.ENOENT, text, "sbatch") from None
     if done.returncode:
-        raise ValueError(f"sbatch: {done.stderr.strip()}")
+        raise ConfigError(f"sbatch: {done.stderr.strip()}")
     return done.stdout.strip()
 
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import TEMPLATES
 from jax_lora.data.toy import TASKS, write_checkout
+from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.weights import hf
@@ -44,11 +45,11 @@ def write_tasks(
     trained = [task for task in TASKS if task.split == "train"]
     categories = {task.category for task in trained}
     if not set(outside) < categories or not outside:
-        raise ValueError(
+        raise ConfigError(
             f"toy.outside: found {tuple(outside)}, expected some of {', '.join(sorted(categories))}"
         )
     if unknown := sorted(set(unseen) - {task.name for task in trained}):
-        raise ValueError(f"toy.unseen: found {', '.join(unknown)}, expected toy train tasks")
+        raise ConfigError(f"toy.unseen: found {', '.join(unknown)}, expected toy train tasks")
     left = [task for task in trained if task.name not in unseen]
     tested = [*(task.name for task in TASKS if task.split == "test"), *unseen]
     with hf.fresh_folder(folder) as partial:

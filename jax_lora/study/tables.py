@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from jax_lora.errors import ConfigError
 from jax_lora.evaluation.metrics import exact_match, normalize
 from jax_lora.study import METRICS, Frame, Study, paper
 from jax_lora.study.statistics import (
@@ -216,7 +217,7 @@ def case_studies(cases: Sequence[Mapping[str, Any]], title: str = "Case studies"
     body = []
     for index, case in enumerate(cases):
         if absent := sorted({"task", "input", "references", "answers"} - case.keys()):
-            raise ValueError(
+            raise ConfigError(
                 f"case {index}: no {', '.join(absent)}; expected task, input, references, answers"
             )
         answers = []

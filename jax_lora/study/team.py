@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from jax_lora.errors import Stopped
+from jax_lora.errors import ConfigError, Stopped
 from jax_lora.study.locks import SILENCE
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Team:
         """
         while self._store and len(self._get("ready")) < self._processes - 1:
             if gone := self._get("left"):
-                raise ValueError(f"process {min(gone)} ended before it began: its output says why")
+                raise ConfigError(f"process {min(gone)} ended before it began: its output says why")
             time.sleep(self._beat)
 
     @contextmanager

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora import sharding
+from jax_lora.errors import ConfigError
 from jax_lora.model import attention, lora
 from jax_lora.model.dropout import Dropout, keep_threshold
 from jax_lora.model.transformer import Llama, positions
@@ -76,9 +77,9 @@ def schedule(kind: str, peak: float, warmup_steps: int, total_steps: int) -> opt
       ValueError: an unknown kind, or a warm-up as long as the whole run.
     """
     if kind not in SCHEDULES:
-        raise ValueError(f"schedule: found {kind!r}, expected one of {', '.join(SCHEDULES)}")
+        raise ConfigError(f"schedule: found {kind!r}, expected one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
+        raise ConfigError(
             f"warmup_steps: found {warmup_steps}, expected 0 to {total_steps - 1}, "
             f"fewer than the run's {total_steps} steps"
         )
