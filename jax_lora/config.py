@@ -265,7 +265,9 @@ DOMAINS: Mapping[typing.Any, tuple[float, float, str]] = (
     | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)
     | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)
-    | dict.fromkeys(("lora.dropout", "optim.b1", "optim.b2"), _SHARE)
+    | dict.fromkeys(("optim.b1", "optim.b2"), _SHARE)
+    # A mask has 16 random bits per element: no rate is nearer to 1 than half of one of them.
+    | {"lora.dropout": (0.0, 1 - 2**-16, "at least 0 and below 1, by 2^-16 or more")}
 )
 RENAMED = {
     "lora.contract": "lora.materialize_delta",

@@ -153,7 +153,7 @@ def once(
       folder: of the study.
       name: of the lock, no cell's.
       finished: whether it is there.
-      make: makes it, or goes on where a dead process stopped.
+      make: makes it, or resumes where a dead process stopped.
       sleep: waits so many seconds.
     """
     while not finished():
