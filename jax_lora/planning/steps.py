@@ -108,7 +108,12 @@ def planned_steps(config: RunConfig, shape: LlamaConfig, where: Target) -> list[
     """
     mesh = config.mesh
     count = where.count or math.prod(max(1, n) for n in (mesh.data, mesh.fsdp, mesh.tensor))
-    resolved = resolve(config, shape, where.device.platform, count)
+    return steps_of(resolve(config, shape, where.device.platform, count))
+
+
+def steps_of(resolved: Resolved) -> list[PlannedStep]:
+    """One step for every shape of micro-batch that a resolved config trains on."""
+    config = resolved.config
     share = -(-config.batch_size // resolved.row_groups)  # rows of the batch per device
     return [
         PlannedStep(resolved, min(share, max(1, config.micro_tokens // length)), length)

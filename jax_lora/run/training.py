@@ -19,6 +19,8 @@ import tqdm
 from jax_lora import sharding
 from jax_lora.errors import RunFailed, Stopped
 from jax_lora.model import variants
+from jax_lora.planning.memory import memory
+from jax_lora.planning.steps import steps_of
 from jax_lora.run.folder import MetricsLog
 from jax_lora.run.prepare import Inputs, Training
 from jax_lora.training import loop, masks
@@ -30,22 +32,42 @@ WINDOW = 20  # steps that the reported speed is a mean of
 
 
 class Speed:
-    """Real tokens per second over the last steps, without the time that compiling took."""
+    """Real tokens per second over the last steps between which nothing was compiled.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock, self._before = clock, clock()
-        self._steps: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+    A step that compiles shares its time with the compiler, and no clock tells the two apart: it
+    counts, whole, only as long as there has been no other.
 
-    def step(self, tokens: int, compile_seconds: float) -> None:
-        """A step of so many tokens has ended; so long was spent on compiling meanwhile."""
-        now = self._clock()
-        self._steps.append((tokens, max(now - self._before - compile_seconds, 1e-9)))
+    Args:
+      clock: seconds.
+      compiled: seconds of compiling so far, see `loop.compiled_seconds`.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        compiled: Callable[[], float] = loop.compiled_seconds,
+    ):
+        self._clock, self._compiled = clock, compiled
+        self._before = clock(), compiled()
+        self._window: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._is_clean = False  # the window holds no step that compiled
+
+    def step(self, tokens: int) -> float:
+        """A step of so many tokens has ended; seconds of compiling since the one before."""
+        now = self._clock(), self._compiled()
+        seconds, compiling = (x - before for x, before in zip(now, self._before, strict=True))
         self._before = now
+        if not compiling and not self._is_clean:
+            self._window.clear()
+            self._is_clean = True
+        if not (compiling and self._is_clean):
+            self._window.append((tokens, max(seconds, 1e-9)))
+        return compiling
 
     @property
     def tokens_per_second(self) -> float:
         """The mean of the window."""
-        tokens, seconds = (sum(part) for part in zip(*self._steps, strict=True))
+        tokens, seconds = (sum(part) for part in zip(*self._window, strict=True))
         return tokens / seconds
 
 
@@ -157,13 +179,13 @@ class _Log:
             )
         self.tokens += report.tokens
         self._padded += report.padded
-        self._speed.step(report.tokens, report.compile_seconds)
+        compile_seconds = self._speed.step(report.tokens)
         values = {
             "loss": loss,
             "learning_rate": float(self._rates[report.step - 1]),
             "gradient_norm": norm,
             "tokens_per_second": self._speed.tokens_per_second,
-            "compile_seconds": report.compile_seconds,
+            "compile_seconds": compile_seconds,
             "padding_percent": 100 * self._padded / max(1, self.tokens + self._padded),
             "examples": self._given.batches.examples_until(report.step),
             "loss_tokens": report.loss_tokens,
@@ -195,9 +217,11 @@ def what_is_safe(given: Inputs, checkpoints: Any) -> Callable[[BaseException], s
             safe = f"the last checkpoint is step {step}: rerun the same command to resume there"
         if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
             remat = "" if config.remat == "full" else ", or set config.remat=full"
+            need = max(memory(step).peak for step in steps_of(given.resolved)) / 2**30
             safe += (
-                f"; to need less memory, lower config.micro_tokens (now {config.micro_tokens})"
-                f"{remat}: both may change in a resumed run, and plan.py says what fits"
+                f"; by plan.py's formula a step needs {need:.1f} GiB on each device: to need less, "
+                f"lower config.micro_tokens (now {config.micro_tokens}){remat}; both may change in "
+                "a resumed run"
             )
         return safe
 

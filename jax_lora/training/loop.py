@@ -1,4 +1,4 @@
-"""The loop around the step: no waiting for the device, one report a step."""
+"""The loop around the step: no waiting for the device, one report per step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _COMPILED = {"seconds": 0.0}
 
 
 def _listen(event: str, duration_secs: float, **_: str | int) -> None:
-    # Tracing, lowering, and XLA's compiler or its cache on disk: they follow one another.
-    if event.startswith("/jax/core/compile/"):
+    # Of the events of a compilation the one that never lies within another of its kind.
+    if event == "/jax/core/compile/backend_compile_duration":
         _COMPILED["seconds"] += duration_secs
 
 
@@ -26,15 +26,14 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compiled_seconds() -> float:
-    """Seconds that this process has spent on tracing and compiling so far."""
+    """Seconds that XLA has compiled for this process so far, or read programs from its cache."""
     return _COMPILED["seconds"]
 
 
 class Report(NamedTuple):
     """One step. `loss` and `gradient_norm` (before the clip) are still on the device: reading
     them waits for it. Tokens are counted on the host: `tokens` real ones, `padded` the padding,
-    `loss_tokens` those that have a loss. `compile_seconds`: how long the host was busy compiling
-    for this step, 0 where all its shapes had been seen."""
+    `loss_tokens` those that have a loss."""
 
     step: int
     loss: Array
@@ -42,7 +41,6 @@ class Report(NamedTuple):
     tokens: int
     padded: int
     loss_tokens: int
-    compile_seconds: float
 
 
 def train(
@@ -69,7 +67,6 @@ def train(
     step = int(state.step)
     for batch in batches:
         weight = np.float32(sum(float(micro.loss_mask[:, 1:].sum()) for micro in batch))
-        compiled = compiled_seconds()
         diff_params = functions.prepare(state, frozen)
         gradients, loss = zeros(diff_params)
         for micro in batch:
@@ -82,5 +79,4 @@ def train(
         tokens = sum(int((micro.example >= 0).sum()) for micro in batch)
         padded = sum(micro.tokens.size for micro in batch) - tokens
         loss_tokens = sum(int((micro.loss_mask[:, 1:] > 0).sum()) for micro in batch)
-        seconds = compiled_seconds() - compiled
-        yield state, Report(step, loss, norm, tokens, padded, loss_tokens, seconds)
+        yield state, Report(step, loss, norm, tokens, padded, loss_tokens)

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from jax_lora.model import lora
 from jax_lora.run import folder, inputs, prepare, scoring, training
 from jax_lora.training import loop
 from jax_lora.weights import base as base_weights
+from tests.study.test_team import Store
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,13 @@ def test_too_little_memory_says_what_to_lower(config, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "train", train)
     with pytest.raises(RunFailed) as error:
         jax_lora.Run.open(config.replace(remat="none"), tmp_path / "r").train()
-    for words in ("RESOURCE_EXHAUSTED", "no checkpoint yet", "micro_tokens (now 1024)", "remat"):
+    for words in (
+        "RESOURCE_EXHAUSTED",
+        "no checkpoint yet",
+        "micro_tokens (now 1024)",
+        "remat",
+        "needs 0.0 GiB",
+    ):
         assert words in str(error.value)
 
 
@@ -188,7 +196,7 @@ def fake(monkeypatch, config, total, events):
     def train(*_):
         for step in range(1, total + 1):
             events.append(("dispatch", step))
-            yield None, loop.Report(step, Loss(step, events), Loss(step, events), 8, 0, 4, 0.0)
+            yield None, loop.Report(step, Loss(step, events), Loss(step, events), 8, 0, 4)
 
     monkeypatch.setattr(loop, "train", train)
     batches = SimpleNamespace(stream=lambda *_: [], examples_until=lambda step: 8 * step)
@@ -223,20 +231,6 @@ def test_no_step_is_waited_for_before_the_next_is_dispatched(config, monkeypatch
     reads = [step for kind, step in events if kind == "read"]
     assert reads == sorted(reads) and set(reads) == set(range(1, 10))
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 10)]
-
-
-class Store:
-    """The runtime's keys and values, without other processes."""
-
-    def __init__(self):
-        self.values = {}
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        assert allow_overwrite or key not in self.values
-        self.values[key] = value
-
-    def key_value_dir_get(self, folder):
-        return [(k, v) for k, v in self.values.items() if k.startswith(folder)]
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -275,13 +269,29 @@ def chance_count(seed):
     return 1 + seed % 4
 
 
-def test_speed_is_of_recent_steps_and_without_compiling():
-    times = iter([0.0, 31.0, 32.0, *range(33, 33 + training.WINDOW)])
-    speed = training.Speed(lambda: next(times))
-    speed.step(100, compile_seconds=30.0)
-    assert speed.tokens_per_second == pytest.approx(100)
-    speed.step(300, compile_seconds=0.0)
-    assert speed.tokens_per_second == pytest.approx(200)
+def test_speed_is_of_recent_steps_between_which_nothing_compiled():
+    # The third step compiles, and so would show a time that is not its own.
+    times = iter([0.0, 10.0, 12.0, 52.0, *range(53, 53 + 2 * training.WINDOW)])
+    compiled = iter([0.0, 5.0, 5.0, 25.0, *[25.0] * 2 * training.WINDOW])
+    speed = training.Speed(lambda: next(times), lambda: next(compiled))
+    assert speed.step(100) == 5.0
+    assert speed.tokens_per_second == pytest.approx(10)  # there is nothing better yet
+    assert speed.step(300) == 0.0
+    assert speed.tokens_per_second == pytest.approx(150)
+    assert speed.step(100) == 20.0
+    assert speed.tokens_per_second == pytest.approx(150)
     for _ in range(training.WINDOW):
-        speed.step(50, compile_seconds=0.0)
+        speed.step(50)
     assert speed.tokens_per_second == pytest.approx(50)
+
+
+def test_compiling_is_counted_once():
+    """Functions within functions are traced within each other; the sum is below the wall time."""
+    inner = jax.jit(lambda x: sum(jax.numpy.sin(x + i) for i in range(50)))
+    program = jax.jit(lambda x: inner(inner(x)))
+    before, start = loop.compiled_seconds(), time.perf_counter()
+    program(np.ones(3, np.float32)).block_until_ready()
+    wall, counted = time.perf_counter() - start, loop.compiled_seconds() - before
+    assert 0 < counted < wall
+    program(np.ones(3, np.float32)).block_until_ready()
+    assert loop.compiled_seconds() - before == counted
