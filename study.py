@@ -59,7 +59,7 @@ def main(_):
         cli.log_progress()
         from jax_lora.study import command  # what it imports may start the devices
 
-        study = command.Command(_CONFIG.value, workdir, _ONLY.value, command.print_line, train)
+        study = command.Command(_CONFIG.value, workdir, _ONLY.value, print, train)
         if _LAUNCHER.value:
             study.launch(__file__, _WORKERS.value, _HOSTS.value, _SBATCH.value, _SUBMIT.value)
         elif _DRY_RUN.value:

@@ -27,7 +27,7 @@ def keep_threshold(rate: float) -> int:
     """The number of values of 16 random bits, out of `RESOLUTION`, that keep an element.
 
     Raises:
-      ValueError: a rate outside [0, 1), or so near 1 that nothing would be kept.
+      ConfigError: a rate outside [0, 1), or so near 1 that nothing would be kept.
     """
     threshold = round((1.0 - rate) * RESOLUTION) if 0.0 <= rate < 1.0 else 0
     if threshold == 0:

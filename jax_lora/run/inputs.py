@@ -119,7 +119,7 @@ def _training_row(encoder: Encoder, example: Example, answer: str) -> Row:
 
 
 def training_rows(encoder: Encoder, taskset: TaskSet, answer: str, seed: int) -> list[Row]:
-    """A row an example, on its first reference or, where `answer` is "random", on one drawn by
+    """One row per example, on its first reference or, where `answer` is "random", on one drawn by
     (seed, task, id). Nested task sets share their rows."""
     rows = []
     for example in taskset.examples:
@@ -144,12 +144,12 @@ def prompt_rows(encoder: Encoder, taskset: TaskSet) -> list[tuple[Example, Row]]
 def load_base(source: str, dtype: str, trains: Any, place: Callable[..., Any] | None = None) -> Any:
     """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
 
-    A base that stays frozen is kept for the next call.
+    A base that stays frozen is cached for the next call.
 
     Args:
       source: folder, hub id or GGUF file.
       dtype: of the arithmetic.
-      trains: the mask's part for the base, a boolean a leaf.
+      trains: the mask's part for the base, one boolean per leaf.
       place: (path, numpy array) → the array on its device or devices.
     """
     if not any(jax.tree.leaves(trains)):

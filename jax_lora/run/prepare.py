@@ -26,7 +26,6 @@ from jax_lora.data.prompts import Row
 from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
-from jax_lora.model import lora
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.run import folder, inputs
@@ -219,8 +218,3 @@ def write_start(given: Inputs, workdir: Path) -> None:
             "modules": table.to_dict("records"),
         },
     )
-
-
-def does_nothing(variables: Any) -> bool:
-    """Whether the adapters of these variables leave the base as it is."""
-    return "lora" in variables and lora.does_nothing(variables["lora"])

@@ -40,7 +40,7 @@ class Run:
 
     Attributes:
       config: the run's `RunConfig`.
-      workdir: its folder; see design and docs for what lies in it.
+      workdir: its folder; docs/training.md says what lies in it.
     """
 
     def __init__(self, config: RunConfig, workdir: Path, say: Say):
@@ -146,10 +146,9 @@ class Run:
         """
         config = self._with_eval(eval_options)
         place = scoring.on_host if base_on_host else None
-        for _, text in scoring.score(
-            self.workdir, config, sets, adapter, place=place, overwrite=overwrite
-        ):
-            self._say(f"\n{text}")
+        scoring.score(
+            self.workdir, config, sets, adapter, say=self._say, place=place, overwrite=overwrite
+        )
         return scoring.score_frame(self.workdir, sets, adapter)
 
     def check(self, adapter: str = "last", prompts: int = 64, **eval_options: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,20 +185,19 @@ def score(
     names: Sequence[str] = TESTS,
     adapter: str = "last",
     *,
+    say: Callable[[str], None],
     place: Place | None = None,
     overwrite: bool = False,
-) -> Iterator[tuple[str, str]]:
+) -> None:
     """Answer the test sets and score them; answers that are there are not made again.
 
     Args:
       workdir: the run's folder.
       config: of the run, perhaps with another `eval`.
       names: of the test sets.
+      say: gets the table of a set as soon as its scores.json is written, from another thread.
       adapter, place: see `load`.
       overwrite: make all answers again.
-
-    Yields:
-      The name of a set whose scores.json is written, and its table in plain text.
 
     Raises:
       ConfigError, DataError, OSError: before any compute.
@@ -240,14 +239,13 @@ def score(
     del scored
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
 
-    def finish(name: str) -> tuple[str, str]:
+    def finish(name: str) -> None:
         scores = evaluate.score(results / name)
         write_json(results / name / "scores.json", scores)
         before = None
         if adapter != "none":
             before = untuned_scores(workdir / "eval-none" / name, settings)
-        text = f"{name}: {origin}\n{score_table(scores, before)}\n{results / name / 'scores.json'}"
-        return name, text
+        say(f"\n{name}: {origin}\n{score_table(scores, before)}\n{results / name / 'scores.json'}")
 
     safe = "rerun the same command to resume from the answers that are written"
     with running(lambda _: safe), ThreadPoolExecutor(1) as beside:
@@ -257,8 +255,8 @@ def score(
                 results / name, rows[name], answer, settings, overwrite=overwrite
             )
             scoring.append(beside.submit(finish, name))  # while the next set is answered
-        found = [one.result() for one in scoring]
-    yield from found
+        for one in scoring:
+            one.result()
 
 
 def untuned_scores(folder: Path, settings: Mapping[str, Any]) -> dict | None:

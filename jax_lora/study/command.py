@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -15,14 +16,11 @@ import jax
 from jax_lora import sharding
 from jax_lora.config import RunConfig
 from jax_lora.errors import RunFailed
-from jax_lora.run import Run, scoring
 from jax_lora.run.training import running
 from jax_lora.study import costs, grid, slurm, spec
 from jax_lora.study.team import Team
-from jax_lora.study.worker import Worker, resolve
+from jax_lora.study.worker import Worker
 from jax_lora.text import table
-from jax_lora.weights import hf
-from jax_lora.weights.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 RESUME = "rerun the same command to resume with what is missing"
@@ -58,7 +56,7 @@ class Command:
         config, path = self._config, self._workdir / "study.json"
         cells = grid.cells_of(config)
         chosen = grid.choose(cells, self._only) if self._only else cells
-        resolved = resolve(config)
+        resolved = {"config": json.loads(config.to_json_best_effort())}
         spec.check_same_study(path, resolved)
         with spec.inputs_of(config, self._workdir) as folder:
             resolved["data_fingerprint"] = spec.check_input(config, folder, chosen)
@@ -98,9 +96,7 @@ class Command:
             cells, resolved = self._check()  # one that fails here lets the other processes end
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _stopped if team.leads else lambda *_: team.stop())
-            worker = Worker(
-                self._config, self._workdir, team, self._train, _score, _export, logger.info
-            )
+            worker = Worker(self._config, self._workdir, team, self._train, logger.info)
             if not team.leads:
                 worker.follow()
                 return
@@ -110,23 +106,6 @@ class Command:
         self._say(f"{state}\npython study.py --workdir={self._workdir} --report   # the report")
         if failed:
             raise RunFailed("; ".join(failed))
-
-
-def _score(folder: Path, sets: Sequence[str]) -> None:
-    # The cells of a study share a base that is on the device, where one device can hold it.
-    Run.open(None, folder, say=print_line).score(sets, base_on_host=False)
-
-
-def _export(folder: Path, config: RunConfig, destination: Path) -> None:
-    scored = scoring.load(folder, config, "last")
-    tokenizer = load_tokenizer(config.model)
-    hf.save(destination, scored.shape, scored.variables["params"], tokenizer, config.dtype)
-
-
-def print_line(text: str) -> None:
-    """A line on standard output, which a worker redirects to a cell's log."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def _stopped(*_: object) -> None:

@@ -20,6 +20,7 @@ from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import TEMPLATES
 from jax_lora.data.toy import TASKS, write_checkout
 from jax_lora.errors import ConfigError
+from jax_lora.files import fresh_folder
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.weights import hf
@@ -52,7 +53,7 @@ def write_tasks(
         raise ConfigError(f"toy.unseen: found {', '.join(unknown)}, expected toy train tasks")
     left = [task for task in trained if task.name not in unseen]
     tested = [*(task.name for task in TASKS if task.split == "test"), *unseen]
-    with hf.fresh_folder(folder) as partial:
+    with fresh_folder(folder) as partial:
         for name in CHECKOUTS:
             splits = write_checkout(partial / name, instances_per_task=instances) / "splits"
             own = [t.name for t in left if (t.category in outside) == (name == "outside")]

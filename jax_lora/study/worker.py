@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,14 @@ from shutil import rmtree
 from typing import Any
 
 from jax_lora import study
+from jax_lora.config import RunConfig
 from jax_lora.files import read_json, write_json
+from jax_lora.run import Run
 from jax_lora.study import costs, grid, locks, results, runner, spec, view
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
+from jax_lora.weights import hf
+from jax_lora.weights.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,13 @@ class Worker:
       workdir: the study's folder.
       team: this process among those of its worker.
       train: (config, folder): trains a run to its end, or resumes it.
-      score: (folder, names of test sets): scores a run.
-      export: (folder, config, destination): writes a fully trained run as a Hugging Face folder.
       say: shows a line of progress.
     """
 
     config: Any
     workdir: Path
     team: Team
-    train: Callable[[Any, Path], None]
-    score: Callable[[Path, Sequence[str]], None]
-    export: Callable[[Path, Any, Path], None]
+    train: Callable[[RunConfig, Path], None]
     say: Callable[[str], None]
 
     def follow(self) -> None:
@@ -87,8 +86,8 @@ class Worker:
         lines = [f"{path}: {read_json(path)['reason']}" for path in failed if path.is_file()]
         return look()[0], lines
 
-    def _train(self, name: str, scored: Sequence[str] = ()) -> float:
-        """Train in all processes of this worker and score here; seconds of training."""
+    def _train(self, name: str, sets: Sequence[str] = ()) -> float:
+        """Train in all processes of this worker and score test sets here; seconds of training."""
         run, folder = spec.run_of(self.config, self.workdir, name)
 
         def lost(reason: str) -> None:
@@ -101,8 +100,8 @@ class Worker:
             with self.team.together(name, lost):
                 self.train(run, folder)
             trained = time.perf_counter()
-            if scored:
-                self.score(folder, scored)
+            if sets:  # cells share a base that is on the device, where one device can hold it
+                Run.open(None, folder, say=print_line).score(sets, base_on_host=False)
         return trained - began
 
     def _make_base(self) -> None:
@@ -110,8 +109,9 @@ class Worker:
         spec.write_start(self.config, self.workdir, "untrained")
         run, folder = spec.run_of(self.config, self.workdir, spec.TOY)
         self._train(spec.TOY)
-        with _output(self.workdir, spec.TOY):
-            self.export(folder, run, self.workdir / "toy" / "toy-llama")
+        shape, params = Run.open(run, folder).weights()
+        made = self.workdir / "toy" / "toy-llama"
+        hf.save(made, shape, params, load_tokenizer(run.model), run.dtype)
 
     def _run_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
         """Train and score a cell, or resume it; what its done.json holds."""
@@ -126,9 +126,10 @@ class Worker:
         return {"timings": locks.owner() | timings, "rows": results.rows(cell, folder, facts)}
 
 
-def resolve(config: Any) -> dict[str, Any]:
-    """What study.json says of a config; the fingerprint of the data is added to it."""
-    return {"config": json.loads(config.to_json_best_effort())}
+def print_line(text: str) -> None:
+    """A line on standard output, which is a cell's log while a worker is at the cell."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 @contextmanager

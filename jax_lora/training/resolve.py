@@ -13,7 +13,6 @@ import optax
 from jax.sharding import Mesh
 
 from jax_lora.config import RunConfig
-from jax_lora.errors import ConfigError
 from jax_lora.model import attention, lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -123,12 +122,9 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
     kernel = config.attention
     if kernel == "auto":
         kernel = attention.best(platform, config.dtype, shape.head_dim, lengths)
-    try:
-        attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
-        if config.method == "lora":
-            lora.check_targets(config.lora.targets)
-    except ValueError as error:
-        raise ConfigError(f"config: {error}") from None
+    attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
+    if config.method == "lora":
+        lora.check_targets(config.lora.targets)
     materialized = ()
     if config.method == "lora" and config.lora.materialize_delta == "auto":
         materialized = lora.materialized_targets(shape, config.lora.rank, config.lora.targets)

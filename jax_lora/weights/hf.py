@@ -15,25 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jax_lora.errors import DataError, MissingFileError
-from jax_lora.files import check_vacant, fresh_folder, read_json, write_json
+from jax_lora.files import fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.hf_config import config_to_hf, parse_config
 from jax_lora.weights.tree import Place, assemble, check_tensors, disassemble, numpy_dtype
-
-__all__ = [
-    "check_vacant",
-    "config_to_hf",
-    "fresh_folder",
-    "load",
-    "open_tensors",
-    "parse_config",
-    "read_config",
-    "read_json",
-    "resolve",
-    "save",
-    "weight_files",
-    "write_tensors",
-]
 
 _DOWNLOAD = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
 
