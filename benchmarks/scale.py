@@ -29,7 +29,7 @@ import jax
 from jax_lora.cli import exit_codes
 from jax_lora.config import RunConfig
 from jax_lora.files import write_json
-from jax_lora.model.config import LINEAR
+from jax_lora.model.arch import LINEAR
 from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import MOST_DEVICES, fewest, memory
 from jax_lora.planning.steps import PlannedStep, planned

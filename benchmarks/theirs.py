@@ -12,7 +12,7 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.work import LEARNING_RATE, Case
-from jax_lora.model.config import ATTENTION, GROUP
+from jax_lora.model.arch import ATTENTION, GROUP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = -100

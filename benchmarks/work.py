@@ -50,7 +50,8 @@ class Case:
     @property
     def shape(self) -> Any:
         """The model's shape, a `LlamaConfig`."""
-        from jax_lora.model.config import CONFIGS, LlamaConfig
+        from jax_lora.model.config import LlamaConfig
+        from jax_lora.model.families import CONFIGS
 
         if self.size == "tiny":
             found = LlamaConfig(512, 64, 128, 2, 4, 2, 16, tie_word_embeddings=True)

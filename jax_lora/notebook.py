@@ -16,7 +16,8 @@ import pandas as pd
 from jaxtyping import Array, Float
 
 from jax_lora.generation import greedy, scheduler
-from jax_lora.model.config import ATTENTION, LlamaConfig
+from jax_lora.model.arch import ATTENTION
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import masks

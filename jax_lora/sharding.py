@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_lora.errors import ConfigError
+from jax_lora.model.arch import LINEARS, NORMS
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # of a batch
@@ -47,19 +48,22 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 # leave D (q, k, v, gate and up) and where they come back to it (o and down). `fsdp` cuts them along
 # the side they read: to gather the last side XLA first copies all layers with that side in front.
 # Adapters are cut along both sides by both axes, the kernel's first, and never along the rank.
+_ROW = "|".join(linear.name for linear in LINEARS if linear.is_row_parallel)
+_COLUMN = "|".join(linear.name for linear in LINEARS if not linear.is_row_parallel)
+_NORM = "|".join(("norm", *("/".join(norm.path) for norm in NORMS)))
 TABLE = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
-    (r"(o|down)_proj(/kernel)?", P(None, ("tensor", "fsdp"))),
-    (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
-    (r"(o|down)_proj/bias", P()),
-    (r"(q|k|v|gate|up)_proj/a", P(None, ("fsdp", "tensor"), None)),
-    (r"(q|k|v|gate|up)_proj/b", P(None, None, ("tensor", "fsdp"))),
-    (r"(o|down)_proj/a", P(None, ("tensor", "fsdp"), None)),
-    (r"(o|down)_proj/b", P(None, None, ("fsdp", "tensor"))),
-    (r"\w+_proj/(m|scale)", P()),
-    (r"(norm|input_layernorm|post_attention_layernorm)/scale", P()),
+    (rf"({_COLUMN})(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
+    (rf"({_ROW})(/kernel)?", P(None, ("tensor", "fsdp"))),
+    (rf"({_COLUMN})/bias", P(None, "tensor")),
+    (rf"({_ROW})/bias", P()),
+    (rf"({_COLUMN})/a", P(None, ("fsdp", "tensor"), None)),
+    (rf"({_COLUMN})/b", P(None, None, ("tensor", "fsdp"))),
+    (rf"({_ROW})/a", P(None, ("tensor", "fsdp"), None)),
+    (rf"({_ROW})/b", P(None, None, ("fsdp", "tensor"))),
+    (rf"({_COLUMN}|{_ROW})/(m|scale)", P()),
+    (rf"({_NORM})/scale", P()),
 )
 
 # ------------------------------------------------------------------ where things lie

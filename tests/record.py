@@ -42,7 +42,7 @@ def record() -> dict[str, np.ndarray]:
 
         def load(case: str):
             path = reference.write(folder / case, case)
-            return transformers.LlamaForCausalLM.from_pretrained(
+            return transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="eager"
             )
 
@@ -52,39 +52,42 @@ def record() -> dict[str, np.ndarray]:
                 found[f"{case}/logits"] = load(case)(ids).logits.numpy()
 
         # Decoding, one prompt at a time.
-        model = load(reference.ADAPTED)
-        for i, prompt in enumerate(reference.PROMPTS):
-            with torch.no_grad():
-                out = model.generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                    do_sample=False,
-                    max_new_tokens=reference.NEW_TOKENS,
-                    eos_token_id=reference.END,
-                    pad_token_id=0,
-                )
-            found[f"greedy/{i}"] = out[0, len(prompt) :].numpy()
+        for case in (reference.ADAPTED, *reference.FAMILIES):
+            model = load(case)
+            for i, prompt in enumerate(reference.PROMPTS):
+                with torch.no_grad():
+                    out = model.generate(
+                        torch.tensor([prompt]),
+                        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                        do_sample=False,
+                        max_new_tokens=reference.NEW_TOKENS,
+                        eos_token_id=reference.END,
+                        pad_token_id=0,
+                    )
+                found[f"{_prefix(case)}greedy/{i}"] = out[0, len(prompt) :].numpy()
 
         # Adapted models: logits, loss and gradients of A, B and m.
         labels = torch.where(torch.tensor(reference.loss_mask()), ids, -100)
-        for kind in ("lora", "dora"):
+        kinds = [(reference.ADAPTED, "dora")]
+        kinds += [(case, "lora") for case in (reference.ADAPTED, *reference.FAMILIES)]
+        for case, kind in kinds:
+            prefix = f"{_prefix(case)}{kind}"
             our_peft.save(
-                folder / kind,
-                reference.adapters(dora=kind == "dora"),
+                folder / prefix,
+                reference.adapters(dora=kind == "dora", case=case),
                 rank=reference.RANK,
                 alpha=reference.ALPHA,
             )
-            base = load(reference.ADAPTED)
-            adapted = peft.PeftModel.from_pretrained(base, folder / kind, is_trainable=True)
+            adapted = peft.PeftModel.from_pretrained(load(case), folder / prefix, is_trainable=True)
             out = adapted(ids, labels=labels)
             out.loss.backward()
-            found[f"{kind}/logits"] = out.logits.detach().numpy()
-            found[f"{kind}/loss"] = out.loss.detach().numpy()
+            found[f"{prefix}/logits"] = out.logits.detach().numpy()
+            found[f"{prefix}/loss"] = out.loss.detach().numpy()
             for name, weight in adapted.named_parameters():
                 if weight.grad is not None:
                     key = name.removeprefix("base_model.model.model.")
                     key = key.replace(".default", "").removesuffix(".weight")
-                    found[f"{kind}/gradient/{key}"] = weight.grad.numpy()
+                    found[f"{prefix}/gradient/{key}"] = weight.grad.numpy()
 
     # Learning rates over a run of 30 steps with 5 of warm-up.
     for kind in ("linear", "cosine"):
@@ -98,6 +101,10 @@ def record() -> dict[str, np.ndarray]:
             scheduler.step()
         found[f"schedule/{kind}"] = np.asarray(rates)
     return found
+
+
+def _prefix(case: str) -> str:
+    return "" if case == reference.ADAPTED else f"{case}/"
 
 
 def write(folder: Path) -> None:

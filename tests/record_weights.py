@@ -44,7 +44,7 @@ def tokens(tokenizer_model: Path, smollm2: Path) -> dict[str, dict[str, list[int
         "smollm2": llama_cpp(smollm2),
     }
     vocabularies = {
-        pre: builders.tiny_bpe(pre) for pre in ("smollm", "llama-bpe", "gpt-2", "default")
+        pre: builders.tiny_bpe(pre) for pre in ("smollm", "llama-bpe", "qwen2", "gpt-2", "default")
     }
     vocabularies["llama"] = builders.tiny_sentencepiece(True)
     vocabularies["llama without prefix"] = builders.tiny_sentencepiece(False)

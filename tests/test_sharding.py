@@ -10,7 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from jax_lora import sharding
 from jax_lora.model import lora
-from jax_lora.model.config import CONFIGS, GROUP, LINEAR, LlamaConfig
+from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.families import CONFIGS
 from jax_lora.training.step import adamw
 from jax_lora.weights.tree import leaves
 
@@ -49,8 +51,10 @@ def test_every_matrix_of_every_preset_is_cut_whatever_the_rank(name, sizes):
         expected = 0
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             end = path[-1].key
-            vector = end in ("scale", "m") or (end == "bias" and not path[-2].key.startswith("q"))
-            expected += leaf.size * 4 // (1 if vector else sizes[1] * sizes[2])
+            parts = 1 if end in ("scale", "m") else sizes[1] * sizes[2]
+            if end == "bias":  # of q, k and v, which `tensor` cuts with their outputs
+                parts = sizes[2]
+            expected += leaf.size * 4 // parts
         assert sharding.local_bytes(tree, mesh) == expected
 
 

@@ -193,6 +193,7 @@ def gather_rows(model: Llama, rows: Rows, chosen: Int[Array, " C"], slots: int) 
 
 
 def _empty_caches(model: Llama, batch: int, slots: int) -> Caches:
+    model.config.check_length(slots)
     k, v = kv_cache.empty(model.config, batch, slots, model.dtype, model.platform)
     return (
         (

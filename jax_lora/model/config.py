@@ -1,10 +1,11 @@
-"""The shape of a LLaMA: everything that decides its parameters and its arithmetic."""
+"""The shape of a model: everything that decides its parameters and its arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from jax_lora.errors import ConfigError
+from jax_lora.model.arch import LINEAR, LINEARS, NORMS, Norm
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 
@@ -45,9 +46,16 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """One member of the LLaMA family; field names are Hugging Face's.
+    """One model of LLaMA's shape; field names are Hugging Face's where it has one.
 
     Hashable, so that a module built from it can be a static argument of `jax.jit`.
+
+    Attributes:
+      family: key of `families.FAMILIES`; only file formats ask for it.
+      biases: linear layers that have one.
+      qk_norm: queries and keys are normed, see `families.Family`.
+      sliding_window: tokens that attention looks back on, itself included; None is all. Longer
+        rows are refused, see `check_length`.
     """
 
     vocab_size: int
@@ -62,8 +70,10 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    family: str = "llama"
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    sliding_window: int | None = None
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -73,82 +83,40 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim: found {self.head_dim}, expected an even number")
+        if unknown := [name for name in self.biases if name not in LINEAR]:
+            raise ConfigError(f"biases: found {unknown[0]}, expected some of {', '.join(LINEAR)}")
+
+    def size(self, axis: str) -> int:
+        """The size of a logical axis of `arch`."""
+        return {
+            "embed": self.hidden_size,
+            "heads": self.num_attention_heads * self.head_dim,
+            "kv_heads": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "mlp": self.intermediate_size,
+        }[axis]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """The seven linear layers of a block: Hugging Face's name → (in, out)."""
-        d, f = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "q_proj": (d, q),
-            "k_proj": (d, kv),
-            "v_proj": (d, kv),
-            "o_proj": (q, d),
-            "gate_proj": (d, f),
-            "up_proj": (d, f),
-            "down_proj": (f, d),
-        }
+        """The linear layers of a block: Hugging Face's name → (in, out)."""
+        return {x.name: (self.size(x.inputs), self.size(x.outputs)) for x in LINEARS}
 
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms of a block."""
+        return tuple(norm for norm in NORMS if self.qk_norm or not norm.of_heads)
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-LINEAR = ATTENTION + MLP
-# The logical axes of the (in, out) dimensions, see `Llama.shard_activation`.
-LINEAR_AXES = {
-    "q_proj": ("embed", "heads"),
-    "k_proj": ("embed", "kv_heads"),
-    "v_proj": ("embed", "kv_heads"),
-    "o_proj": ("heads", "embed"),
-    "gate_proj": ("embed", "mlp"),
-    "up_proj": ("embed", "mlp"),
-    "down_proj": ("mlp", "embed"),
-}
-GROUP = {name: "self_attn" for name in ATTENTION} | {name: "mlp" for name in MLP}
+    def check_length(self, tokens: int) -> None:
+        """Refuse rows in which a token could look back beyond the sliding window.
 
+        Up to that length attention with a window and without are the same.
 
-def _llama(v, d, f, layers, heads, kv=None, **more) -> LlamaConfig:
-    more.setdefault("head_dim", d // heads)
-    return LlamaConfig(v, d, f, layers, heads, kv or heads, **more)
+        Args:
+          tokens: of a row, of training or of a prompt with its answer.
 
-
-def _llama3_rope(factor: float) -> RopeScaling:
-    return RopeScaling("llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-
-
-_L1 = dict(rms_norm_eps=1e-6)
-_L2 = dict(max_position_embeddings=4096)
-_L3 = dict(max_position_embeddings=8192, rope_theta=5e5)
-_L31 = dict(max_position_embeddings=131072, rope_theta=5e5, rope_scaling=_llama3_rope(8.0))
-_L32 = dict(
-    max_position_embeddings=131072,
-    rope_theta=5e5,
-    rope_scaling=_llama3_rope(32.0),
-    tie_word_embeddings=True,
-)
-
-# Published shapes, so that parameters can be counted without a download.
-CONFIGS: dict[str, LlamaConfig] = {
-    "llama-7b": _llama(32000, 4096, 11008, 32, 32, **_L1),
-    "llama-13b": _llama(32000, 5120, 13824, 40, 40, **_L1),
-    "llama-33b": _llama(32000, 6656, 17920, 60, 52, **_L1),
-    "llama-65b": _llama(32000, 8192, 22016, 80, 64, rms_norm_eps=1e-5),
-    "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, **_L2),
-    "llama-2-13b": _llama(32000, 5120, 13824, 40, 40, **_L2),
-    "llama-2-70b": _llama(32000, 8192, 28672, 80, 64, 8, **_L2),
-    "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8, **_L3),
-    "llama-3-70b": _llama(128256, 8192, 28672, 80, 64, 8, **_L3),
-    "llama-3.1-8b": _llama(128256, 4096, 14336, 32, 32, 8, **_L31),
-    "llama-3.1-70b": _llama(128256, 8192, 28672, 80, 64, 8, **_L31),
-    "llama-3.2-1b": _llama(128256, 2048, 8192, 16, 32, 8, **_L32),
-    "llama-3.2-3b": _llama(128256, 3072, 8192, 28, 24, 8, **_L32),
-    "smollm2-135m": _llama(
-        49152,
-        576,
-        1536,
-        30,
-        9,
-        3,
-        max_position_embeddings=8192,
-        rope_theta=1e5,
-        tie_word_embeddings=True,
-    ),
-}
+        Raises:
+          ConfigError: longer rows than the window.
+        """
+        if self.sliding_window is not None and tokens > self.sliding_window:
+            raise ConfigError(
+                f"rows of {tokens} tokens: expected at most {self.sliding_window}, the model's "
+                "sliding_window, which longer rows would need"
+            )

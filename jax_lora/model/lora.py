@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.errors import ConfigError
-from jax_lora.model.config import ATTENTION, GROUP, LINEAR, LlamaConfig
+from jax_lora.model.arch import ATTENTION, GROUP, LINEAR
+from jax_lora.model.config import LlamaConfig
 
 INITS = ("kaiming", "gaussian")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")

@@ -1,4 +1,5 @@
-"""LLaMA as a thin Flax Linen module over plain dicts (Touvron et al. 2023, arXiv:2302.13971).
+"""LLaMA as a thin Flax Linen module over plain dicts (Touvron et al. 2023, arXiv:2302.13971),
+with the flags in which Mistral and Qwen differ (see `families`).
 
     Llama(config).apply({"params": base, "lora": adapters}, tokens)  →  logits (B, T, V)
 
@@ -25,9 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jax_lora.errors import ConfigError
-from jax_lora.model import attention
+from jax_lora.model import arch, attention
 from jax_lora.model.attention import Kernel
-from jax_lora.model.config import LINEAR, LINEAR_AXES, LlamaConfig
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
 from jax_lora.model.kv_cache import Cache
 from jax_lora.model.rope import rope_tables, rotate
@@ -65,29 +66,29 @@ class Dense(nn.Module):
     """
 
     name_in_block: str
-    features: int
-    use_bias: bool
+    config: LlamaConfig
     shard_activation: ShardActivation
     transposed: bool
     platform: str
 
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
-        in_axis, out_axis = LINEAR_AXES[self.name_in_block]
+        *_, in_axis, out_axis, _ = arch.BY_NAME[self.name_in_block]
+        features = self.config.size(out_axis)
         x = self.shard_activation(x, "batch", None, in_axis)
         if self.transposed:
-            kernel = self.param("kernel", _INIT, (self.features, x.shape[-1]))
+            kernel = self.param("kernel", _INIT, (features, x.shape[-1]))
             y = base = matmul_transposed(x.dtype, x, kernel, self.platform)
             kernel = kernel.T
         else:
-            kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
+            kernel = self.param("kernel", _INIT, (x.shape[-1], features))
             y = base = checkpoint_name(
                 einsum("btd,df->btf", x.dtype, x, kernel, self.platform), "product"
             )
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
-                position = layer * len(LINEAR) + LINEAR.index(self.name_in_block)
+                position = layer * len(arch.LINEAR) + arch.LINEAR.index(self.name_in_block)
                 dropped = drop(x, dropout, position)
                 dropped = self.shard_activation(dropped, "batch", None, in_axis)
             update, delta = self._update(dropped, out_axis)
@@ -100,8 +101,8 @@ class Dense(nn.Module):
                 y = y + (gain - 1).astype(x.dtype) * base + gain.astype(x.dtype) * update
             else:
                 y = y + update
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if self.name_in_block in self.config.biases:
+            bias = self.param("bias", nn.initializers.zeros, (features,))
             y = y + bias.astype(x.dtype)
         return self.shard_activation(y, "batch", None, out_axis)
 
@@ -146,8 +147,8 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     kernel: str | Kernel
+    dense: Callable[..., Dense]
     shard_activation: ShardActivation
-    transposed: bool
     platform: str
 
     @nn.compact
@@ -157,24 +158,21 @@ class Attention(nn.Module):
         c = self.config
         b, t, _ = x.shape
         n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        options = dict(
-            shard_activation=self.shard_activation,
-            transposed=self.transposed,
-            platform=self.platform,
-        )
-        dense = partial(Dense, use_bias=c.attention_bias, **options)
 
-        def project(name: str, features: int, y: Array) -> Any:
-            y = dense(name, features, name=name)(y, layer, dropout)
+        def project(name: str, y: Array) -> Array:
+            y = self.dense(name, name=name)(y, layer, dropout)
             # At one row a TPU's compiler would else derive the layout of the kernels from the
             # transposed heads, and copy those of all layers: 3 GiB of LLaMA-7B.
             return jax.lax.optimization_barrier(y) if self.platform == "tpu" else y
 
         # Heads go before tokens, (B, K, G, T, H) and (B, K, S, H): batched matrix products on a
         # CPU are twice as fast so (benchmarks/cpu_products.py), and GPUs transpose to it anyway.
-        q = project("q_proj", n * h, x).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
-        keys = project("k_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
-        values = project("v_proj", k * h, x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
+        q = project("q_proj", x).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+        keys = project("k_proj", x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
+        values = project("v_proj", x).reshape(b, t, k, h).transpose(0, 2, 1, 3)
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            keys = RMSNorm(c.rms_norm_eps, name="k_norm")(keys)
         q, keys = rotate(q, *positions.rope), rotate(keys, *positions.rope)
         if cache is None:
             attend = attention.kernel(self.kernel, self.platform)
@@ -188,30 +186,18 @@ class Attention(nn.Module):
             updated = tuple(self.shard_activation(x, "batch", "kv_heads") for x in updated)
         mixed = checkpoint_name(mixed, "product")
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
-        return project("o_proj", c.hidden_size, mixed), updated
+        return project("o_proj", mixed), updated
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    config: LlamaConfig
-    shard_activation: ShardActivation
-    transposed: bool
-    platform: str
+    dense: Callable[..., Dense]
 
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
-        c = self.config
-        options = dict(
-            shard_activation=self.shard_activation,
-            transposed=self.transposed,
-            platform=self.platform,
-        )
-        dense = partial(Dense, use_bias=c.mlp_bias, **options)
-        gate = dense("gate_proj", c.intermediate_size, name="gate_proj")(x, layer, dropout)
-        up = dense("up_proj", c.intermediate_size, name="up_proj")(x, layer, dropout)
-        down = dense("down_proj", c.hidden_size, name="down_proj")
-        return down(_swiglu(gate, up), layer, dropout)
+        gate, up, down = (self.dense(name, name=name) for name in arch.MLP)
+        return down(_swiglu(gate(x, layer, dropout), up(x, layer, dropout)), layer, dropout)
 
 
 def _unsharded(x: Array, *axes: str | None) -> Array:
@@ -235,20 +221,20 @@ class Block(nn.Module):
         self, x, layer, positions: Positions, cache: Cache | None, dropout: Dropout | None
     ):
         c = self.config
-        normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        attend = Attention(
-            c,
-            self.attention,
-            self.shard_activation,
-            self.transposed,
-            self.platform,
-            name="self_attn",
+        shard, platform = self.shard_activation, self.platform
+        dense = partial(
+            Dense,
+            config=c,
+            shard_activation=shard,
+            transposed=self.transposed,
+            platform=platform,
         )
+        normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        attend = Attention(c, self.attention, dense, shard, platform, name="self_attn")
         attended, updated = attend(normed, layer, positions, cache, dropout)
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        mlp = MLP(c, self.shard_activation, self.transposed, self.platform, name="mlp")
-        x = x + mlp(normed, layer, dropout)
+        x = x + MLP(dense, name="mlp")(normed, layer, dropout)
         return x, updated
 
 
@@ -263,7 +249,7 @@ def positions(tokens: Tokens, segments: Int[Array, "B T"] | None) -> Int[Array, 
 
 
 class Llama(nn.Module):
-    """A LLaMA of any family and size.
+    """A model of LLaMA's shape, of any family and size.
 
     Attributes:
       config: its shape.
@@ -337,7 +323,11 @@ class Llama(nn.Module):
 
         Returns:
           The states (B, T, D), not yet normed.
+
+        Raises:
+          ConfigError: rows longer than the model's sliding window.
         """
+        self.config.check_length(tokens.shape[1])
         rope = rope_tables(self.config, positions(tokens, segments))
         layers = jnp.arange(self.config.num_hidden_layers)
         return self.layers(self.embed(tokens), layers, Positions(rope, segments), None, dropout)[0]

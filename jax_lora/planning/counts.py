@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from jax_lora.model import lora
-from jax_lora.model.config import ATTENTION, GROUP, LlamaConfig
+from jax_lora.model.arch import ATTENTION, GROUP
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 

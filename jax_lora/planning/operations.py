@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jax_lora.model.config import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.planning.steps import PlannedStep, variables
 from jax_lora.planning.targets import Device
 
@@ -48,7 +48,7 @@ def operations(step: PlannedStep) -> dict[str, Work]:
         product * (2 if trained["layers"][GROUP[name]][name]["kernel"] else 1)
         for name, product in zip(LINEAR, products, strict=True)
     )
-    recomputed = sum(products) - products[LINEAR.index("down_proj")] if everything else 0.0
+    recomputed = sum(products[:-1]) if everything else 0.0  # all but down_proj, the last
     parts["layers"] = Work(sum(products), backward, recomputed)
 
     pairs = 2.0 * layers * step.length * c.num_attention_heads * c.head_dim * _squares(step)

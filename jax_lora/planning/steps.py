@@ -15,7 +15,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax_lora import sharding
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
-from jax_lora.model.config import CONFIGS, GROUP, LlamaConfig
+from jax_lora.model.arch import GROUP
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.families import CONFIGS
 from jax_lora.planning import counts
 from jax_lora.planning.targets import Target
 from jax_lora.training import masks

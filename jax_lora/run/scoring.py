@@ -217,8 +217,10 @@ def score(
     run_folder.check_same_run(workdir, config, digests)
     sets, encoder = inputs.task_sets(config), inputs.encoder(config)
     rows = {name: inputs.prompt_rows(encoder, sets[name]) for name in names}
+    shape = base_weights.read_config(config.model)
     for name in names:
-        bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
+        bucket = bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
+        shape.check_length(bucket + config.eval.max_new_tokens)
 
     scored = load(workdir, config, adapter, place)
     end_ids = (encoder.tokenizer.eos_token_id,)

@@ -115,10 +115,11 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
       devices: how many there are.
 
     Raises:
-      ConfigError: a mesh that does not fit the devices, an attention kernel that cannot run, or a
-        LoRA target that the model does not have.
+      ConfigError: a mesh that does not fit the devices, an attention kernel that cannot run, a
+        LoRA target that the model does not have, or rows longer than its sliding window.
     """
     lengths = config.data.buckets
+    shape.check_length(max(lengths))
     kernel = config.attention
     if kernel == "auto":
         kernel = attention.best(platform, config.dtype, shape.head_dim, lengths)

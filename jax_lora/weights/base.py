@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.model.config import CONFIGS, LlamaConfig
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.families import CONFIGS
 from jax_lora.weights import gguf, hf
 from jax_lora.weights.tree import Place
 

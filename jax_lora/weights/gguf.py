@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture, de-quantised with the `gguf` package. No torch.
+"""GGUF files of LLaMA-shaped architectures, de-quantised with the `gguf` package. No torch.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -12,21 +12,14 @@ from typing import Any
 import numpy as np
 
 from jax_lora.errors import DataError
+from jax_lora.model.arch import LINEARS, NORMS
 from jax_lora.model.config import LlamaConfig, RopeScaling
+from jax_lora.model.families import FAMILIES
 from jax_lora.weights.gguf_file import GGUFFile, open_gguf
 from jax_lora.weights.tree import Place, assemble, check_tensors, numpy_dtype
 
-_MODULES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+# Hugging Face's name of a module in a block → llama.cpp's.
+_MODULES = {".".join(part.path): part.gguf for part in (*LINEARS, *NORMS)}
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -53,25 +46,32 @@ def read_config(file: GGUFFile) -> LlamaConfig:
     """
     where, metadata = file.path, file.metadata
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise DataError(f"{where}: general.architecture: found {architecture!r}, expected 'llama'")
+    names = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
+    if architecture not in names:
+        raise DataError(
+            f"{where}: general.architecture: found {architecture!r}, expected one of "
+            f"{', '.join(names)}"
+        )
+    family = FAMILIES[names[architecture]]
 
     def get(key: str, default: Any = None, kind: type = int, least: int = 1) -> Any:
-        found = metadata.get(f"llama.{key}", default)
+        found = metadata.get(f"{architecture}.{key}", default)
         if type(found) is not kind or (kind is int and found < least):
             shown = "nothing" if found is None else repr(found)
             expected = {int: "one positive integer", float: "a number", str: "text"}[kind]
-            raise DataError(f"{where}: llama.{key}: found {shown}, expected {expected}")
+            raise DataError(f"{where}: {architecture}.{key}: found {shown}, expected {expected}")
         return found
 
     if experts := get("expert_count", 0, least=0):
-        raise DataError(f"{where}: llama.expert_count: found {experts}, expected a dense model")
+        raise DataError(
+            f"{where}: {architecture}.expert_count: found {experts}, expected a dense model"
+        )
     hidden, heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := get(key, head_dim)) != head_dim:
             raise DataError(
-                f"{where}: llama.{key}: found {found}, expected the head size {head_dim}"
+                f"{where}: {architecture}.{key}: found {found}, expected the head size {head_dim}"
             )
     tokens = metadata.get("tokenizer.ggml.tokens")
     theta = get("rope.freq_base", 10000.0, float)
@@ -89,8 +89,13 @@ def read_config(file: GGUFFile) -> LlamaConfig:
             rope_scaling=_rope(file, head_dim, theta, get),
             max_position_embeddings=get("context_length"),
             tie_word_embeddings="output.weight" not in file.tensors,
-            attention_bias="blk.0.attn_q.bias" in file.tensors,
-            mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+            family=names[architecture],
+            biases=tuple(
+                x.name
+                for x in LINEARS
+                if x.name in family.biases or f"blk.0.{x.gguf}.bias" in file.tensors
+            ),
+            qk_norm=family.qk_norm,
         )
     except ValueError as error:
         text = str(error)
@@ -98,10 +103,10 @@ def read_config(file: GGUFFile) -> LlamaConfig:
 
 
 def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | None:
-    where = file.path
+    where, architecture = file.path, file.metadata["general.architecture"]
     for key, neutral in _NEUTRAL.items():
         if (found := get(f"rope.scaling.{key}", float(neutral), float)) != neutral:
-            key = f"llama.rope.scaling.{key}"
+            key = f"{architecture}.rope.scaling.{key}"
             raise DataError(f"{where}: {key}: found {found:g}, expected {neutral} or no such key")
     factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0, float), float)
     kind = get("rope.scaling.type", "linear" if factor else "none", str)
@@ -112,13 +117,13 @@ def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | Non
             "yarn",
             factor or 1.0,
             original,
-            beta_fast=file.metadata.get("llama.rope.scaling.yarn_beta_fast"),
-            beta_slow=file.metadata.get("llama.rope.scaling.yarn_beta_slow"),
+            beta_fast=file.metadata.get(f"{architecture}.rope.scaling.yarn_beta_fast"),
+            beta_slow=file.metadata.get(f"{architecture}.rope.scaling.yarn_beta_slow"),
         )
     elif kind == "linear":
         scaling = RopeScaling("linear", factor) if factor not in (0.0, 1.0) else None
     elif kind != "none":
-        key = "llama.rope.scaling.type"
+        key = f"{architecture}.rope.scaling.type"
         raise DataError(f"{where}: {key}: found {kind!r}, expected none, linear or yarn")
     table = file.tensors.get("rope_freqs.weight")
     if table is None:
@@ -156,7 +161,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _hf_name(name: str) -> str:
-    """The file's name of a tensor → Hugging Face's; one that is no part of a Llama stays."""
+    """The file's name of a tensor → Hugging Face's; one that is no part of a model stays."""
     outer = {theirs: ours for ours, theirs in _OUTER.items()}
     modules = {theirs: ours for ours, theirs in _MODULES.items()}
     if name in outer:
@@ -170,7 +175,7 @@ def _hf_name(name: str) -> str:
 def load(
     path: str | os.PathLike[str], dtype: Any = "bfloat16", place: Place | None = None
 ) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Read a GGUF file of a Llama, de-quantising tensor by tensor.
+    """Read a GGUF file, de-quantising tensor by tensor.
 
     Args:
       path: the file.
@@ -202,9 +207,11 @@ def load(
         except ValueError as error:
             raise DataError(f"{path}: {error}") from None
 
+    interleaved = FAMILIES[config.family].gguf_interleaved
+
     def read(name: str) -> np.ndarray:
         tensor = found[name].read()
-        if ".q_proj." in name or ".k_proj." in name:
+        if interleaved and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             tensor = _unpermute(tensor, heads)
         return tensor

@@ -1,26 +1,22 @@
-"""`config.json` of a Llama, as transformers 4 or 5 writes it, ↔ `LlamaConfig`."""
+"""`config.json` of a LLaMA-shaped model, as transformers 4 or 5 writes it, ↔ `LlamaConfig`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from jax_lora.errors import DataError
+from jax_lora.errors import ConfigError, DataError
+from jax_lora.model.arch import LINEAR
 from jax_lora.model.config import ROPE_TYPES, LlamaConfig, RopeScaling
+from jax_lora.model.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
 
-# What transformers' LlamaConfig takes where config.json is silent.
-_DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 _ROPE_THETA = 10000.0
+# Fields of `LlamaConfig` that config.json says otherwise, or by its model_type.
+_NOT_HF = ("rope_scaling", "family", "biases", "qk_norm", "sliding_window")
 # The keys that each kind of rope scaling reads, beside its type and theta.
 _ROPE_KEYS = {
     "linear": ("factor",),
@@ -55,20 +51,24 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
       The configuration; defaults are transformers' own.
 
     Raises:
-      DataError: another architecture, another activation, a quantised checkpoint, an unknown
-        kind of rope scaling, or a value of the wrong type.
+      DataError: another architecture, another activation, a window that only some layers have, a
+        quantised checkpoint, an unknown kind of rope scaling, or a value of the wrong type.
     """
 
-    def field(key: str, kind: type, default: Any = None) -> Any:
+    def field(key: str, kind: type, default: object = None) -> Any:
         value = raw.get(key)
+        default = family.defaults.get(key, default)
         return _typed(where, key, default if value is None else value, kind)
 
-    if raw.get("model_type") != "llama":
-        raise DataError(f"{where}: model_type: found {raw.get('model_type')!r}, expected 'llama'")
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
+    name = raw.get("model_type")
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise DataError(f"{where}: model_type: found {name!r}, expected one of {known}")
+    family = FAMILIES[name]
+    architectures = raw.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
         raise DataError(
-            f"{where}: architectures: found {architectures}, expected ['LlamaForCausalLM']"
+            f"{where}: architectures: found {architectures}, expected {[family.architecture]}"
         )
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise DataError(f"{where}: hidden_act: found {activation!r}, expected 'silu'")
@@ -76,13 +76,15 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
         raise DataError(f"{where}: quantization_config: found one, expected unquantised weights")
 
     hidden, heads = field("hidden_size", int), field("num_attention_heads", int)
-    if raw.get("head_dim") is None and hidden % heads:
+    head_dim = raw.get("head_dim") or family.defaults.get("head_dim")
+    if head_dim is None and hidden % heads:
         raise DataError(
             f"{where}: hidden_size: found {hidden}, expected a multiple of num_attention_heads, "
             f"{heads}, where head_dim is not given"
         )
-    more = {key: field(key, type(default), default) for key, default in _DEFAULTS.items()}
-    theta, scaling = _parse_rope(raw, where, more["max_position_embeddings"])
+    positions = field("max_position_embeddings", int)
+    theta, scaling = _parse_rope(raw, where, positions)
+    given = {key for key in family.bias_keys if field(key, bool, False)}
     try:
         return LlamaConfig(
             vocab_size=field("vocab_size", int),
@@ -92,13 +94,41 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
             num_attention_heads=heads,
             num_key_value_heads=field("num_key_value_heads", int, heads),
             head_dim=field("head_dim", int, hidden // heads),
+            rms_norm_eps=field("rms_norm_eps", float),
             rope_theta=theta,
             rope_scaling=scaling,
-            **more,
+            max_position_embeddings=positions,
+            tie_word_embeddings=field("tie_word_embeddings", bool, False),
+            family=name,
+            biases=_biases(family, given),
+            qk_norm=family.qk_norm,
+            sliding_window=_window(raw, where, family),
         )
     except ValueError as error:
         text = str(error)
         raise DataError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+def _biases(family: Family, given: Iterable[str]) -> tuple[str, ...]:
+    # The linear layers with a bias, where these of the family's keys are true.
+    names = {*family.biases, *(name for key in given for name in family.bias_keys[key])}
+    return tuple(name for name in LINEAR if name in names)
+
+
+def _window(raw: Mapping[str, Any], where: str, family: Family) -> int | None:
+    if not family.window:
+        return None
+    window = raw.get(family.window, family.defaults.get(family.window))
+    if not family.window_switch:
+        return None if window is None else _typed(where, family.window, window, int)
+    # Behind a switch only some layers have a window. No published model sets it.
+    if _typed(where, family.window_switch, raw.get(family.window_switch, False), bool):
+        raise DataError(f"{where}: {family.window_switch}: found true, expected false")
+    if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        raise DataError(
+            f"{where}: layer_types: found {raw['layer_types']!r:.60}, expected full_attention alone"
+        )
+    return None
 
 
 def _typed(where: str, key: str, value: Any, kind: type) -> Any:
@@ -157,8 +187,25 @@ def _parse_rope(
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """The inverse of `parse_config`: a `config.json` that transformers 4 and 5 both read."""
-    raw = {k: v for k, v in asdict(config).items() if k != "rope_scaling"}
+    """The inverse of `parse_config`: a `config.json` that transformers 4 and 5 both read.
+
+    Raises:
+      ConfigError: biases that the family's config.json has no keys for.
+    """
+    family = FAMILIES[config.family]
+    raw = {k: v for k, v in asdict(config).items() if k not in _NOT_HF}
+    given = {
+        key: set(names) <= set(config.biases) for key, names in family.bias_keys.items() if names
+    }
+    if _biases(family, (key for key in given if given[key])) != config.biases:
+        raise ConfigError(
+            f"biases: found {', '.join(config.biases) or 'none'}, which config.json of "
+            f"{config.family} cannot say"
+        )
+    if family.window:
+        raw[family.window] = config.sliding_window
+    if family.window_switch:
+        raw[family.window_switch] = config.sliding_window is not None
     scaling = None
     if config.rope_scaling is not None:
         values = asdict(config.rope_scaling)
@@ -166,10 +213,11 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
             k: values[k] for k in _ROPE_KEYS[config.rope_scaling.rope_type] if values[k] is not None
         }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": config.family,
         "hidden_act": "silu",
         **raw,
+        **given,
         "rope_scaling": scaling,
         "rope_parameters": {
             **(scaling or {"rope_type": "default"}),

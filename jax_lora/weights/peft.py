@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.model import lora
-from jax_lora.model.config import GROUP, LINEAR, LlamaConfig
+from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.hf import write_tensors
 from jax_lora.weights.peft_config import parse_config
 from jax_lora.weights.tree import numpy_dtype

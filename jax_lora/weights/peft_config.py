@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_lora.errors import DataError
-from jax_lora.model.config import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR
 
 # Options that change what an adapter computes, and the values at which they do not.
 _PLAIN = {

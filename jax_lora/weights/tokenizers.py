@@ -40,6 +40,7 @@ _LLAMA3 = (
 _PRE = {
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),),
     "gpt-2": (_GPT2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }

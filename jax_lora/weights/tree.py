@@ -5,7 +5,7 @@ place that knows how those become our tree (layers stacked on axis 0, kernels `(
 
     embed_tokens/embedding (V, D)        norm/scale (D,)        lm_head/kernel (D, V) if untied
     layers/input_layernorm/scale (L, D)  layers/post_attention_layernorm/scale (L, D)
-    layers/self_attn/{q,k,v,o}_proj/kernel (L, in, out)  [bias (L, out)]
+    layers/self_attn/{q,k,v,o}_proj/kernel (L, in, out)  [bias (L, out)]  [{q,k}_norm/scale (L, H)]
     layers/mlp/{gate,up,down}_proj/kernel (L, in, out)   [bias (L, out)]
 """
 
@@ -19,7 +19,8 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 
 from jax_lora.errors import ConfigError, DataError
-from jax_lora.model.config import GROUP, LlamaConfig
+from jax_lora.model.arch import LINEARS
+from jax_lora.model.config import LlamaConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
@@ -54,15 +55,16 @@ def leaves(config: LlamaConfig) -> tuple[Leaf, ...]:
         return Leaf(("layers", *path), names, shape, True, transposed)
 
     table = [Leaf(("embed_tokens", "embedding"), ("model.embed_tokens.weight",), (v, d))]
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        table.append(stacked((norm, "scale"), f"{norm}.weight", (d,)))
-    for name, (size_in, size_out) in config.linear_shapes().items():
-        group = GROUP[name]
-        module = f"{group}.{name}"
+    for norm in config.norms():
+        size = config.size(norm.axis)
+        table.append(stacked((*norm.path, "scale"), f"{'.'.join(norm.path)}.weight", (size,)))
+    for linear in LINEARS:
+        module = ".".join(linear.path)
+        size_in, size_out = config.size(linear.inputs), config.size(linear.outputs)
         kernel = (size_out, size_in)
-        table.append(stacked((group, name, "kernel"), f"{module}.weight", kernel, True))
-        if config.attention_bias if group == "self_attn" else config.mlp_bias:
-            table.append(stacked((group, name, "bias"), f"{module}.bias", (size_out,)))
+        table.append(stacked((*linear.path, "kernel"), f"{module}.weight", kernel, True))
+        if linear.name in config.biases:
+            table.append(stacked((*linear.path, "bias"), f"{module}.bias", (size_out,)))
     table.append(Leaf(("norm", "scale"), ("model.norm.weight",), (d,)))
     if not config.tie_word_embeddings:
         table.append(Leaf(("lm_head", "kernel"), ("lm_head.weight",), (v, d), transposed=True))
@@ -106,7 +108,7 @@ def check_tensors(
             )
     extra = [name for name in found if name not in expected and not _harmless(name, config)]
     if extra:
-        raise DataError(f"{where}: unexpected {_some(extra, label)}, not part of this Llama")
+        raise DataError(f"{where}: unexpected {_some(extra, label)}, not part of this model")
 
 
 def _harmless(name: str, config: LlamaConfig) -> bool:

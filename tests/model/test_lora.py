@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jax_lora.model import lora
-from jax_lora.model.config import CONFIGS, GROUP, LINEAR, LlamaConfig
+from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.families import CONFIGS
 from jax_lora.model.transformer import Llama
 from jax_lora.training.step import Micro, loss_sum
 from jax_lora.weights import hf

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jax_lora.model import lora, variants
-from jax_lora.model.config import ATTENTION, LINEAR, LlamaConfig
+from jax_lora.model.arch import ATTENTION, LINEAR
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.run import inputs
 from jax_lora.weights import peft

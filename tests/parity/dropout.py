@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.model.config import GROUP, LINEAR, LlamaConfig
+from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_lora.model.config import LINEAR
+from jax_lora.model.arch import LINEAR
 from tests.parity import training
 from tests.parity.dropout import DropoutMasks
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jax_lora.model import lora
-from jax_lora.model.config import LINEAR
+from jax_lora.model.arch import LINEAR
 from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, adamw, schedule

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from jax_lora.model import lora
-from jax_lora.model.config import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.transformer import Llama
 from jax_lora.weights import peft as our_peft
 from tests import reference

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jax_lora.model import lora, variants
-from jax_lora.model.config import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.transformer import Llama
 from jax_lora.training import masks
 from jax_lora.training.step import Micro, adamw, schedule

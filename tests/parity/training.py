@@ -16,7 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_lora.model.config import LINEAR, LlamaConfig
+from jax_lora.model.arch import LINEAR
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.step import Micro, State, make_step
@@ -123,7 +124,7 @@ def load_base(folder: Path, case: str = reference.ADAPTED) -> Base:
         import torch  # pyright: ignore[reportMissingImports]
         import transformers
 
-        return transformers.LlamaForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         )
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jax_lora.model.config import CONFIGS
+from jax_lora.model.families import CONFIGS
 from jax_lora.planning.counts import base_shapes, parameter_table
 
 TOTALS = {  # what transformers' num_parameters() and the model cards give

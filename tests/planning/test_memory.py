@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from benchmarks import scale
-from jax_lora.model.config import ATTENTION, CONFIGS
+from jax_lora.model.arch import ATTENTION
+from jax_lora.model.families import CONFIGS
 from jax_lora.planning import counts
 from jax_lora.planning import memory as planning_memory
 from jax_lora.planning.compile import need

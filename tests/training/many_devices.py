@@ -21,14 +21,15 @@ import optax
 
 from jax_lora import sharding
 from jax_lora.data.batches import Batch
-from jax_lora.model.config import GROUP, LlamaConfig
+from jax_lora.model.arch import ATTENTION, GROUP
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import Micro, State, make_step
 from jax_lora.weights.tree import leaves
 
-CONFIG = LlamaConfig(61, 32, 80, 3, 4, 2, 12, attention_bias=True)  # a vocabulary that is odd
+CONFIG = LlamaConfig(61, 32, 80, 3, 4, 2, 12, biases=ATTENTION)  # a vocabulary that is odd
 RANKS = dict(q_proj=40, k_proj=8, v_proj=3, down_proj=1)  # 40 is above D, v_proj's a DoRA
 CONTRACTED = ("q_proj",)
 # Everything trains at once: one compilation shows the gradient of every kind of leaf.

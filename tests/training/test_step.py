@@ -8,7 +8,8 @@ import pytest
 
 from jax_lora.data.batches import Batch
 from jax_lora.model import lora
-from jax_lora.model.config import LINEAR, LlamaConfig
+from jax_lora.model.arch import LINEAR
+from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, masks
 from jax_lora.training.step import (

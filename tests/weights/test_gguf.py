@@ -9,7 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
-from jax_lora.model.config import CONFIGS, RopeScaling
+from jax_lora.model.config import RopeScaling
+from jax_lora.model.families import CONFIGS
 from jax_lora.weights import gguf, hf
 from jax_lora.weights.gguf_file import open_gguf
 from tests.weights.builders import (
@@ -160,8 +161,8 @@ def test_metadata_that_does_not_fit_is_refused(tmp_path, keys, message):
 
 def test_other_architectures_split_files_and_strange_tensors_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
-    write_gguf(path, hf_weights(), architecture="qwen2")
-    assert "general.architecture: found 'qwen2', expected 'llama'" in refusal(gguf.load, path)
+    write_gguf(path, hf_weights(), architecture="gemma2")
+    assert "general.architecture: found 'gemma2', expected one of llama" in refusal(gguf.load, path)
     write_gguf(path, hf_weights(), metadata={"split.count": 3})
     assert "one of 3 parts" in refusal(gguf.load, path)
     write_gguf(path, hf_weights(), extra={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)})

@@ -23,7 +23,8 @@ def test_every_tensor_arrives_in_its_place(tmp_path):
     weights = hf_weights(bias=True)
     folder = write_hf(tmp_path / "m", weights, attention_bias=True)
     config, base = hf.load(folder, "float32")
-    assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (1, 0, 0)
+    assert config.biases == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert not config.tie_word_embeddings
     assert np.array_equal(base["embed_tokens"]["embedding"], weights["model.embed_tokens.weight"])
     assert np.array_equal(base["norm"]["scale"], weights["model.norm.weight"])
     assert np.array_equal(base["lm_head"]["kernel"], weights["lm_head.weight"].T)

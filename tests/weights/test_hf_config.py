@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from jax_lora.model.config import CONFIGS, LlamaConfig, RopeScaling
+from jax_lora.model.config import LlamaConfig, RopeScaling
+from jax_lora.model.families import CONFIGS
 from jax_lora.weights import hf
 from tests.weights.builders import CONFIG, LLAMA3, refusal
 
@@ -83,7 +84,7 @@ def test_config_survives_the_way_to_json_and_back(name):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "mistral"}, "model_type: found 'mistral', expected 'llama'"),
+        ({"model_type": "gemma2"}, "model_type: found 'gemma2', expected one of llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -32,8 +32,6 @@ TINY = LlamaConfig(
     rope_scaling=None,
     max_position_embeddings=64,
     tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
 )
 
 

@@ -27,7 +27,7 @@ def tiny(folder: Path, keys, metadata=None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "gpt-2", "default"])
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2", "gpt-2", "default"])
 def test_byte_level_ids_are_llama_cpps(tmp_path, pre):
     tokenizer = load_tokenizer(tiny(tmp_path, tiny_bpe(pre)))
     for text in CORPUS:
@@ -37,7 +37,7 @@ def test_byte_level_ids_are_llama_cpps(tmp_path, pre):
 
 
 def test_the_recorded_pre_tokenizers_differ_from_one_another():
-    kinds = [TOKENS[pre] for pre in ("smollm", "llama-bpe", "gpt-2", "default")]
+    kinds = [TOKENS[pre] for pre in ("smollm", "llama-bpe", "qwen2", "gpt-2", "default")]
     assert all(a != b for i, a in enumerate(kinds) for b in kinds[:i])
 
 
@@ -87,7 +87,7 @@ def test_the_files_word_on_special_tokens_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (tiny_bpe("qwen2"), "found 'qwen2', expected one of smollm, llama-bpe, gpt-2, default"),
+        (tiny_bpe("tekken"), "found 'tekken', expected one of smollm, llama-bpe, gpt-2, default"),
         (tiny_bpe("gpt-2") | {"model": "t5"}, "model: found 't5', expected gpt2 or llama"),
         (tiny_bpe("gpt-2") | {"token_type": [1]}, "token_type: found 1, expected"),
         (tiny_bpe("gpt-2") | {"eos_token_id": 9999}, "eos token: found id 9999, expected below"),
