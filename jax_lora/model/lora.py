@@ -16,12 +16,13 @@ fourth leaf, m (L, out), see `jax_lora.model.variants`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 from jax_lora.model.arch import ATTENTION, GROUP, LINEAR
@@ -56,7 +57,7 @@ def check_targets(targets: Sequence[str]) -> None:
         raise ConfigError(f"lora targets: found a module twice in {', '.join(targets)}")
 
 
-def check_rank(rank: int) -> None:
+def check_rank(rank: object) -> None:
     """Raises ValueError unless `rank` is a positive integer."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"lora rank: found {rank!r}, expected an integer of at least 1")
@@ -101,12 +102,12 @@ def init(
     targets: Sequence[str] = ATTENTION,
     a_init: str = "kaiming",
     scaling: str = "alpha/r",
-) -> dict[str, Any]:
+) -> PyTree:
     """Adapters that change nothing yet: A drawn, B zero.
 
     Args:
-      key: of the whole draw; every target folds in its own number, so that the A of one target
-        does not depend on which others are adapted.
+      key: of the whole draw; every target folds in its number in `arch.LINEAR`, so that the A
+        of one target does not depend on which others are adapted.
       config: the base model.
       rank: r, any positive integer, also above the smaller side of a kernel.
       alpha: α of the scale.
@@ -123,14 +124,14 @@ def init(
     """
     if a_init not in INITS:
         raise ConfigError(f"lora a_init: found {a_init!r}, expected one of {', '.join(INITS)}")
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, PyTree] = {}
     for name, leaf in shapes(config, rank, targets).items():
-        own = jax.random.fold_in(key, LINEAR.index(name))
+        target_key = jax.random.fold_in(key, LINEAR.index(name))
         if a_init == "kaiming":
             bound = leaf["a"][1] ** -0.5
-            a = jax.random.uniform(own, leaf["a"], jnp.float32, -bound, bound)
+            a = jax.random.uniform(target_key, leaf["a"], jnp.float32, -bound, bound)
         else:
-            a = jax.random.normal(own, leaf["a"], jnp.float32) / rank
+            a = jax.random.normal(target_key, leaf["a"], jnp.float32) / rank
         groups.setdefault(GROUP[name], {})[name] = {
             "a": a,
             "b": jnp.zeros(leaf["b"], jnp.float32),
@@ -139,7 +140,7 @@ def init(
     return {"layers": groups}
 
 
-def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
+def check(adapters: PyTree, config: LlamaConfig) -> None:
     """Make sure that every leaf will be used: Linen ignores an unknown name in silence.
 
     Raises:
@@ -152,17 +153,17 @@ def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
     linear, layers = config.linear_shapes(), config.num_hidden_layers
     adapted = sorted({name.rsplit("/", 1)[0] for name in found})
     expected: dict[str, tuple[int, ...]] = {}
-    for place in adapted:
-        name = place.rsplit("/", 1)[-1]
-        if name not in linear or place != f"layers/{GROUP[name]}/{name}":
+    for module in adapted:
+        name = module.rsplit("/", 1)[-1]
+        if name not in linear or module != f"layers/{GROUP[name]}/{name}":
             known = ", ".join(f"layers/{GROUP[n]}/{n}" for n in LINEAR)
-            raise ConfigError(f"adapter: found a module {place!r}, expected some of {known}")
-        rank = found.get(f"{place}/a", (0, 0, 0))[-1]
-        expected[f"{place}/a"] = (layers, linear[name][0], rank)
-        expected[f"{place}/b"] = (layers, rank, linear[name][1])
-        expected[f"{place}/scale"] = (layers,)
-        if f"{place}/m" in found:
-            expected[f"{place}/m"] = (layers, linear[name][1])
+            raise ConfigError(f"adapter: found a module {module!r}, expected some of {known}")
+        rank = found.get(f"{module}/a", (0, 0, 0))[-1]
+        expected[f"{module}/a"] = (layers, linear[name][0], rank)
+        expected[f"{module}/b"] = (layers, rank, linear[name][1])
+        expected[f"{module}/scale"] = (layers,)
+        if f"{module}/m" in found:
+            expected[f"{module}/m"] = (layers, linear[name][1])
     wrong = sorted(n for n in expected.keys() | found.keys() if found.get(n) != expected.get(n))
     if wrong or not found:
         name = wrong[0] if wrong else "layers"
@@ -172,7 +173,7 @@ def check(adapters: Mapping[str, Any], config: LlamaConfig) -> None:
         )
 
 
-def does_nothing(adapters: Mapping[str, Any]) -> bool:
+def does_nothing(adapters: PyTree) -> bool:
     """Whether every B is zero, so that the adapted model is the base."""
     groups = adapters["layers"]
     return all(
@@ -196,10 +197,10 @@ def materialized_targets(config: LlamaConfig, rank: int, targets: Sequence[str])
     )
 
 
-def deltas(adapters: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+def deltas(adapters: PyTree, targets: Sequence[str]) -> PyTree:
     """s A B (L, in, out), float32, to be differentiated, of the `targets`: group → target → it."""
 
-    def form(leaf: Mapping[str, Any]) -> jax.Array:
+    def form(leaf: PyTree) -> jax.Array:
         scaled = leaf["b"] * leaf["scale"][:, None, None]
         return jnp.einsum("ldr,lrf->ldf", leaf["a"], scaled, precision=jax.lax.Precision.HIGHEST)
 
@@ -209,10 +210,10 @@ def deltas(adapters: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any
     }
 
 
-def with_deltas(adapters: Mapping[str, Any], deltas: Mapping[str, Any]) -> dict[str, Any]:
+def with_deltas(adapters: PyTree, deltas: PyTree) -> PyTree:
     """Adapters as the module applies them: `delta`, where given, for `a`, `b`, `scale`."""
 
-    def chosen(group: str, name: str, leaf: Mapping[str, Any]) -> dict[str, Any]:
+    def chosen(group: str, name: str, leaf: PyTree) -> PyTree:
         if name not in deltas.get(group, {}):
             return dict(leaf)
         rest = {key: leaf[key] for key in leaf if key not in ("a", "b", "scale")}

@@ -6,20 +6,18 @@ PiSSA   a, b hold the largest singular parts      the base keeps the rest of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
 
 
-def _map_targets(
-    adapters: Mapping[str, Any], change: Callable[[str, str, Any], dict[str, Any]]
-) -> dict[str, Any]:
+def _map_targets(adapters: PyTree, change: Callable[[str, str, PyTree], PyTree]) -> PyTree:
     return {
         "layers": {
             group: {name: change(group, name, leaf) for name, leaf in members.items()}
@@ -28,7 +26,7 @@ def _map_targets(
     }
 
 
-def with_magnitudes(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+def with_magnitudes(adapters: PyTree, params: PyTree) -> PyTree:
     """A DoRA adapter that changes nothing yet (Liu et al. 2024, arXiv:2402.09353).
 
     Args:
@@ -36,7 +34,7 @@ def with_magnitudes(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> d
       params: the base.
 
     Returns:
-      The tree with m (L, out) = ‖W‖, float32, a norm an output, in every target.
+      The tree with m (L, out) = ‖W‖, float32, one norm per output, in every target.
     """
 
     def norms(group, name, leaf):
@@ -47,7 +45,7 @@ def with_magnitudes(adapters: Mapping[str, Any], params: Mapping[str, Any]) -> d
     return _map_targets(adapters, norms)
 
 
-def pissa(params: Mapping[str, Any], config: LlamaConfig, like: Mapping[str, Any]) -> Any:
+def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
     """Adapters that hold the principal part of the kernels (Meng et al. 2024, arXiv:2404.02948).
 
     scale · A B is the best approximation of W of this rank; the singular values are shared evenly
@@ -88,7 +86,7 @@ def pissa(params: Mapping[str, Any], config: LlamaConfig, like: Mapping[str, Any
     return _map_targets(like, principal)
 
 
-def without(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
+def without(params: PyTree, adapters: PyTree) -> PyTree:
     """The base less what the adapters add: W - scale · A B, rounded once to W's dtype."""
     layers = {key: dict(value) for key, value in params["layers"].items()}
     for group, members in adapters["layers"].items():
@@ -105,7 +103,7 @@ def without(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str,
     return {**params, "layers": layers}
 
 
-def since(adapters: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+def since(adapters: PyTree, start: PyTree) -> PyTree:
     """What training added to the adapters, as adapters of twice the rank for the whole base.
 
     scale · (A B - A₀ B₀) = scale · [A A₀] [B; -B₀]: how PEFT saves a PiSSA run as plain LoRA.

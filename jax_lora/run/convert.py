@@ -46,7 +46,7 @@ def convert(
     else:
         found = peft.load_trained(adapter, base.read_config(path)) if adapter else None
         config, params = base.load(
-            path, stored_dtype(path) if found else dtype, place=lambda _, array: array
+            path, stored_dtype(path) if found else dtype, put=lambda _, array: array
         )
         params = merge.merge(params, found.adapters) if found else params
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.weights import gguf, hf
-from jax_lora.weights.tree import Place
+from jax_lora.weights.tree import DevicePut
 
 _BLOCK, _BLOCKS = 1 << 16, 64  # bytes of a block, and how many of each file are read
 
@@ -34,15 +36,17 @@ def known_or_read_config(model: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def load(
-    source: str | os.PathLike[str], dtype: Any = "bfloat16", place: Place | None = None
-) -> tuple[LlamaConfig, dict[str, Any]]:
+    source: str | os.PathLike[str],
+    dtype: DTypeLike = "bfloat16",
+    put: DevicePut | None = None,
+) -> tuple[LlamaConfig, PyTree]:
     """Configuration and base tree of any source; see `hf.load` and `gguf.load`.
 
     Raises:
       MissingFileError, DataError: one line that names the file, what was found and expected.
     """
     path = hf.resolve(source)
-    return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, place)
+    return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, put)
 
 
 def digest(source: str | os.PathLike[str]) -> str:
@@ -70,7 +74,7 @@ def digest(source: str | os.PathLike[str]) -> str:
     return content.hexdigest()
 
 
-def _add_blocks(content: Any, path: Path) -> None:
+def _add_blocks(content: hashlib._Hash, path: Path) -> None:
     size = path.stat().st_size
     content.update(f"{size}\0".encode())
     with path.open("rb") as file:

@@ -10,13 +10,15 @@ import os
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jax_lora.errors import DataError
 from jax_lora.model.arch import LINEARS, NORMS
 from jax_lora.model.config import LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES
 from jax_lora.weights.gguf_file import GGUFFile, open_gguf
-from jax_lora.weights.tree import Place, assemble, check_tensors, numpy_dtype
+from jax_lora.weights.tree import DevicePut, assemble, check_tensors, numpy_dtype
 
 # Hugging Face's name of a module in a block → llama.cpp's.
 _MODULES = {".".join(part.path): part.gguf for part in (*LINEARS, *NORMS)}
@@ -173,14 +175,14 @@ def _hf_name(name: str) -> str:
 
 
 def load(
-    path: str | os.PathLike[str], dtype: Any = "bfloat16", place: Place | None = None
-) -> tuple[LlamaConfig, dict[str, Any]]:
+    path: str | os.PathLike[str], dtype: DTypeLike = "bfloat16", put: DevicePut | None = None
+) -> tuple[LlamaConfig, PyTree]:
     """Read a GGUF file, de-quantising tensor by tensor.
 
     Args:
       path: the file.
       dtype: of the parameters: bfloat16, float16 or float32.
-      place: what to do with each finished leaf, see `tree.assemble`.
+      put: what to do with each finished leaf, see `tree.assemble`.
 
     Returns:
       The configuration and the base tree (see `tree`).
@@ -216,7 +218,7 @@ def load(
             tensor = _unpermute(tensor, heads)
         return tensor
 
-    return config, assemble(config, dtype, read, place)
+    return config, assemble(config, dtype, read, put)
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

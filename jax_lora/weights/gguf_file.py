@@ -145,7 +145,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment: found {alignment!r}, expected a positive integer")
     start = math.ceil(at / alignment) * alignment
-    whole = np.frombuffer(data, np.uint8)
+    content = np.frombuffer(data, np.uint8)
     tensors = {}
     for name, dims, kind, offset in headers:
         block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -156,6 +156,6 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         if first + size > len(data):
             raise ValueError(f"tensor {name} would end at byte {first + size}")
         rows = dims[:0:-1]
-        bytes_ = whole[first : first + size].reshape(*rows, dims[0] * block_bytes // block)
+        bytes_ = content[first : first + size].reshape(*rows, dims[0] * block_bytes // block)
         tensors[name] = Tensor(name, kind, tuple(dims[::-1]), bytes_)
     return GGUFFile(path, metadata, tensors)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -18,7 +20,10 @@ from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.hf_config import config_to_hf, parse_config
-from jax_lora.weights.tree import Place, assemble, check_tensors, disassemble, numpy_dtype
+from jax_lora.weights.tree import DevicePut, assemble, check_tensors, disassemble, numpy_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _DOWNLOAD = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
 
@@ -70,14 +75,16 @@ def read_config(folder: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def load(
-    source: str | os.PathLike[str], dtype: Any = "bfloat16", place: Place | None = None
-) -> tuple[LlamaConfig, dict[str, Any]]:
+    source: str | os.PathLike[str],
+    dtype: DTypeLike = "bfloat16",
+    put: DevicePut | None = None,
+) -> tuple[LlamaConfig, PyTree]:
     """Read a Hugging Face folder of a Llama, tensor by tensor.
 
     Args:
       source: the folder, with `config.json` and `model.safetensors` or its index and shards.
       dtype: of the parameters: bfloat16, float16 or float32.
-      place: what to do with each finished leaf, see `tree.assemble`.
+      put: what to do with each finished leaf, see `tree.assemble`.
 
     Returns:
       The configuration and the base tree (see `tree`).
@@ -92,7 +99,7 @@ def load(
     config = read_config(folder)
     with open_tensors(folder) as (files, shapes):
         check_tensors(str(folder), config, shapes)
-        return config, assemble(config, dtype, lambda name: files[name].get_tensor(name), place)
+        return config, assemble(config, dtype, lambda name: files[name].get_tensor(name), put)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -114,11 +121,11 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
+def open_tensors(folder: Path) -> Iterator[tuple[dict[str, safe_open], dict[str, tuple[int, ...]]]]:
     """Open a folder's safetensors: name → open file, and name → shape. Reads headers only."""
     paths, wanted = _shards(folder)
     index = folder / "model.safetensors.index.json"
-    files: dict[str, Any] = {}
+    files: dict[str, safe_open] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         if not path.is_file():
@@ -149,14 +156,14 @@ def open_tensors(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tuple
 def save(
     folder: str | os.PathLike[str],
     config: LlamaConfig,
-    base: Mapping[str, Any],
-    tokenizer: Any = None,
-    dtype: Any = "bfloat16",
+    base: PyTree,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: DTypeLike = "bfloat16",
     *,
-    generation: Mapping[str, Any] | None = None,
+    generation: Mapping[str, object] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder that transformers 4 and 5 load; it appears whole or not at all.
+    """Write a folder that transformers 4 and 5 load; it appears complete or not at all.
 
     Args:
       folder: where; must be new or empty.
@@ -165,8 +172,8 @@ def save(
       tokenizer: a transformers tokenizer; gives the special ids and its own files.
       dtype: bfloat16, float16 or float32.
       generation: the contents of `generation_config.json`; default: the tokenizer's ids.
-      shard_bytes: size in bytes above which the weights are split; a single larger tensor gets a
-        shard of its own.
+      shard_bytes: size in bytes above which the weights are split; a single larger tensor becomes a
+        shard by itself.
 
     Raises:
       FileExistsError: the folder has something in it.
@@ -174,7 +181,7 @@ def save(
       DataError: a value does not fit float16.
     """
     dtype = numpy_dtype(dtype)
-    shards: list[dict[str, Any]] = [{}]
+    shards: list[dict[str, Callable[[], np.ndarray]]] = [{}]
     total = filled = 0
     for name, shape, fetch in disassemble(config, base, dtype):
         size = int(np.prod(shape)) * dtype.itemsize
@@ -199,11 +206,12 @@ def save(
             _save_tokenizer(partial, tokenizer)
         weight_map = {}
         for i, shard in enumerate(shards, 1):
-            alone = len(shards) == 1
-            file = "model.safetensors" if alone else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            if len(shards) == 1:
+                file = "model.safetensors"
             tensors = {name: fetch() for name, fetch in shard.items()}
             write_tensors(partial / file, tensors)
-            del tensors  # one shard is gone before the next is fetched
+            del tensors  # one shard is freed before the next is fetched
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -216,7 +224,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     Raises:
       OSError: with the path, where it cannot be written.
     """
-    path.touch()  # with the mode of any new file; safetensors would let us alone read it
+    path.touch()  # with the mode of any new file; safetensors would let its owner alone read it
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -226,7 +234,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.chmod(mode)
 
 
-def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = read_json(path)

@@ -1,7 +1,7 @@
 """An adapter merged into the base, so that whatever knows no adapters runs the tuned model.
 
     LoRA   W' = W + s A B                        (Hu et al. 2021, arXiv:2106.09685)
-    DoRA   W' = m (W + s A B) / ‖W + s A B‖      ‖·‖ and m a column (Liu et al. 2024, 2402.09353)
+    DoRA   W' = m (W + s A B) / ‖W + s A B‖      ‖·‖ and m per column (Liu et al. 2024, 2402.09353)
 
 In float32 whatever W is kept in, as rounding a small update into a bfloat16 W loses part of it;
 what is rounded, once, is W'. How much that changes, `rounding_change` says.
@@ -9,13 +9,13 @@ what is rounded, once, is W'. How much that changes, `rounding_change` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -31,8 +31,8 @@ class MergedKernel:
     `kernel`: of the base, any float dtype. `adapter`: its `a`, `b`, `scale` and perhaps `m`.
     """
 
-    kernel: Any
-    adapter: Mapping[str, Any]
+    kernel: PyTree
+    adapter: PyTree
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,17 +41,17 @@ class MergedKernel:
 
     def __getitem__(self, layer: int) -> np.ndarray:
         """W' of a layer: (in, out), float32."""
-        own = {name: np.asarray(leaf[layer], np.float32) for name, leaf in self.adapter.items()}
-        merged = own["a"] @ own["b"]
-        merged *= own["scale"]
+        leaves = {name: np.asarray(leaf[layer], np.float32) for name, leaf in self.adapter.items()}
+        merged = leaves["a"] @ leaves["b"]
+        merged *= leaves["scale"]
         merged += np.asarray(self.kernel[layer], np.float32)
-        if "m" in own:
-            merged *= own["m"] / np.linalg.norm(merged, axis=0)
+        if "m" in leaves:
+            merged *= leaves["m"] / np.linalg.norm(merged, axis=0)
         return merged
 
 
-def merge(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's tree with a `MergedKernel` in the place of each kernel that has an adapter.
+def merge(base: PyTree, adapters: PyTree) -> PyTree:
+    """The base's tree with a `MergedKernel` for each kernel that has an adapter.
 
     Args:
       base: the parameters, see `jax_lora.weights.tree`; numpy or jax.
@@ -69,9 +69,7 @@ def merge(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any
     return {**base, "layers": layers}
 
 
-def rounding_change(
-    config: LlamaConfig, weights: Mapping[str, Any], dtype: Any
-) -> tuple[float, float]:
+def rounding_change(config: LlamaConfig, weights: PyTree, dtype: DTypeLike) -> tuple[float, float]:
     """How far the logits move when the weights are rounded.
 
     One row of `TOKENS` fixed ids, spread over the vocabulary, goes through the weights in float32
@@ -91,14 +89,14 @@ def rounding_change(
     def rounded(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype).astype(np.float32)
 
-    # A one-layer model whose embedding table is the states so far reads row t at place t.
+    # A one-layer model whose embedding table is the states so far reads row t at position t.
     one = Llama(replace(config, num_hidden_layers=1, vocab_size=TOKENS), jnp.float32)
-    places = jnp.arange(TOKENS)[None]
+    positions = jnp.arange(TOKENS)[None]
 
     @jax.jit
-    def through(layer: Any, states: jax.Array) -> jax.Array:
+    def through(layer: PyTree, states: jax.Array) -> jax.Array:
         params = {"embed_tokens": {"embedding": states}, "layers": layer}
-        return one.apply({"params": params}, places, method="hidden")[0]
+        return one.apply({"params": params}, positions, method="hidden")[0]
 
     tokens = np.arange(TOKENS) * 7919 % config.vocab_size  # a prime, so that they spread
     first = np.asarray(weights["embed_tokens"]["embedding"][tokens], np.float32)

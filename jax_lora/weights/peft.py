@@ -1,13 +1,13 @@
 """LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-    ours (layers stacked)                      PEFT's, one tensor a layer
+    ours (layers stacked)                      PEFT's, one tensor per layer
     layers/self_attn/q_proj/a  (L, in, R)      base_model.model.model.layers.{i}.self_attn.q_proj
     layers/self_attn/q_proj/b  (L, R, out)         .lora_A.weight (r, in)  .lora_B.weight (out, r)
     layers/self_attn/q_proj/scale  (L,)        lora_alpha, r, use_rslora and the two patterns
     layers/self_attn/q_proj/m  (L, out)            .lora_magnitude_vector (out,), of DoRA only
 
 Layers of unequal rank share one stack: A and B are zero-padded to the largest rank R, which adds
-nothing to B·A, and `scale` carries each layer's own α/r (or α/√r). Saving crops again.
+nothing to B·A, and `scale` carries the α/r of each layer (or α/√r). Saving crops again.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from jax_lora.errors import DataError, MissingFileError
@@ -49,7 +49,7 @@ class Adapter:
     of the model. `ranks`, `alphas`: by target, the true value in each layer.
     """
 
-    adapters: dict[str, Any]
+    adapters: PyTree
     rank: int
     alpha: float
     dropout: float
@@ -64,7 +64,7 @@ def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
     return lora.scale(alpha, rank, "alpha/sqrt(r)" if use_rslora else "alpha/r")
 
 
-def _targets(adapters: Mapping[str, Any]) -> dict[str, Any]:
+def _targets(adapters: PyTree) -> PyTree:
     groups = adapters.get("layers", {})
     return {n: groups[GROUP[n]][n] for n in LINEAR if n in groups.get(GROUP[n], {})}
 
@@ -73,11 +73,12 @@ def _targets(adapters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(folder: str | os.PathLike[str]) -> Path:
-    """The adapter's own folder, where the folder of a run that holds one may be given."""
+    """The folder of an adapter, given it or the folder of a run that holds one."""
     folder = Path(folder)
     inside = folder / "adapter"
-    alone = (folder / "adapter_config.json").exists() or not inside.is_dir()
-    return folder if alone else inside
+    if (folder / "adapter_config.json").exists() or not inside.is_dir():
+        return folder
+    return inside
 
 
 def digest(folder: str | os.PathLike[str]) -> str:
@@ -158,7 +159,7 @@ def load(folder: str | os.PathLike[str]) -> Adapter:
     layers = 1 + max(layer for module in found.values() for layer in module)
     _check_complete(path, found, config.targets(layers), layers, parts)
 
-    adapters: dict[str, Any] = {}
+    adapters: PyTree = {}
     ranks: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, tuple[float, ...]] = {}
     targets = tuple(name for name in LINEAR if name in found)
@@ -218,8 +219,10 @@ def _read_tensors(path: Path, parts: Sequence[str]) -> dict[str, dict[int, dict[
             raise DataError(f"{path}: found {key}, expected base_model.model.model.{expected}")
         if part not in parts:
             raise DataError(f"{path}: found {key}, expected use_dora: true with it")
-        if tensor.ndim != (1 if part == "m" else 2):
-            raise DataError(f"{path}: {key}: found shape {tensor.shape}, expected a whole tensor")
+        dimensions = 1 if part == "m" else 2
+        if tensor.ndim != dimensions:
+            found_shape = f"found shape {tensor.shape}, expected {dimensions} dimensions"
+            raise DataError(f"{path}: {key}: {found_shape}")
         layer = found.setdefault(match[3], {}).setdefault(int(match[1]), {})
         layer[part] = tensor.astype(np.float32, copy=False)
     if not found:
@@ -228,7 +231,7 @@ def _read_tensors(path: Path, parts: Sequence[str]) -> dict[str, dict[int, dict[
 
 
 def _check_complete(
-    path: Path, found: Mapping[str, Any], targets: Sequence[str], layers: int, parts: Sequence[str]
+    path: Path, found: PyTree, targets: Sequence[str], layers: int, parts: Sequence[str]
 ) -> None:
     if targets and (extra := [name for name in found if name not in targets]):
         raise DataError(
@@ -245,7 +248,7 @@ def _check_complete(
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise DataError(
-            f"{path}: found no whole ({', '.join(_PARTS[part] for part in parts)}) for "
+            f"{path}: found no complete ({', '.join(_PARTS[part] for part in parts)}) for "
             f"{', '.join(lost[:3])}{more}; expected one in all {layers} layers of "
             f"{', '.join(wanted)}"
         )
@@ -256,7 +259,7 @@ def _check_complete(
 
 def save(
     folder: str | os.PathLike[str],
-    adapters: Mapping[str, Any],
+    adapters: PyTree,
     *,
     rank: int,
     alpha: float,
@@ -279,50 +282,33 @@ def save(
       ValueError: no adapters, something in the tree that is no linear layer, a `scale` that
         contradicts α and r, or a DoRA magnitude in some targets only.
     """
-    pairs = _targets(adapters)
-    held = [n for group in adapters.get("layers", {}).values() for n in group]
-    if not pairs or set(held) != set(pairs):
-        raise ValueError(f"adapters: found {held or 'nothing'}, expected some of {list(LINEAR)}")
-    dora = [name for name in pairs if "m" in pairs[name]]
-    if dora and len(dora) < len(pairs):
+    leaves = _targets(adapters)
+    found = [n for group in adapters.get("layers", {}).values() for n in group]
+    if not leaves or set(found) != set(leaves):
+        raise ValueError(f"adapters: found {found or 'nothing'}, expected some of {list(LINEAR)}")
+    dora = [name for name in leaves if "m" in leaves[name]]
+    if dora and len(dora) < len(leaves):
         raise ValueError(f"adapters: found m in {', '.join(dora)} only, expected it in all or none")
     tensors: dict[str, np.ndarray] = {}
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, float] = {}
     alpha_pattern: dict[str, float] = {}
-    for name, pair in pairs.items():
-        a, b, scales = (np.asarray(pair[k], np.float32) for k in ("a", "b", "scale"))
-        layers = a.shape[0]
-        own_ranks = list(ranks[name] if ranks else [rank] * layers)
-        own_alphas = list(alphas[name] if alphas else [alpha] * layers)
-        if not len(own_ranks) == len(own_alphas) == layers or max(own_ranks) > a.shape[-1]:
-            raise ValueError(
-                f"adapters of {name}: found {layers} layers of up to rank {a.shape[-1]}, "
-                f"expected {len(own_ranks)} of ranks {own_ranks}"
-            )
-        said = [_scale(x, r, use_rslora) for x, r in zip(own_alphas, own_ranks, strict=True)]
-        if not np.allclose(scales, said, rtol=1e-6, atol=0):
-            raise ValueError(f"adapters of {name}: scale {scales[0]:g}, expected {said[0]:g}")
-        for i, r in enumerate(own_ranks):
-            if np.any(a[i, :, r:]) or np.any(b[i, r:]):
-                raise ValueError(f"adapters of {name}: layer {i} is not zero beyond its rank {r}")
-            module = f"model.layers.{i}.{GROUP[name]}.{name}"
-            key = f"base_model.model.{module}"
-            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a[i, :, :r].T)
-            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b[i, :r].T)
-            if dora:
-                tensors[f"{key}.lora_magnitude_vector"] = np.array(pair["m"][i], np.float32)
-        _note(rank_pattern, name, own_ranks, rank)
-        _note(alpha_pattern, name, own_alphas, alpha)
+    for name, leaf in leaves.items():
+        layers = len(leaf["a"])
+        layer_ranks = list(ranks[name] if ranks else [rank] * layers)
+        layer_alphas = list(alphas[name] if alphas else [alpha] * layers)
+        tensors |= _target_tensors(name, leaf, layer_ranks, layer_alphas, use_rslora)
+        _add_pattern(rank_pattern, name, layer_ranks, rank)
+        _add_pattern(alpha_pattern, name, layer_alphas, alpha)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _as_json_number(alpha),
         "lora_dropout": dropout,
         "use_rslora": use_rslora,
         "use_dora": bool(dora),
-        "target_modules": list(pairs),
+        "target_modules": list(leaves),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -338,13 +324,40 @@ def save(
         write_tensors(partial, tensors)
 
 
-def _note(pattern: dict[str, Any], name: str, values: Sequence[float], common: float) -> None:
+def _target_tensors(
+    name: str, leaf: PyTree, ranks: Sequence[int], alphas: Sequence[float], use_rslora: bool
+) -> dict[str, np.ndarray]:
+    """PEFT's tensors of one target, its layers cropped to their ranks."""
+    a, b, scales = (np.asarray(leaf[k], np.float32) for k in ("a", "b", "scale"))
+    if not len(ranks) == len(alphas) == len(a) or max(ranks) > a.shape[-1]:
+        raise ValueError(
+            f"adapters of {name}: found {len(a)} layers of up to rank {a.shape[-1]}, "
+            f"expected {len(ranks)} of ranks {ranks}"
+        )
+    expected = [_scale(x, r, use_rslora) for x, r in zip(alphas, ranks, strict=True)]
+    if not np.allclose(scales, expected, rtol=1e-6, atol=0):
+        raise ValueError(f"adapters of {name}: scale {scales[0]:g}, expected {expected[0]:g}")
+    tensors = {}
+    for i, r in enumerate(ranks):
+        if np.any(a[i, :, r:]) or np.any(b[i, r:]):
+            raise ValueError(f"adapters of {name}: layer {i} is not zero beyond its rank {r}")
+        key = f"base_model.model.model.layers.{i}.{GROUP[name]}.{name}"
+        tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a[i, :, :r].T)
+        tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b[i, :r].T)
+        if "m" in leaf:
+            tensors[f"{key}.lora_magnitude_vector"] = np.array(leaf["m"][i], np.float32)
+    return tensors
+
+
+def _add_pattern(
+    pattern: dict[str, float], name: str, values: Sequence[float], common: float
+) -> None:
     if all(x == values[0] for x in values):
         entries = {name: values[0]}
     else:
         entries = {f"layers.{i}.{GROUP[name]}.{name}": x for i, x in enumerate(values)}
-    pattern.update({k: _whole(x) for k, x in entries.items() if x != common})
+    pattern.update({k: _as_json_number(x) for k, x in entries.items() if x != common})
 
 
-def _whole(x: float) -> float:
+def _as_json_number(x: float) -> float:
     return int(x) if x == int(x) else float(x)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jax_lora.errors import DataError
 from jax_lora.model.arch import GROUP, LINEAR
@@ -48,12 +47,12 @@ class AdapterConfig:
     use_dora: bool
     base_name: str | None
     target_modules: list[str] | str
-    rank_pattern: Mapping[str, int]
+    rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
 
     def rank_of(self, module: str) -> int:
         """r of a module such as "model.layers.0.self_attn.q_proj"."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
 
     def alpha_of(self, module: str) -> float:
         """α of a module."""
@@ -64,11 +63,11 @@ class AdapterConfig:
         named = self.target_modules
         if isinstance(named, list):
             return [name.rsplit(".", 1)[-1] for name in named]
-        places = {n: [f"model.layers.{i}.{GROUP[n]}.{n}" for i in range(layers)] for n in LINEAR}
-        return [n for n in LINEAR if any(re.fullmatch(named, place) for place in places[n])]
+        modules = {n: [f"model.layers.{i}.{GROUP[n]}.{n}" for i in range(layers)] for n in LINEAR}
+        return [n for n in LINEAR if any(re.fullmatch(named, module) for module in modules[n])]
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     # As PEFT does: the first pattern that is the module's name or a dotted end of it.
     for pattern, number in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -76,7 +75,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def parse_config(raw: Any, where: str) -> AdapterConfig:
+def parse_config(raw: object, where: str) -> AdapterConfig:
     """Read the parsed JSON of an `adapter_config.json`.
 
     Args:
@@ -101,20 +100,20 @@ def parse_config(raw: Any, where: str) -> AdapterConfig:
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
-    def number(key: str, found: Any, whole: bool) -> Any:
-        numeric = isinstance(found, int | float) and not isinstance(found, bool)
-        if not numeric or not whole <= found < math.inf or (whole and found % 1):
-            expected = "a positive integer" if whole else "a number from 0 up"
-            raise DataError(f"{where}: {key}: found {found!r}, expected {expected}")
-        return int(found) if whole else float(found)
+    def number(key: str, found: object, is_integer: bool) -> float:
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            if is_integer <= found < math.inf and not (is_integer and found % 1):
+                return int(found) if is_integer else float(found)
+        expected = "a positive integer" if is_integer else "a number from 0 up"
+        raise DataError(f"{where}: {key}: found {found!r}, expected {expected}")
 
-    def pattern(key: str, whole: bool) -> dict[str, Any]:
+    def pattern(key: str, is_integer: bool) -> dict[str, float]:
         table = raw.get(key) or {}
         if not isinstance(table, dict):
             raise DataError(f"{where}: {key}: found {table!r}, expected patterns and numbers")
         for expression in table:
             _check_expression(expression, f"{where}: {key}")
-        return {name: number(f"{key}: {name}", value, whole) for name, value in table.items()}
+        return {name: number(f"{key}: {name}", value, is_integer) for name, value in table.items()}
 
     targets = raw.get("target_modules") or []
     if isinstance(targets, str):
@@ -127,7 +126,7 @@ def parse_config(raw: Any, where: str) -> AdapterConfig:
             f"expected some of {', '.join(LINEAR)}"
         )
     return AdapterConfig(
-        rank=number("r", raw.get("r"), True),
+        rank=int(number("r", raw.get("r"), True)),
         alpha=number("lora_alpha", raw.get("lora_alpha"), False),
         dropout=number("lora_dropout", raw.get("lora_dropout", 0.0), False),
         use_rslora=bool(raw.get("use_rslora")),

@@ -21,7 +21,7 @@ from jax_lora.weights.hf import resolve
 from jax_lora.weights.sentencepiece import NORMAL_KINDS, read_sentencepiece
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Where torch is missing, which nothing here needs, transformers would remark on it on stderr.
 logging.getLogger("transformers").addFilter(
@@ -72,7 +72,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     raise MissingFileError(errno.ENOENT, text, str(path))
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | os.PathLike[str]) -> None:
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str | os.PathLike[str]
+) -> None:
     """Refuse a tokenizer whose special tokens have no row in the model's embedding table.
 
     An added token beyond the table may never occur; `data.prompts.Encoder` with a `vocab_size`
@@ -96,7 +98,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | os.PathLike[
             )
 
 
-def _from_tokenizer_json(folder: Path) -> Any:
+def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = folder / "tokenizer_config.json"
@@ -123,12 +125,12 @@ def _damaged(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: its tokenizer cannot be read: {reason}") from None
 
 
-def _from_tokenizer_model(folder: Path) -> Any:
+def _from_tokenizer_model(folder: Path) -> PreTrainedTokenizerFast:
     with _damaged(folder):
         return _from_sentencepiece(folder)
 
 
-def _from_sentencepiece(folder: Path) -> Any:
+def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     spm = read_sentencepiece(folder / "tokenizer.model")
     inner = _sentencepiece(spm.pieces, spm.scores, spm.kinds, spm.add_prefix)
     settings = {}
@@ -152,13 +154,13 @@ def _from_sentencepiece(folder: Path) -> Any:
     )
 
 
-def _from_gguf(path: Path) -> Any:
+def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     metadata = open_gguf(path).metadata
     with _damaged(path):
         return _from_metadata(path, metadata)
 
 
-def _from_metadata(path: Path, metadata: dict[str, Any]) -> Any:
+def _from_metadata(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)
@@ -272,7 +274,7 @@ def _finish(
     add_bos: bool,
     add_eos: bool,
     chat_template: str | None,
-) -> Any:
+) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     names = {k: str(inner.id_to_token(i)) for k, i in ids.items() if i is not None}

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint is which leaf of the base parameters.
 
-Every format is brought to Hugging Face's names and orientation first; this table is the only
-place that knows how those become our tree (layers stacked on axis 0, kernels `(in, out)`):
+Every format is brought to Hugging Face's names and orientation first; this module alone knows how
+those become the base tree (layers stacked on axis 0, kernels `(in, out)`):
 
     embed_tokens/embedding (V, D)        norm/scale (D,)        lm_head/kernel (D, V) if untied
     layers/input_layernorm/scale (L, D)  layers/post_attention_layernorm/scale (L, D)
@@ -12,24 +12,26 @@ place that knows how those become our tree (layers stacked on axis 0, kernels `(
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors relies on)
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.model.arch import LINEARS
 from jax_lora.model.config import LlamaConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
-Place = Callable[[tuple[str, ...], np.ndarray], Any]
+DevicePut = Callable[[tuple[str, ...], np.ndarray], PyTree]
 
 
 class Leaf(NamedTuple):
-    """One leaf: its path in our tree, and the tensors that fill it.
+    """One leaf: its path in the base tree, and the tensors that fill it.
 
-    `names`: one a layer for a stacked leaf, else one. `shape`: of each tensor in the file, a
+    `names`: one per layer for a stacked leaf, else one. `shape`: of each tensor in the file, a
     kernel as `(out, in)` when `transposed`.
     """
 
@@ -123,7 +125,7 @@ def _some(names: list[str], label: Callable[[str], str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {few}{more}"
 
 
-def numpy_dtype(dtype: Any) -> np.dtype:
+def numpy_dtype(dtype: DTypeLike) -> np.dtype:
     """The numpy dtype of a name such as "bfloat16" (or of a dtype); one of `DTYPES`.
 
     Raises:
@@ -140,31 +142,31 @@ def numpy_dtype(dtype: Any) -> np.dtype:
 
 def assemble(
     config: LlamaConfig,
-    dtype: Any,
+    dtype: DTypeLike,
     read: Callable[[str], np.ndarray],
-    place: Place | None = None,
-) -> dict[str, Any]:
+    put: DevicePut | None = None,
+) -> PyTree:
     """Build the base tree, one leaf at a time.
 
     Args:
       config: the shape; `check_tensors` has passed for it.
       dtype: of every leaf.
       read: Hugging Face name → that tensor, in Hugging Face's orientation.
-      place: gets a leaf's path and its numpy array, returns what to keep (default: a jax array
-        on the default device). The numpy array is not touched again.
+      put: gets a leaf's path and its numpy array, returns what the tree holds (default: a
+        jax array on the default device). The numpy array is not touched again.
 
     Returns:
-      The tree of the module's docstring. Beside what `place` keeps, no more than one leaf and
+      The tree of the module's docstring. Beside what `put` returns, no more than one leaf and
       one tensor are alive at a time.
     """
     dtype = numpy_dtype(dtype)
-    place = place or (lambda path, array: jnp.asarray(array))
-    tree: dict[str, Any] = {}
+    put = put or (lambda path, array: jnp.asarray(array))
+    tree: PyTree = {}
     for leaf in leaves(config):
         node = tree
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = place(leaf.path, _fill(leaf, dtype, read))
+        node[leaf.path[-1]] = put(leaf.path, _fill(leaf, dtype, read))
     return tree
 
 
@@ -178,7 +180,7 @@ def _fill(leaf: Leaf, dtype: np.dtype, read: Callable[[str], np.ndarray]) -> np.
 
 
 def disassemble(
-    config: LlamaConfig, base: Mapping[str, Any], dtype: Any
+    config: LlamaConfig, base: PyTree, dtype: DTypeLike
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
     """The way back: Hugging Face name, shape, and a function that fetches the tensor.
 
@@ -187,7 +189,7 @@ def disassemble(
     """
     dtype = numpy_dtype(dtype)
     for leaf in leaves(config):
-        node: Any = base
+        node: PyTree = base
         for key in leaf.path:
             node = node[key] if isinstance(node, Mapping) and key in node else None
         if node is None or tuple(node.shape) != leaf.leaf_shape:

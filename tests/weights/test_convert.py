@@ -172,7 +172,10 @@ def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
         ("none", "adapter_config.json: no such file, expected a PEFT adapter folder or a run's"),
         ("zero", "every B is zero, expected a trained adapter"),
         ("deep", f"down_proj/a: found (3, {F}, 3), expected (2, {F}, 3)"),
-        ("part", "found no whole (A, B) for 0.self_attn.v_proj, 1.self_attn.v_proj; expected one"),
+        (
+            "part",
+            "found no complete (A, B) for 0.self_attn.v_proj, 1.self_attn.v_proj; expected one",
+        ),
     ]:
         with pytest.raises(SystemExit) as stop:
             convert.main(

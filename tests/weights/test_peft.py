@@ -270,7 +270,7 @@ def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, mor
         ),
         (
             {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]},
-            "found no whole (A, B) for 0.self_attn.o_proj, 1.self_attn.o_proj; "
+            "found no complete (A, B) for 0.self_attn.o_proj, 1.self_attn.o_proj; "
             "expected one in all 2 layers of q_proj, v_proj, down_proj, o_proj",
         ),
     ],
@@ -305,7 +305,7 @@ ONE = np.ones((4, 16), np.float32)
         (lambda f: spoil(f, load_file(f / "adapter_model.safetensors")), "found no tensors"),
         (
             lambda f: spoil(f, [KEY.format(1, "self_attn.v_proj", "B")]),
-            "found no whole (A, B) for 1.self_attn.v_proj; expected one in all 2 layers",
+            "found no complete (A, B) for 1.self_attn.v_proj; expected one in all 2 layers",
         ),
         (
             lambda f: spoil(f, **{KEY.format(0, "self_attn.qkv_proj", "A"): ONE}),
@@ -327,7 +327,7 @@ ONE = np.ones((4, 16), np.float32)
         ),
         (
             lambda f: spoil(f, **{KEY.format(0, "self_attn.v_proj", "A"): ONE.ravel()}),
-            "self_attn.v_proj.lora_A.weight: found shape (64,), expected a whole tensor",
+            "self_attn.v_proj.lora_A.weight: found shape (64,), expected 2 dimensions",
         ),
     ],
 )

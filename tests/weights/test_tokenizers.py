@@ -87,7 +87,7 @@ def test_the_files_word_on_special_tokens_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (tiny_bpe("tekken"), "found 'tekken', expected one of smollm, llama-bpe, gpt-2, default"),
+        (tiny_bpe("tekken"), "found 'tekken', expected one of smollm, llama-bpe, qwen2, "),
         (tiny_bpe("gpt-2") | {"model": "t5"}, "model: found 't5', expected gpt2 or llama"),
         (tiny_bpe("gpt-2") | {"token_type": [1]}, "token_type: found 1, expected"),
         (tiny_bpe("gpt-2") | {"eos_token_id": 9999}, "eos token: found id 9999, expected below"),
