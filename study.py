@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_lora import cli, sharding
+from jax_lora import cli, distributed
 from jax_lora.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
@@ -55,7 +55,7 @@ def main(_):
         if _LAUNCHER.value or _DRY_RUN.value:
             jax.config.update("jax_platforms", "cpu")  # nothing runs here: take no accelerator
         else:
-            sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         cli.log_progress()
         from jax_lora.study import command  # what it imports may start the devices
 

@@ -12,7 +12,7 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_lora import cli, sharding
+from jax_lora import cli, distributed
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 
@@ -37,7 +37,7 @@ def main(_):
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected the run's folder")
         config = RunConfig.from_config_dict(_CONFIG.value)
-        sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         cli.log_progress()
 
         from jax_lora.run import Run

@@ -50,7 +50,7 @@ def curves(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
 
 def _batching(case: Case, count: int) -> dict[str, Any]:
     # Packing an epoch's batches of 128, which in training happens beside the device's work.
-    from jax_lora.data.batches import Batches
+    from jax_lora.data.loader import Batches
 
     cut = Batches(
         work.made_up_rows(case, count),
@@ -65,7 +65,10 @@ def _batching(case: Case, count: int) -> dict[str, Any]:
     start, real, computed = time.perf_counter(), 0, 0
     for step in range(cut.steps_per_epoch):
         for micro in cut.at(step):
-            real, computed = real + int((micro.example >= 0).sum()), computed + micro.tokens.size
+            real, computed = (
+                real + int((micro.segment_ids >= 0).sum()),
+                computed + micro.tokens.size,
+            )
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,

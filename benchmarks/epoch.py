@@ -58,7 +58,7 @@ def _contenders(case: Case, rows: list[Any], peer: bool) -> dict[str, Contender]
     import jax
 
     from benchmarks import ours
-    from jax_lora.data.batches import Batches
+    from jax_lora.data.loader import Batches
 
     weights = ours.variables(case)
     answer_only = case.loss == "answer"

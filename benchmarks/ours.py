@@ -19,7 +19,7 @@ from benchmarks.work import LEARNING_RATE, Case
 from jax_lora.model import lora
 from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import bitcast_bf16, einsum
-from jax_lora.training import loop, masks
+from jax_lora.training import loop, trainable_mask
 from jax_lora.training.step import State
 
 
@@ -58,8 +58,8 @@ class Trainer:
         case = replace(case, config=case.config.replace(**{"data.packed": packed}))
         resolved = case.planned(jax.default_backend()).resolved
         config = resolved.config
-        trains = masks.mask(weights, config.trainable, config.frozen)
-        trainable, frozen = masks.partition(weights, trains)
+        trains = trainable_mask.mask(weights, config.trainable, config.frozen)
+        trainable, frozen = trainable_mask.partition(weights, trains)
         self.frozen = bitcast_bf16(frozen, jax.default_backend())
         optimizer = resolved.optimizer(optax.constant_schedule(LEARNING_RATE))
         self.functions = resolved.step(optimizer, mesh=None)

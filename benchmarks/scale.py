@@ -34,7 +34,7 @@ from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import MOST_DEVICES, fewest, memory
 from jax_lora.planning.steps import PlannedStep, planned
 from jax_lora.planning.targets import DEVICES, target
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 
 RECORD = Path(__file__).resolve().parents[1] / "tests" / "recorded" / "aot.json"
 HELD_OUT = RECORD.with_name("aot_held_out.json")
@@ -44,7 +44,7 @@ SMALL = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b")  # tied embeddings, no 
 METHODS = (16, 2048, 4096, None)  # ranks; None is full fine-tuning
 KINDS = ("a100-80gb", "h100", "h200", "v5e", "v5p")
 COMPILERS = {"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
-FULL = {"method": "full", "trainable": masks.FULL[0], "frozen": masks.FULL[1]}
+FULL = {"method": "full", "trainable": trainable_mask.FULL[0], "frozen": trainable_mask.FULL[1]}
 KEYS = {key: f"lora.{key}" for key in ("dropout", "variant", "targets")}  # of a recorded row
 GIB = 2**30
 

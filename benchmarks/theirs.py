@@ -69,7 +69,7 @@ class Trainer:
     def step(self, micro: Any) -> float:
         """One step on one of our micro-batches, which has no padding: its loss."""
         ids = torch.from_numpy(micro.tokens).long()
-        labels = torch.where(torch.from_numpy(micro.loss_mask), ids, IGNORED)
+        labels = torch.where(torch.from_numpy(micro.loss_weights > 0), ids, IGNORED)
         (loss,) = self.steps([[Micro(ids, labels, None)]])
         return loss
 

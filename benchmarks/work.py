@@ -8,11 +8,12 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jax_lora.config import RunConfig
+from jax_lora.data.loader import MicroBatch
 
 LEARNING_RATE = 1e-4  # of both sides
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -70,7 +71,7 @@ class Case:
 
         unroll = min(self.config.unroll, self.shape.num_hidden_layers)
         config = self.config.replace(unroll=unroll, batch_size=self.rows)
-        share = float(np.mean(batch(self).loss_mask))
+        share = float(np.mean(batch(self).loss_weights))
         return planned(config, self.shape, platform, 1, self.rows, self.length, share)
 
     def changed(self, axis: str, value: int) -> Case:
@@ -106,22 +107,14 @@ def case(
     return Case(RunConfig().replace(**DEFAULTS | changes | keys), size, rows, length, loss, layers)
 
 
-class Micro(NamedTuple):
-    """A micro-batch as `jax_lora.training.step` has it, here without importing JAX."""
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    example: np.ndarray
-
-
-def batch(case: Case, seed: int = 0) -> Micro:
+def batch(case: Case, seed: int = 0) -> MicroBatch:
     """A micro-batch of random tokens, numpy arrays, which is the whole global batch."""
     shape = (case.rows, case.length)
     tokens = np.random.default_rng(seed).integers(0, case.shape.vocab_size, shape, np.int32)
-    mask = np.zeros(shape, bool)
-    mask[:, 1 if case.loss == "all" else -max(1, case.length // 8) :] = True
-    example = np.broadcast_to(np.arange(case.rows, dtype=np.int32)[:, None], shape)
-    return Micro(tokens, mask, np.ascontiguousarray(example))
+    weights = np.zeros(shape, np.float32)
+    weights[:, 1 if case.loss == "all" else -max(1, case.length // 8) :] = 1
+    segment_ids = np.broadcast_to(np.arange(case.rows, dtype=np.int32)[:, None], shape)
+    return MicroBatch(tokens, weights, np.ascontiguousarray(segment_ids))
 
 
 # ------------------------------------------------------------------ real tasks

@@ -92,13 +92,15 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    learning_rate: float = 5e-5
+    name: str = "adamw"  # or "adam", "sgd", "adafactor", "lion": of optax
+    learning_rate: float = 5e-5  # adafactor's is relative to the size of each parameter
     schedule: str = "linear"  # to 0; "cosine" to 0, "constant"
     warmup_steps: int = 100
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    b1: float = 0.9  # adamw, adam, lion
+    b2: float = 0.999  # adamw, adam, lion, whose authors propose 0.99
+    eps: float = 1e-8  # adamw, adam
+    weight_decay: float = 0.0  # adamw, lion; times the learning rate
+    momentum: float = 0.0  # sgd
     clip_norm: float = 1.0  # of the whole gradient; 0: no clip
     loraplus_lr_ratio: float = 1.0  # how many times faster B learns than A; LoRA+ proposes 16
 
@@ -201,6 +203,13 @@ class RunConfig:
         for key in ("data.buckets", "eval.buckets", "lora.targets"):
             if not values[key]:
                 raise ConfigError(f"config.{key}: found none, expected at least one")
+        for key in dict.fromkeys(key for keys in OPTIMIZER_KEYS.values() for key in keys):
+            found, default = getattr(self.optim, key), getattr(OptimConfig, key)
+            if found != default and key not in OPTIMIZER_KEYS[self.optim.name]:
+                raise ConfigError(
+                    f"config.optim.{key}: found {found!r}, which the optimizer {self.optim.name} "
+                    f"does not read; expected {default!r}, its default"
+                )
         if len(self.data.sizes) != 3:
             raise ConfigError(f"config.data.sizes: found {self.data.sizes}, expected three sizes")
         if self.data.source_length > max(self.eval.buckets):
@@ -232,6 +241,14 @@ SPEED = (
     "loss_chunk",
 )
 FREE = (*SPEED, "model", "data.path", "data.categories")
+# Optimizer → the keys of `optim` that it reads, besides those that all of them do.
+OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    "adamw": ("b1", "b2", "eps", "weight_decay"),
+    "adam": ("b1", "b2", "eps"),
+    "sgd": ("momentum",),
+    "adafactor": (),
+    "lion": ("b1", "b2", "weight_decay"),
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
     "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
@@ -242,6 +259,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lora.materialize_delta": ("auto", "never"),
     "data.answer": ("first", "random"),
     "data.loss_mean": ("tokens", "examples"),
+    "optim.name": tuple(OPTIMIZER_KEYS),
     "optim.schedule": ("linear", "cosine", "constant"),
 }
 _BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -250,7 +268,7 @@ _NOT_NEGATIVE = (0.0, math.nextafter(math.inf, 0.0), "a number of at least 0")
 _SHARE = (0.0, _BELOW_ONE, "at least 0 and below 1")
 _COUNT = (1, math.inf, "at least 1")
 _COUNT_OR_NONE = (0, math.inf, "0 or more")
-DOMAINS: Mapping[typing.Any, tuple[float, float, str]] = (
+DOMAINS: Mapping[str, tuple[float, float, str]] = (
     dict.fromkeys(
         (
             *("epochs", "batch_size", "micro_tokens", "log_every", "checkpoint_every"),
@@ -265,7 +283,7 @@ DOMAINS: Mapping[typing.Any, tuple[float, float, str]] = (
     | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)
     | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)
-    | dict.fromkeys(("optim.b1", "optim.b2"), _SHARE)
+    | dict.fromkeys(("optim.b1", "optim.b2", "optim.momentum"), _SHARE)
     # A mask has 16 random bits per element: no rate is nearer to 1 than half of one of them.
     | {"lora.dropout": (0.0, 1 - 2**-16, "at least 0 and below 1, by 2^-16 or more")}
 )

@@ -20,7 +20,7 @@ from jax_lora.model.arch import ATTENTION
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 from jax_lora.weights.tokenizers import load_tokenizer
@@ -122,8 +122,8 @@ class LoadedModel:
 
         With an adapter its A and B count as trainable, without one every weight does.
         """
-        rules = masks.LORA if self.adapters is not None else masks.FULL
-        return counts.table(self.variables, masks.mask(self.variables, *rules))
+        rules = trainable_mask.LORA if self.adapters is not None else trainable_mask.FULL
+        return counts.table(self.variables, trainable_mask.mask(self.variables, *rules))
 
 
 def load(

@@ -27,11 +27,12 @@ ARROWS = {
     "model": set(),
     "data": set(),
     "sharding": {"model.arch"},  # the table of layers
+    "distributed": set(),
     "weights": {"model", "sharding"},
     "generation": {"model", "sharding"},
-    "training": {"model", "sharding"},
+    "training": {"model", "data", "sharding"},
     "evaluation": {"generation", "data"},
-    "planning": {"model", "sharding", "training", "generation"},
+    "planning": {"model", "data", "sharding", "training", "generation"},
 }
 ARROWS["run"] = {*ARROWS}
 ARROWS["study"] = {*ARROWS}

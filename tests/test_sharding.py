@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_lora import sharding
+from jax_lora.config import OptimConfig
 from jax_lora.model import lora
 from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
-from jax_lora.training.step import adamw
+from jax_lora.training.optimizers import OPTIMIZERS, make_optimizer
+from jax_lora.training.trainable_mask import leaf_name
 from jax_lora.weights.tree import leaves
 
 
@@ -91,14 +93,35 @@ def test_one_of_two_axes_may_divide():
     assert spec == P(None, "tensor")
 
 
-def test_optimizer_state_lies_where_its_parameter_does():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_is_sharded_as_its_parameter_or_replicated(name):
     mesh = abstract(2, 2, 2)
-    trainable = variables(LlamaConfig(64, 32, 48, 2, 4, 2, 8), 4)
-    state = jax.eval_shape(adamw(optax.constant_schedule(1.0), b_ratio=16.0).init, trainable)
-    wanted = jax.tree.leaves(sharding.shardings(trainable, mesh))
-    found = [x for x in jax.tree.leaves(sharding.shardings(state, mesh)) if x.spec != P()]
-    cut = [x for x in wanted if x.spec != P()]
-    assert found == cut * 2  # both moments
+    trainable = variables(LlamaConfig(512, 256, 384, 2, 4, 2, 64), 160)
+    optimizer = make_optimizer(
+        OptimConfig(name=name, loraplus_lr_ratio=16.0), optax.constant_schedule(1.0)
+    )
+    state = jax.eval_shape(optimizer.init, trainable)
+    parameters = {
+        leaf_name(path): (leaf.shape, where.spec)
+        for (path, leaf), where in zip(
+            jax.tree_util.tree_leaves_with_path(trainable),
+            jax.tree.leaves(sharding.shardings(trainable, mesh)),
+            strict=True,
+        )
+    }
+    copies = 0
+    for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(sharding.shardings(state, mesh)),
+        strict=True,
+    ):
+        found = [parameters[end] for end in parameters if leaf_name(path).endswith(end)]
+        shape, spec = found[0] if found else ((), P())
+        copies += leaf.shape == shape != ()
+        assert where.spec == (spec if leaf.shape == shape else P()), leaf_name(path)
+    per_parameter = copies / len(parameters)
+    assert per_parameter == {"sgd": 0, "lion": 1, "adam": 2, "adamw": 2}.get(name, per_parameter)
+    assert name != "adafactor" or 0 < per_parameter < 1  # vectors only
 
 
 def test_a_leaf_that_is_not_in_the_table_is_named():
@@ -123,91 +146,24 @@ def test_a_leaf_that_is_not_in_the_table_is_named():
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(sizes, devices=range(8))
+        sharding.make_mesh(sizes, devices=jax.devices()[:1] * 8)
 
 
 def test_minus_one_is_what_is_left():
     mesh = sharding.make_mesh((1, -1, 1), jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    assert sharding.row_parts(mesh) == 1
+    assert sharding.row_groups(mesh) == 1
 
 
-def test_a_reader_places_leaves_and_keeps_one_function_a_mesh():
+def test_a_reader_gets_one_function_per_mesh_that_shards_leaves():
     one = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     same = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    assert sharding.placer(one) is sharding.placer(same)
+    assert sharding.leaf_sharder(one) is sharding.leaf_sharder(same)
     kernel = np.arange(12.0, dtype=np.float32).reshape(4, 3)
-    np.testing.assert_array_equal(sharding.placer(one)(("lm_head", "kernel"), kernel), kernel)
+    np.testing.assert_array_equal(sharding.leaf_sharder(one)(("lm_head", "kernel"), kernel), kernel)
 
 
 def test_rows_that_do_not_divide_are_refused():
-    class Four:
-        shape = {"data": 2, "fsdp": 2, "tensor": 1}
-
+    four = np.array(jax.devices()[:1] * 4).reshape(2, 2, 1)
     with pytest.raises(ValueError, match="found 6 rows, expected a multiple of data × fsdp = 4"):
-        sharding.place_rows({"tokens": np.zeros((6, 3))}, Four())
-
-
-@pytest.fixture
-def no_cluster(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.delenv(name, raising=False)
-    started = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: started.append(given))
-    return started
-
-
-def test_a_process_stays_alone_unless_told(no_cluster):
-    sharding.join()
-    assert no_cluster == []
-
-
-def test_the_cluster_the_flags_or_the_environment_say_who_takes_part(no_cluster, monkeypatch):
-    sharding.join("auto")
-    sharding.join("[::1]:1234", 4, 0)
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "first:99")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    sharding.join()
-    told = [
-        tuple(x[k] for k in ("coordinator_address", "num_processes", "process_id"))
-        for x in no_cluster[1:]
-    ]
-    assert no_cluster[0] == {}
-    assert told == [("[::1]:1234", 4, 0), ("first:99", 2, 1)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("host", 2, 0), "coordinator: found 'host', expected host:port or auto"),
-        (("host:1", -1, 0), "coordinator: found process 0 of -1, expected 0 to one less"),
-        (("host:1", 2, 2), "coordinator: found process 2 of 2, expected"),
-        (("host:1", 2, -1), "coordinator: found process -1 of 2, expected"),
-    ],
-)
-def test_bad_flags_of_many_processes_are_refused(no_cluster, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        sharding.join(*arguments)
-
-
-def test_a_number_in_the_environment_must_be_one(no_cluster, monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: found 'two', expected a number"):
-        sharding.join("host:1")
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind", "message"),
-    [
-        (RuntimeError("DEADLINE_EXCEEDED\nmore"), OSError, "the processes did not meet: DEADLINE"),
-        (ValueError("coordinator_address should be defined."), ValueError, "found no cluster"),
-    ],
-)
-def test_processes_that_do_not_meet_are_a_line(no_cluster, monkeypatch, fault, kind, message):
-    def fail(**_):
-        raise fault
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(kind, match=message):
-        sharding.join("auto")
+        sharding.shard_batch({"tokens": np.zeros((6, 3))}, Mesh(four, sharding.AXES))

@@ -68,8 +68,8 @@ def unstack_layers(
     depth = len(stacks["params"]["input_layernorm"]["scale"])
     layers = (jax.tree.map(operator.itemgetter(i), stacks) for i in range(depth))
     if mesh is not None:
-        non_layer = sharding.place(non_layer, mesh)
-        layers = (sharding.place_layer(layer, mesh) for layer in layers)
+        non_layer = sharding.shard(non_layer, mesh)
+        layers = (sharding.shard_layer(layer, mesh) for layer in layers)
     return Weights({"params": transpose(non_layer)}, tuple(map(transpose, layers)))
 
 

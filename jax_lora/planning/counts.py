@@ -15,7 +15,7 @@ from jax_lora.model import lora
 from jax_lora.model.arch import ATTENTION, GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 
 
 @cache
@@ -46,7 +46,7 @@ def table(variables: Any, trains: Any) -> pd.DataFrame:
     Args:
       variables: {"params": …, "lora": …}, arrays or shapes; `scale` vectors of adapters are data
         and do not count.
-      trains: the boolean tree of `masks.mask`.
+      trains: the boolean tree of `trainable_mask.mask`.
 
     Returns:
       One row per leaf: module, shape (stacked over layers), frozen, trainable.
@@ -54,7 +54,7 @@ def table(variables: Any, trains: Any) -> pd.DataFrame:
     rows = []
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     for (path, leaf), trained in zip(leaves, jax.tree.leaves(trains), strict=True):
-        name = masks.leaf_name(path)
+        name = trainable_mask.leaf_name(path)
         if name.startswith("lora/") and name.endswith("/scale"):
             continue
         count = int(np.prod(leaf.shape, dtype=np.int64))
@@ -84,5 +84,5 @@ def parameter_table(
     variables = {"params": base_shapes(config)}
     if rank is not None:
         variables["lora"] = adapter_shapes(config, rank, targets)
-    trainable, frozen = masks.FULL if rank is None else masks.LORA
-    return table(variables, masks.mask(variables, trainable, frozen))
+    trainable, frozen = trainable_mask.FULL if rank is None else trainable_mask.LORA
+    return table(variables, trainable_mask.mask(variables, trainable, frozen))

@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
+from jax_lora.data.loader import MicroBatch
 from jax_lora.errors import ConfigError
 from jax_lora.model.arch import GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.planning import counts
 from jax_lora.planning.targets import Target
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 from jax_lora.training.resolve import Resolved, resolve
-from jax_lora.training.step import Micro, State, Step
+from jax_lora.training.step import State, Step
 
 TRAIN_TASKS = 756  # in Tall, as the paper counts them
 
@@ -142,27 +144,28 @@ def step_count(config: RunConfig) -> int:
 
 
 class Trees(NamedTuple):
-    """The arrays of a step as `jax.ShapeDtypeStruct`s, laid out on a mesh.
+    """The arrays of a step as `jax.ShapeDtypeStruct`s, sharded on a mesh.
 
     `frozen` and `state` are what a run holds, `diff_params` is what a step differentiates and what
     its gradients look like, `micro` is one micro-batch of all devices.
     """
 
-    frozen: Any
+    frozen: PyTree
     state: State
-    diff_params: Any
-    micro: Micro
+    diff_params: PyTree
+    micro: MicroBatch
 
 
 @lru_cache(maxsize=64)
-def variables(step: PlannedStep) -> tuple[Any, Any]:
+def variables(step: PlannedStep) -> tuple[dict[str, PyTree], PyTree]:
     """Shapes of {"params": …, "lora": …} in the dtypes of a run, and the mask.
 
     Raises:
-      ValueError: a rank below 1, an unknown target, or expressions that `masks.mask` refuses.
+      ValueError: a rank below 1, an unknown target, or expressions that `trainable_mask.mask`
+        refuses.
     """
     config, shape = step.config, step.shape
-    tree: dict[str, Any] = {"params": counts.base_shapes(shape)}
+    tree: dict[str, PyTree] = {"params": counts.base_shapes(shape)}
     if step.resolved.rank is not None:
         tree["lora"] = counts.adapter_shapes(shape, step.resolved.rank, config.lora.targets)
         layers = shape.num_hidden_layers
@@ -171,7 +174,7 @@ def variables(step: PlannedStep) -> tuple[Any, Any]:
             leaf["scale"] = jax.ShapeDtypeStruct((layers,), jnp.float32)
             if config.lora.variant == "dora":
                 leaf["m"] = jax.ShapeDtypeStruct((layers, leaf["b"].shape[2]), jnp.float32)
-    trains = masks.mask(tree, config.trainable, config.frozen)
+    trains = trainable_mask.mask(tree, config.trainable, config.frozen)
 
     def with_dtype(x, trained):
         return jax.ShapeDtypeStruct(x.shape, jnp.float32 if trained else jnp.dtype(config.dtype))
@@ -183,20 +186,21 @@ def variables(step: PlannedStep) -> tuple[Any, Any]:
 def trees(step: PlannedStep, mesh: Mesh | AbstractMesh | None = None) -> Trees:
     """The arrays of a step on a mesh, by default on the step's own, without devices."""
     mesh = mesh or step.abstract_mesh
-    trainable, frozen = masks.partition(*variables(step))
+    trainable, frozen = trainable_mask.partition(*variables(step))
     functions, optimizer = step.functions()
-    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = State(number, trainable, jax.eval_shape(optimizer.init, trainable))
+    state = jax.eval_shape(
+        lambda t: State(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trainable
+    )
     diff_params = jax.eval_shape(functions.prepare, state, frozen)
     tokens = (step.rows * step.resolved.row_groups, step.length)
     by_rows = NamedSharding(mesh, sharding.ROWS)
-    micro: Any = [
+    micro: PyTree = [
         jax.ShapeDtypeStruct(tokens, dtype, sharding=by_rows)
-        for dtype in (jnp.int32, jnp.bool_, jnp.int32)
+        for dtype in (jnp.int32, jnp.float32, jnp.int32)
     ]
     return Trees(
         frozen=sharding.abstract(frozen, mesh),
         state=sharding.abstract(state, mesh),
         diff_params=sharding.abstract(diff_params, mesh),
-        micro=Micro(*micro),
+        micro=MicroBatch(*micro),
     )

@@ -188,7 +188,7 @@ def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None)
         variant=c.variant,
     )
     drawn = c.init in (*lora.INITS, "pissa")  # else read from a folder
-    return sharding.make(draw, mesh) if drawn else draw()
+    return sharding.init_sharded(draw, mesh) if drawn else draw()
 
 
 def new_adapters(

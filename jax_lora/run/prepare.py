@@ -1,16 +1,14 @@
 """What a training run reads and builds before its first step.
 
 `read_inputs` checks everything that can be wrong, before any compute and before anything is
-written; `build` then loads the base and lays the arrays out on the devices.
+written; `build` then loads the base and puts the arrays on the devices.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,11 @@ import numpy as np
 import optax
 import pandas as pd
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
-from jax_lora.data.batches import Batches
+from jax_lora.data.loader import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
@@ -29,7 +28,7 @@ from jax_lora.files import write_json
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.run import folder, inputs
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.resolve import Resolved, resolve
 from jax_lora.training.step import State, Step
@@ -55,8 +54,8 @@ class Inputs:
 
     resolved: Resolved
     mesh: Mesh | None
-    shapes: Any
-    mask: Any
+    shapes: PyTree
+    mask: PyTree
     digests: dict[str, str]
     taskset: TaskSet
     rows: list[Row]
@@ -92,10 +91,10 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     resolved = resolve(config, shape, jax.default_backend(), len(jax.devices()))
     mesh = sharding.make_mesh(resolved.mesh_sizes)
     mesh = mesh if mesh.size > 1 else None
-    shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
+    shapes: dict[str, PyTree] = {"params": counts.base_shapes(shape)}
     if resolved.is_lora:
         shapes["lora"] = inputs.adapters_of(config, shape, mesh)
-    mask = masks.mask(shapes, config.trainable, config.frozen)
+    mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
     jax.eval_shape(resolved.model().apply, shapes, jnp.zeros((1, 2), jnp.int32))
 
     logger.info("reading tasks")
@@ -127,7 +126,7 @@ def batches_of(config: RunConfig, rows: list[Row], row_groups: int = 1) -> tuple
         by_example=config.data.loss_mean == "examples",
         pad_id=0,
         packed=config.data.packed,
-        row_parts=row_groups,
+        row_groups=row_groups,
     )
     total = batches.steps_per_epoch * config.epochs
     return batches, min(total, config.max_steps) if config.max_steps else total
@@ -147,7 +146,7 @@ class Training:
     """
 
     state: State
-    frozen: Any
+    frozen: PyTree
     step: Step
     learning_rates: np.ndarray
     checkpoints: Checkpoints
@@ -155,11 +154,11 @@ class Training:
 
 
 def build(given: Inputs, workdir: Path) -> Training:
-    """Load the base, lay the variables out, and restore the last checkpoint if there is one."""
+    """Load the base, shard the variables, and restore the last checkpoint if there is one."""
     config, mesh = given.resolved.config, given.mesh
     logger.info("loading the base model")
-    place = sharding.placer(mesh) if mesh else None
-    params = inputs.load_base(config.model, config.dtype, given.mask["params"], place)
+    sharder = sharding.leaf_sharder(mesh) if mesh else None
+    params = inputs.load_base(config.model, config.dtype, given.mask["params"], sharder)
     variables = {"params": params}
     if given.resolved.is_lora:
         variables["lora"], variables["params"] = inputs.on_base(
@@ -173,10 +172,10 @@ def build(given: Inputs, workdir: Path) -> Training:
     del params
     rate = given.resolved.schedule(given.total)
     optimizer = given.resolved.optimizer(rate)
-    number, variables = sharding.place((jnp.zeros((), jnp.int32), variables), mesh)
-    trainable, frozen = masks.partition(variables, given.mask)
+    number, variables = sharding.shard((jnp.zeros((), jnp.int32), variables), mesh)
+    trainable, frozen = trainable_mask.partition(variables, given.mask)
     frozen = bitcast_bf16(frozen, given.resolved.platform)
-    state = State(number, trainable, sharding.make(optimizer.init, mesh, trainable))
+    state = State(number, trainable, sharding.init_sharded(optimizer.init, mesh, trainable))
     del variables, trainable  # a resumed run holds one copy of what trains
     checkpoints = Checkpoints(workdir / "checkpoints")
     start = checkpoints.latest() or 0
@@ -192,8 +191,8 @@ def learning_rates(rate: optax.Schedule, total: int) -> np.ndarray:
     Asked one at a time, each would be a small program on the device, and reading its result would
     wait for the training step that is queued before it.
     """
-    ask: Callable[[Any], Any] = jax.vmap(lambda step: jnp.asarray(rate(step), jnp.float32))
-    return np.asarray(ask(jnp.arange(total)))
+    rates = jax.vmap(lambda step: jnp.asarray(rate(step), jnp.float32))(jnp.arange(total))
+    return np.asarray(rates)
 
 
 def write_start(given: Inputs, workdir: Path) -> None:

@@ -21,7 +21,7 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.run import folder, inputs, invariance, prepare, scoring, training
 from jax_lora.text import table
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 from jax_lora.weights import merge
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Run:
                 self._say(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%")
                 good &= dtype != "float32" or changed == 0
         if config.method == "lora" and adapter == "last":
-            mask = masks.mask(scored.variables, config.trainable, config.frozen)
+            mask = trainable_mask.mask(scored.variables, config.trainable, config.frozen)
             self._say(f"\nfloat32: a step on {len(trained)} examples at once, and cut otherwise")
             for name, loss, gradient in invariance.updates(
                 model.clone(remat="full"),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
-from jax_lora.data.batches import bucket_for
+from jax_lora.data.packing import bucket_for
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import evaluate
 from jax_lora.files import read_json, write_json
@@ -32,7 +32,7 @@ from jax_lora.run import folder as run_folder
 from jax_lora.run import inputs
 from jax_lora.run.training import running
 from jax_lora.text import table
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
@@ -102,7 +102,7 @@ def _load_last(workdir: Path, config: RunConfig, shape: LlamaConfig, place: Plac
     shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
     if is_lora:
         shapes["lora"] = inputs.adapters_of(config, shape)
-    mask = masks.mask(shapes, config.trainable, config.frozen)
+    mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
     variables = {"params": inputs.load_base(config.model, config.dtype, mask["params"], place)}
     if is_lora:
         variables["lora"], variables["params"] = inputs.on_base(
@@ -113,9 +113,9 @@ def _load_last(workdir: Path, config: RunConfig, shape: LlamaConfig, place: Plac
             variant=config.lora.variant,
             folder=workdir / "pissa",
         )
-    trainable, frozen = masks.partition(variables, mask)
+    trainable, frozen = trainable_mask.partition(variables, mask)
     trained = manager.restore_trainable(trainable)
-    variables = masks.combine(trained, frozen)
+    variables = trainable_mask.combine(trained, frozen)
     # Master copies of the base are for training; answers are made in the dtype of the arithmetic.
     variables["params"] = jax.tree.map(lambda x: x.astype(config.dtype), variables["params"])
     if is_lora and lora.does_nothing(variables["lora"]):

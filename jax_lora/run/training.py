@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import time
@@ -11,19 +10,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import tqdm
 
-from jax_lora import sharding
+from jax_lora import distributed, sharding
 from jax_lora.errors import RunFailed, Stopped
 from jax_lora.model import variants
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import steps_of
 from jax_lora.run.folder import MetricsLog
 from jax_lora.run.prepare import Inputs, Training
-from jax_lora.training import loop, masks
+from jax_lora.training import loop, trainable_mask
+from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import State
 from jax_lora.weights import peft
 
@@ -34,8 +33,8 @@ WINDOW = 20  # steps that the reported speed is a mean of
 class Speed:
     """Real tokens per second over the last steps between which nothing was compiled.
 
-    A step that compiles shares its time with the compiler, and no clock tells the two apart: it
-    counts, whole, only as long as there has been no other.
+    A step that compiles shares its time with the compiler, and no clock separates the two: it
+    counts in full, but only as long as there has been no other.
 
     Args:
       clock: seconds.
@@ -71,44 +70,6 @@ class Speed:
         return tokens / seconds
 
 
-class StopAgreement:
-    """The step after which all processes of a run stop, once one of them was asked to.
-
-    A process that is asked during step n writes n + 2 into the runtime's store of keys and values;
-    the smallest number written counts. No collective is needed and no step is waited for: a
-    process checks for step n + 2 after it has read the loss of step n + 1, that loss needs all
-    processes to have dispatched step n + 1, and whoever was asked during step n has written by
-    then.
-
-    Args:
-      store: see `sharding.store`; None for a process that is alone, which stops at once.
-      process: the number of this process.
-      run: tells the agreements of one process apart; equal in all processes.
-    """
-
-    _count = itertools.count()
-
-    def __init__(self, store: Any | None, process: int = 0, run: int | None = None):
-        self._store, self._process, self._has_asked = store, process, False
-        self._folder = f"stop_after/{next(self._count) if run is None else run}/"
-
-    def is_last(self, step: int, asked: bool) -> bool:
-        """Whether the run ends with this step.
-
-        Args:
-          step: the one that was dispatched last; the loss of the one before has been read.
-          asked: whether this process was asked to stop.
-        """
-        if self._store is None:
-            return asked
-        found = [int(last) for _, last in self._store.key_value_dir_get(self._folder)]
-        if asked and not self._has_asked:
-            self._store.key_value_set(f"{self._folder}{self._process}", str(step + 2))
-            self._has_asked = True
-            found.append(step + 2)
-        return bool(found) and step >= min(found)
-
-
 def fit(
     given: Inputs, training: Training, workdir: Path, asked_to_stop: Callable[[], bool]
 ) -> tuple[State, int]:
@@ -124,8 +85,8 @@ def fit(
     total, config = given.total, given.resolved.config
     is_primary = jax.process_index() == 0
     checkpoints, state, last = training.checkpoints, training.state, training.start
-    agreement = StopAgreement(sharding.store(), jax.process_index())
-    put = functools.partial(sharding.place_rows, mesh=given.mesh)
+    agreement = distributed.StopAgreement(distributed.key_value_store(), jax.process_index())
+    put = functools.partial(sharding.shard_batch, mesh=given.mesh)
     batches = given.batches.stream(training.start, total)
     unread = None  # the report of the step before: read only once the next one is on its way
     stopping = False
@@ -206,7 +167,7 @@ class _Log:
             self._metrics.close()
 
 
-def what_is_safe(given: Inputs, checkpoints: Any) -> Callable[[BaseException], str]:
+def what_is_safe(given: Inputs, checkpoints: Checkpoints) -> Callable[[BaseException], str]:
     """What a fault leaves behind, how to resume, and for too little memory what to lower."""
     config = given.resolved.config
 
@@ -245,7 +206,7 @@ def running(what_is_safe: Callable[[BaseException], str]) -> Iterator[None]:
 def save_adapter(given: Inputs, training: Training, state: State, workdir: Path) -> None:
     """Write the trained adapter in PEFT's format; all processes take part, one writes."""
     config = given.resolved.config
-    adapters = sharding.whole(masks.combine(state.trainable, training.frozen)["lora"])
+    adapters = sharding.gather(trainable_mask.combine(state.trainable, training.frozen)["lora"])
     rank, alpha = config.lora.rank, config.lora.alpha
     rslora = config.lora.scaling == "alpha/sqrt(r)"
     if config.lora.init == "pissa":

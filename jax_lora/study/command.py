@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jax_lora import sharding
+from jax_lora import distributed
 from jax_lora.config import RunConfig
 from jax_lora.errors import RunFailed
 from jax_lora.run.training import running
@@ -91,7 +91,7 @@ class Command:
         Raises:
           RunFailed: some cells failed, or this worker cannot go on.
         """
-        store = sharding.store()
+        store = distributed.key_value_store()
         with Team(store, jax.process_index(), jax.process_count()) if store else Team() as team:
             cells, resolved = self._check()  # one that fails here lets the other processes end
             for number in (signal.SIGINT, signal.SIGTERM):

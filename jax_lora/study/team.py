@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """What is used of the client that `jax_lora.sharding.store` gives."""
+    """What is used of the client that `jax_lora.distributed.key_value_store` gives."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, PyTree
 
-from jax_lora.training.step import Micro, State, Step, zeros
+from jax_lora.data.loader import MicroBatch
+from jax_lora.training.step import State, Step, zeros
 
 _COMPILED = {"seconds": 0.0}
 
@@ -43,40 +44,43 @@ class Report(NamedTuple):
     loss_tokens: int
 
 
+def loss_weight(batch: Sequence[MicroBatch]) -> np.float32:
+    """The sum of the loss weights of a global batch; the first token of a row has no loss."""
+    return np.float32(sum(float(micro.loss_weights[:, 1:].sum()) for micro in batch))
+
+
 def train(
     state: State,
-    frozen: Any,
-    batches: Iterable[Sequence[Any]],
+    frozen: PyTree,
+    batches: Iterable[Sequence[MicroBatch]],
     functions: Step,
-    place: Callable[[Micro], Micro] | None = None,
+    device_put: Callable[[MicroBatch], MicroBatch] | None = None,
 ) -> Iterator[tuple[State, Report]]:
     """Take a step for every global batch; nothing here waits for the device.
 
     Args:
       state: where to start; its buffers are donated.
       frozen: the frozen half of the variables, never returned or changed.
-      batches: global batches, each a sequence of micro-batches with `tokens`, `loss_mask` and
-        `example`, (B, T) each, numpy arrays; `example` is -1 on padding.
+      batches: global batches, each a sequence of micro-batches.
       functions: from `step.make_step`.
-      place: puts a micro-batch on its devices; by default on the one there is.
+      device_put: puts a micro-batch on its devices; by default on the one there is.
 
     Yields:
       The state after each step, valid until the next one is asked for, and its report.
     """
-    put = place or partial(jax.tree.map, jnp.asarray)
+    put = device_put or partial(jax.tree.map, jnp.asarray)
     step = int(state.step)
     for batch in batches:
-        weight = np.float32(sum(float(micro.loss_mask[:, 1:].sum()) for micro in batch))
+        weight = loss_weight(batch)
         diff_params = functions.prepare(state, frozen)
         gradients, loss = zeros(diff_params)
         for micro in batch:
-            moved = put(Micro(micro.tokens, micro.loss_mask, micro.example))
             gradients, loss = functions.accumulate(
-                gradients, loss, diff_params, state.step, frozen, moved, weight
+                gradients, loss, diff_params, state.step, frozen, put(micro), weight
             )
         state, norm = functions.update(state, frozen, gradients)
         step += 1
-        tokens = sum(int((micro.example >= 0).sum()) for micro in batch)
+        tokens = sum(int((micro.segment_ids >= 0).sum()) for micro in batch)
         padded = sum(micro.tokens.size for micro in batch) - tokens
-        loss_tokens = sum(int((micro.loss_mask[:, 1:] > 0).sum()) for micro in batch)
+        loss_tokens = sum(int((micro.loss_weights[:, 1:] > 0).sum()) for micro in batch)
         yield state, Report(step, loss, norm, tokens, padded, loss_tokens)

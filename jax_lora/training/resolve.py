@@ -16,7 +16,8 @@ from jax_lora.config import RunConfig
 from jax_lora.model import attention, lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training.step import Step, adamw, make_step, schedule
+from jax_lora.training.optimizers import make_optimizer, schedule
+from jax_lora.training.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,7 @@ class Resolved:
 
     def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformation:
         """The optimizer at that learning rate."""
-        o = self.config.optim
-        return adamw(
-            rate,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip_norm=o.clip_norm or None,
-            b_ratio=o.loraplus_lr_ratio,
-        )
+        return make_optimizer(self.config.optim, rate)
 
     def step(self, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Step:
         """The compiled functions of a step; `mesh` None is one device."""

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jax_lora.data.batches import Batches
 from jax_lora.data.instructions import read_checkout
+from jax_lora.data.loader import Batches
 from jax_lora.data.prompts import TEMPLATES, Encoder
 from jax_lora.weights.gguf_file import open_gguf
 from jax_lora.weights.tokenizers import load_tokenizer
@@ -93,12 +93,12 @@ def test_the_answer_and_its_end_are_the_loss_tokens(family, encoded, packed):
     found = set()
     for step in range(batches.steps_per_epoch):
         for batch in batches.at(step):
-            padding = batch.example < 0
+            padding = batch.segment_ids < 0
             assert (batch.tokens[padding] == family.eos).all()
-            assert not batch.loss_mask[padding].any()
-            for example in np.unique(batch.example[~padding]):
-                own = batch.example == example
-                ids, taught = batch.tokens[own].tolist(), batch.loss_mask[own]
+            assert not batch.loss_weights[padding].any()
+            for example in np.unique(batch.segment_ids[~padding]):
+                own = batch.segment_ids == example
+                ids, taught = batch.tokens[own].tolist(), batch.loss_weights[own]
                 start = int(taught.argmax())
                 assert taught[start:].all() and ids[start:].count(family.eos) == 1
                 found.add((tuple(ids[:start]), tuple(ids[start:])))

@@ -13,7 +13,7 @@ from jax_lora.generation import greedy
 from jax_lora.model.arch import LINEAR, LINEARS
 from jax_lora.model.families import CONFIGS, FAMILIES
 from jax_lora.model.transformer import Llama
-from jax_lora.training.step import Micro, loss_sum
+from jax_lora.training.loss import loss_sum
 from jax_lora.weights import base, gguf, hf
 from tests import reference
 from tests.weights.builders import flat, gguf_name, refusal
@@ -38,7 +38,7 @@ def test_adapted_logits_loss_and_gradients_equal_peft(toy, recorded):
     logits = model.apply({"params": params, "lora": adapters}, ids)
     np.testing.assert_allclose(logits, recorded[f"{case}/lora/logits"], rtol=0, atol=1e-4)
     mask = reference.loss_mask()
-    micro = Micro(ids, jnp.asarray(mask), jnp.zeros_like(ids))
+    micro = MicroBatch(ids, jnp.asarray(mask, jnp.float32), jnp.zeros_like(ids))
 
     def loss(adapters):
         variables = {"params": params, "lora": adapters}

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora
 from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.model.transformer import Llama
-from jax_lora.training.step import Micro, loss_sum
+from jax_lora.training.loss import loss_sum
 from jax_lora.weights import hf
 from tests import reference
 
@@ -39,7 +40,7 @@ def test_loss_and_gradients_equal_peft(base, recorded):
     model = Llama(TINY, dtype=jnp.float32)
     mask = reference.loss_mask()
     tokens = jnp.asarray(reference.tokens())
-    micro = Micro(tokens, jnp.asarray(mask), jnp.zeros_like(tokens))
+    micro = MicroBatch(tokens, jnp.asarray(mask, jnp.float32), jnp.zeros_like(tokens))
 
     def loss(adapters):
         variables = {"params": base, "lora": adapters}

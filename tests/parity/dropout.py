@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training import masks
-from jax_lora.training.step import Micro
+from jax_lora.training import trainable_mask
 from tests.parity import training
 
 
@@ -68,13 +68,13 @@ class DropoutMasks:
     ) -> dict[str, np.ndarray]:
         # Of B, from the token at `place` (from 1) of an example that begins in column `begin` of
         # row `row` of a micro-batch of this shape.
-        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         at = begin + place
         tokens[row, at : at + 2] = 5, 9
-        mask[row, at + 1] = True
+        weights[row, at + 1] = 1
         examples = np.tile(np.arange(100, 100 + shape[0], dtype=np.int32)[:, None], shape[1])
         examples[row, begin:] = example
-        batch = [Micro(tokens, mask, examples)]
-        found, _ = ours.gradients(self.variables, masks.LORA, batch, step)
+        batch = [MicroBatch(tokens, weights, examples)]
+        found, _ = ours.gradients(self.variables, trainable_mask.LORA, batch, step)
         groups = found["lora"]["layers"]
         return {name: np.asarray(groups[GROUP[name]][name]["b"]) for name in LINEAR}

@@ -8,16 +8,21 @@ import numpy as np
 import optax
 import pytest
 
+from jax_lora.config import OptimConfig
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora
 from jax_lora.model.arch import LINEAR
 from jax_lora.model.transformer import Llama
-from jax_lora.training import masks
-from jax_lora.training.step import Micro, adamw, schedule
+from jax_lora.training import trainable_mask
+from jax_lora.training.optimizers import make_optimizer, schedule
 from tests.parity import training
 
 EXAMPLES, STEPS = 128, 3
 CUTS = ("4 x 32", "128 x 1", "packed in rows of two")
-OPTIMIZERS = {"SGD": optax.sgd(0.1), "AdamW": adamw(schedule("linear", 1e-2, 1, STEPS))}
+OPTIMIZERS = {
+    "SGD": optax.sgd(0.1),
+    "AdamW": make_optimizer(OptimConfig(), schedule("linear", 1e-2, 1, STEPS)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +55,17 @@ def results(ours, variables, taken):
     """Losses and adapters by optimizer, from the same start."""
     found = {}
     for name, optimizer in OPTIMIZERS.items():
-        trained, losses, _ = ours.train(variables, masks.LORA, taken, optimizer)
+        trained, losses, _ = ours.train(variables, trainable_mask.LORA, taken, optimizer)
         found[name] = losses, training.adapter_tensors(trained["lora"])
     return found
 
 
-def cut(micro: Micro, how: str) -> list[Micro]:
+def cut(micro: MicroBatch, how: str) -> list[MicroBatch]:
     if how == "packed in rows of two":
         # Left halves hold the even rows, right halves the odd ones, padding and all.
-        return [Micro(*(x.reshape(EXAMPLES // 2, -1) for x in micro))]
+        return [MicroBatch(*(x.reshape(EXAMPLES // 2, -1) for x in micro))]
     rows = {"4 x 32": 32, "128 x 1": 1}[how]
-    return [Micro(*(x[i : i + rows] for x in micro)) for i in range(0, EXAMPLES, rows)]
+    return [MicroBatch(*(x[i : i + rows] for x in micro)) for i in range(0, EXAMPLES, rows)]
 
 
 @pytest.mark.parametrize("how", CUTS)

@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from jax_lora.config import OptimConfig
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora, variants
 from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.transformer import Llama
-from jax_lora.training import masks
-from jax_lora.training.step import Micro, adamw, schedule
+from jax_lora.training import trainable_mask
+from jax_lora.training.optimizers import make_optimizer, schedule
 from tests.parity import training
 from tests.parity.dropout import DropoutMasks
 
@@ -116,7 +118,7 @@ def test_gradients(base, taken, trainers, tmp_path, promise, kind):
         # another order of sums: the reference is what both approximate.
         model, kind = model.double(), f"{kind}, PEFT in float64"
     expected = training.backward(model, taken[0])
-    found, loss = trainers["formed" in kind].gradients(variables, masks.LORA, taken[0])
+    found, loss = trainers["formed" in kind].gradients(variables, trainable_mask.LORA, taken[0])
     error = training.worst_error(
         training.adapter_tensors(found["lora"]), training.torch_tensors(model, gradients=True)
     )
@@ -130,10 +132,11 @@ def test_adamw(base, taken, trainers, tmp_path, promise, kind):
     start = training.torch_tensors(model)
     plus = {"lr": 1e-3, "loraplus_lr_ratio": 16.0} if "LoRA+" in kind else {}
     rate = plus.get("lr", 1e-2)
-    made = adamw(
-        schedule("linear", rate, WARMUP, STEPS), b_ratio=plus.get("loraplus_lr_ratio", 1.0)
+    config = OptimConfig(loraplus_lr_ratio=plus.get("loraplus_lr_ratio", 1.0))
+    made = make_optimizer(config, schedule("linear", rate, WARMUP, STEPS))
+    found, losses, norms = trainers["formed" in kind].train(
+        variables, trainable_mask.LORA, taken, made
     )
-    found, losses, norms = trainers["formed" in kind].train(variables, masks.LORA, taken, made)
     if plus:
         ref = optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, **plus)
     else:
@@ -152,7 +155,7 @@ def test_adamw(base, taken, trainers, tmp_path, promise, kind):
 def test_sgd(base, taken, trainers, tmp_path, promise):
     variables, model = both("LoRA", base, tmp_path)
     start = training.torch_tensors(model)
-    found, losses, _ = trainers[False].train(variables, masks.LORA, taken, optax.sgd(0.1))
+    found, losses, _ = trainers[False].train(variables, trainable_mask.LORA, taken, optax.sgd(0.1))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     expected, _ = training.theirs(model, taken, torch.optim.SGD(weights, lr=0.1))
     found, ref = training.adapter_tensors(found["lora"]), training.torch_tensors(model)
@@ -229,10 +232,11 @@ def test_dropout_acts_where_pefts_does(base, dropped, tmp_path, promise, kind):
     model.get_input_embeddings().weight.data[0] = 0.0
     ids = np.random.default_rng(1).integers(1, 61, (1, TOKENS)).astype(np.int32)
     ids[0, 0] = 0
-    batch = [Micro(ids, np.arange(TOKENS)[None] > 2, np.full_like(ids, EXAMPLE))]
+    weights = (np.arange(TOKENS)[None] > 2).astype(np.float32)
+    batch = [MicroBatch(ids, weights, np.full_like(ids, EXAMPLE))]
     expected = training.backward(model.train(), batch)
     ours = training.Ours(Llama(base.config, dtype=jnp.float32), dropout_rate=RATE)
-    found, loss = ours.gradients(variables | {"params": params}, masks.LORA, batch)
+    found, loss = ours.gradients(variables | {"params": params}, trainable_mask.LORA, batch)
     error = training.worst_error(
         training.adapter_tensors(found["lora"]), training.torch_tensors(model, gradients=True)
     )

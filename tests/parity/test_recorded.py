@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model.transformer import Llama
-from jax_lora.training import masks
-from jax_lora.training.step import Micro
+from jax_lora.training import trainable_mask
 from tests import reference
 from tests.parity import training
 
@@ -18,8 +18,14 @@ def test_dora(tmp_path, promise):
     variables = {"params": base.params, "lora": reference.adapters(dora=True)}
     error = np.abs(model.apply(variables, ids) - recorded["dora/logits"]).max()
     promise("DoRA, recorded: logits (largest absolute difference)", error, 1e-4)
-    batch = [Micro(ids, reference.loss_mask(), np.tile(np.arange(2)[:, None], ids.shape[1]))]
-    found, loss = training.Ours(model).gradients(variables, masks.LORA, batch)
+    batch = [
+        MicroBatch(
+            ids,
+            reference.loss_mask().astype(np.float32),
+            np.tile(np.arange(2)[:, None], ids.shape[1]),
+        )
+    ]
+    found, loss = training.Ours(model).gradients(variables, trainable_mask.LORA, batch)
     promise("DoRA, recorded: loss", abs(loss - recorded["dora/loss"]), 1e-5)
     ours = training.adapter_tensors(found["lora"])
     ref = {name: recorded[f"dora/gradient/{name.removesuffix('.weight')}"] for name in ours}

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from jax_lora.config import OptimConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training import masks
-from jax_lora.training.step import adamw, schedule
+from jax_lora.training import trainable_mask
+from jax_lora.training.optimizers import make_optimizer, schedule
 from tests import reference
 from tests.parity import training
 
@@ -56,7 +57,7 @@ def test_logits(toy, promise):
 def test_gradients_of_every_weight(toy, taken, promise):
     model = toy.load()
     expected_loss = training.backward(model, taken[0])
-    gradients, loss = toy.ours.gradients(toy.variables, masks.FULL, taken[0])
+    gradients, loss = toy.ours.gradients(toy.variables, trainable_mask.FULL, taken[0])
     error = training.worst_error(
         toy.tensors(gradients), training.torch_tensors(model, gradients=True)
     )
@@ -66,7 +67,7 @@ def test_gradients_of_every_weight(toy, taken, promise):
 
 def test_full_fine_tuning_by_sgd(toy, taken, promise):
     rate = 0.1
-    found, losses, _ = toy.ours.train(toy.variables, masks.FULL, taken, optax.sgd(rate))
+    found, losses, _ = toy.ours.train(toy.variables, trainable_mask.FULL, taken, optax.sgd(rate))
     model = toy.load()
     start = training.torch_tensors(model)
     expected_losses, _ = training.theirs(model, taken, torch.optim.SGD(model.parameters(), lr=rate))
@@ -79,8 +80,9 @@ def test_full_fine_tuning_by_sgd(toy, taken, promise):
 
 def test_full_fine_tuning_by_adamw(toy, taken, promise):
     rate, decay, warmup = 1e-3, 0.01, 3
-    optimizer = adamw(schedule("linear", rate, warmup, STEPS), weight_decay=decay, clip_norm=1.0)
-    found, losses, norms = toy.ours.train(toy.variables, masks.FULL, taken, optimizer)
+    config = OptimConfig(weight_decay=decay, clip_norm=1.0)
+    optimizer = make_optimizer(config, schedule("linear", rate, warmup, STEPS))
+    found, losses, norms = toy.ours.train(toy.variables, trainable_mask.FULL, taken, optimizer)
     model = toy.load()
     start = training.torch_tensors(model)
     reference_adamw = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)

@@ -16,16 +16,17 @@ import numpy as np
 import optax
 import pytest
 
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model.arch import LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training import loop, masks
-from jax_lora.training.step import Micro, State, make_step
+from jax_lora.training import loop, trainable_mask
+from jax_lora.training.step import State, make_step
 from jax_lora.weights import hf, tree
 from jax_lora.weights import peft as our_peft
 from tests import reference
 
-Batch = list[Micro]  # a global batch: its micro-batches, as numpy arrays
+Batch = list[MicroBatch]  # a global batch
 Tensors = dict[str, np.ndarray]
 
 
@@ -37,22 +38,23 @@ def batches(steps: int, *shapes: tuple[int, int]) -> list[Batch]:
     rng = np.random.default_rng(11)
     made = []
     for _ in range(steps):
-        batch, place = [], 0
+        batch, first = [], 0  # the position of the micro-batch's first example
         for rows, columns in shapes:
-            lengths = rng.integers(6, columns + 1, rows) * (place + np.arange(rows) > 0)
+            lengths = rng.integers(6, columns + 1, rows) * (first + np.arange(rows) > 0)
             prompts = rng.integers(2, np.maximum(lengths - 2, 3))
             at = np.arange(columns)
             real = at < lengths[:, None]
             tokens = np.where(real, rng.integers(0, 61, (rows, columns)), 0).astype(np.int32)
-            example = np.where(real, place + np.arange(rows)[:, None], -1).astype(np.int32)
-            batch.append(Micro(tokens, real & (at >= prompts[:, None]), example))
-            place += rows
+            segment_ids = np.where(real, first + np.arange(rows)[:, None], -1).astype(np.int32)
+            weights = (real & (at >= prompts[:, None])).astype(np.float32)
+            batch.append(MicroBatch(tokens, weights, segment_ids))
+            first += rows
         made.append(batch)
     return made
 
 
 def loss_tokens(batch: Batch) -> int:
-    return sum(int(micro.loss_mask[:, 1:].sum()) for micro in batch)
+    return sum(int(micro.loss_weights[:, 1:].sum()) for micro in batch)
 
 
 # An optimizer that changes nothing; its state is the last gradient.
@@ -93,8 +95,10 @@ class Ours:
         return state.trainable, list(losses), list(norms)
 
     def _run(self, variables, rules, taken, optimizer, functions, step=0):
-        trainable, frozen = masks.partition(variables, masks.mask(variables, *rules))
-        trainable = jax.tree.map(jnp.copy, trainable)  # a step gives up its buffers
+        trainable, frozen = trainable_mask.partition(
+            variables, trainable_mask.mask(variables, *rules)
+        )
+        trainable = jax.tree.map(jnp.copy, trainable)  # a step donates its buffers
         state = State(jnp.asarray(step, jnp.int32), trainable, optimizer.init(trainable))
         *steps, (last, report) = loop.train(state, frozen, taken, functions)
         return last, [*(report for _, report in steps), report]
@@ -169,9 +173,9 @@ def backward(model: Any, batch: Batch) -> float:
     total = 0.0
     for micro in batch:
         ids = torch.tensor(micro.tokens, dtype=torch.int64)
-        labels = torch.where(torch.tensor(micro.loss_mask), ids, -100)
+        labels = torch.where(torch.tensor(micro.loss_weights > 0), ids, -100)
         # A row of padding alone attends to all: in float64 a softmax over nothing is no number.
-        attended = (micro.example >= 0) | (micro.example < 0).all(1, keepdims=True)
+        attended = (micro.segment_ids >= 0) | (micro.segment_ids < 0).all(1, keepdims=True)
         real = torch.tensor(attended, dtype=torch.int64)
         loss = model(
             ids, attention_mask=real, labels=labels, num_items_in_batch=loss_tokens(batch)

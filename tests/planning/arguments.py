@@ -49,9 +49,9 @@ def by_plan(step: PlannedStep) -> dict[str, int]:
     if resolved.is_lora:
         scales = 4 * step.shape.num_hidden_layers * len(step.config.lora.targets)
     tokens = step.rows * step.length
-    # Token ids and loss mask, the sum of losses and the weight of the batch; for dropout the
+    # Token ids and loss weights, the sum of losses and the weight of the batch; for dropout the
     # examples' numbers and the step's.
-    batch = tokens * (4 + 1) + 4 + 4 + (tokens * 4 + 4 if resolved.dropout else 0)
+    batch = tokens * (4 + 4) + 4 + 4 + (tokens * 4 + 4 if resolved.dropout else 0)
     trained = held.adapters - scales if resolved.is_lora else held.base
     adapters = held.deltas if resolved.materialized else held.adapters
     return {

@@ -13,11 +13,12 @@ import pytest
 from benchmarks import scale
 from jax_lora.model.arch import ATTENTION
 from jax_lora.model.families import CONFIGS
-from jax_lora.planning import counts
+from jax_lora.planning import counts, steps
 from jax_lora.planning import memory as planning_memory
 from jax_lora.planning.compile import need
 from jax_lora.planning.memory import fewest, largest, memory
 from jax_lora.planning.targets import DEVICES
+from jax_lora.training.optimizers import OPTIMIZERS
 from tests.conftest import REPOSITORY
 
 A100 = DEVICES["a100-80gb"]
@@ -68,6 +69,19 @@ def agrees(row):
     planned, usable = memory(scale.from_record(row)).peak, DEVICES[row["setup"]["kind"]].usable
     assert abs(planned / scale.compiled_peak(row) - 1) < 0.1
     assert (planned <= usable) == (scale.compiled_peak(row) <= usable)
+
+
+def test_the_state_of_every_optimizer_is_counted():
+    held = {}
+    for name in OPTIMIZERS:
+        config = scale.step("llama-7b", 1024, "a100-80gb").config.replace(**{"optim.name": name})
+        held[name] = memory(steps.planned(config, "llama-7b", "cuda"))
+    trained = held["adamw"].adapters - 4 * 32 * len(ATTENTION)  # the scales are frozen
+    numbers = {name: 4 * count for name, count in dict(adamw=3, adam=3, sgd=2, lion=3).items()}
+    for name, scalars in numbers.items():
+        copies = {"sgd": 0, "lion": 1}.get(name, 2)
+        assert held[name].optimizer == copies * trained + scalars, name
+    assert held["sgd"].optimizer < held["adafactor"].optimizer < trained / 100
 
 
 def test_a_tpus_refusal_says_what_it_needs():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jax_lora
+from jax_lora import distributed
 from jax_lora.data.toy import write_checkout
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import read_jsonl
@@ -239,7 +240,7 @@ def test_all_processes_stop_after_the_same_step(seed):
     chance, store, count = random.Random(seed), Store(), chance_count(seed)
     asked_at = {i: chance.randint(1, 12) for i in range(count) if chance.random() < 0.7}
     asked_at = asked_at or {0: 5}
-    agreements = [training.StopAgreement(store, i, run=0) for i in range(count)]
+    agreements = [distributed.StopAgreement(store, i, run=0) for i in range(count)]
     dispatched, checked, last = [0] * count, [0] * count, [None] * count
     for _ in itertools.count():
         if None not in last:

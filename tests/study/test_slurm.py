@@ -120,12 +120,12 @@ TEAM = """
 import sys
 from pathlib import Path
 import jax
-from jax_lora import sharding
+from jax_lora import distributed
 from jax_lora.study import runner
 from jax_lora.study.team import Team
 from tests.study.test_runner import CELLS, fake
 
-sharding.join(sys.argv[2])
+distributed.initialize(sys.argv[2])
 folder, process = Path(sys.argv[1]), jax.process_index()
 
 def train(name):
@@ -136,7 +136,7 @@ def run(cell, own):
         train(cell.id)
     return fake(cell, own)
 
-with Team(sharding.store(), process, jax.process_count()) as team:
+with Team(distributed.key_value_store(), process, jax.process_count()) as team:
     if team.leads:
         runner.run_cells(CELLS, folder, run)
     else:

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora import sharding
-from jax_lora.data.batches import Batch
+from jax_lora import distributed, sharding
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model.arch import ATTENTION, GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training import loop, masks
+from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
-from jax_lora.training.step import Micro, State, make_step
+from jax_lora.training.step import State, make_step
 from jax_lora.weights.tree import leaves
 
 CONFIG = LlamaConfig(61, 32, 80, 3, 4, 2, 12, biases=ATTENTION)  # a vocabulary that is odd
@@ -65,24 +65,25 @@ def packed_batch(seed, rows=ROWS):
     """Rows of two examples and some padding."""
     rng = np.random.default_rng(seed)
     ends = rng.integers(5, 9, (rows, 2)).cumsum(axis=1)
-    place = np.arange(TOKENS)
-    second = place >= ends[:, :1]
-    example = np.where(place < ends[:, 1:], second + 2 * np.arange(rows)[:, None], -1)
-    since = place - np.where(second, ends[:, :1], 0)
-    tokens = np.where(example >= 0, rng.integers(1, 61, (rows, TOKENS)), 0)
-    loss_mask = (example >= 0) & (since >= 2)
-    return Batch(tokens.astype(np.int32), loss_mask, example.astype(np.int32))
+    column = np.arange(TOKENS)
+    second = column >= ends[:, :1]
+    segment_ids = np.where(column < ends[:, 1:], second + 2 * np.arange(rows)[:, None], -1)
+    in_example = column - np.where(second, ends[:, :1], 0)
+    tokens = np.where(segment_ids >= 0, rng.integers(1, 61, (rows, TOKENS)), 0)
+    weights = (segment_ids >= 0) & (in_example >= 2)
+    return MicroBatch(
+        tokens.astype(np.int32), weights.astype(np.float32), segment_ids.astype(np.int32)
+    )
 
 
 def cut(batch, rows, parts):
     """Micro-batches of so many rows, each filled with empty ones up to a multiple of `parts`."""
-    empty = Batch(np.zeros_like(batch.tokens), batch.loss_mask & False, batch.example * 0 - 1)
+    empty = MicroBatch(batch.tokens * 0, batch.loss_weights * 0, batch.segment_ids * 0 - 1)
     for start in range(0, len(batch.tokens), rows):
-        yield Batch(
-            **{
-                name: np.concatenate([x[start : start + rows], vars(empty)[name][: -rows % parts]])
-                for name, x in vars(batch).items()
-            }
+        yield jax.tree.map(
+            lambda x, e, start=start: np.concatenate([x[start : start + rows], e[: -rows % parts]]),
+            batch,
+            empty,
         )
 
 
@@ -103,7 +104,7 @@ def functions_on(mesh, remat):
 def step_on(mesh, batch=None):
     """Loss, gradients and state after one step of two micro-batches, or of the given ones."""
     tree = variables()
-    trainable, frozen = masks.partition(tree, masks.mask(tree, *EVERYTHING))
+    trainable, frozen = trainable_mask.partition(tree, trainable_mask.mask(tree, *EVERYTHING))
 
     def begin(trainable):
         return State(jnp.zeros((), jnp.int32), trainable, GRADIENT.init(trainable))
@@ -112,9 +113,9 @@ def step_on(mesh, batch=None):
         state, frozen = begin(jax.tree.map(jnp.array, trainable)), jax.tree.map(jnp.array, frozen)
         place = None
     else:
-        state = sharding.make(begin, mesh, sharding.place(trainable, mesh))
-        frozen = sharding.place(frozen, mesh)
-        place = functools.partial(sharding.place_rows, mesh=mesh)
+        state = sharding.init_sharded(begin, mesh, sharding.shard(trainable, mesh))
+        frozen = sharding.shard(frozen, mesh)
+        place = functools.partial(sharding.shard_batch, mesh=mesh)
     functions = functions_on(mesh, "none")
     batch = batch or [packed_batch(1), packed_batch(2)]
     ((state, report),) = loop.train(state, frozen, [batch], functions, place)
@@ -126,7 +127,7 @@ def step_on(mesh, batch=None):
             sharding.shardings(state, mesh),
         )
         assert all(jax.tree.leaves(places)), "the new state is not where the table has it"
-    return float(report.loss), sharding.whole(state.optimizer[0].trace), state
+    return float(report.loss), sharding.gather(state.optimizer[0].trace), state
 
 
 def deviation(found, expected):
@@ -144,7 +145,7 @@ def cuts():
     for devices, sizes in {1: None, 8: (1, 8, 1)}.items():
         mesh = sizes and sharding.make_mesh(sizes)
         for rows in (128, 32, 1):
-            micros = list(cut(batch, rows, sharding.row_parts(mesh)))
+            micros = list(cut(batch, rows, sharding.row_groups(mesh)))
             found[f"{128 // rows} × {rows} on {devices}"] = deviation(
                 step_on(mesh, micros), expected
             )
@@ -154,18 +155,18 @@ def cuts():
 def compiled(mesh):
     """`accumulate`, and the bytes that its arguments should take on a device."""
     tree = variables()
-    trainable, frozen = masks.partition(tree, masks.mask(tree, *EVERYTHING))
+    trainable, frozen = trainable_mask.partition(tree, trainable_mask.mask(tree, *EVERYTHING))
     functions = functions_on(mesh, "full")
     state = State(np.zeros((), np.int32), trainable, None)
     diff_params = sharding.abstract(jax.eval_shape(functions.prepare, state, frozen), mesh)
-    micro = sharding.place_rows(Micro(**vars(packed_batch(1))), mesh)
+    micro = sharding.shard_batch(packed_batch(1), mesh)
     number = np.zeros((), np.float32)
     program = functions.accumulate.lower(
         diff_params, number, diff_params, state.step, sharding.abstract(frozen, mesh), micro, number
     ).compile()
     held = 2 * sharding.local_bytes(diff_params, mesh) + sharding.local_bytes(frozen, mesh)
     unused = sum(3 * 4 for _ in CONTRACTED)  # their scales
-    rows = ROWS // sharding.row_parts(mesh) * TOKENS * (4 + 1 + 4)
+    rows = ROWS // sharding.row_groups(mesh) * TOKENS * (4 + 4 + 4)
     return program, held - unused + rows + 3 * 4
 
 
@@ -187,7 +188,7 @@ def saved_and_restored(state, folder):
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(state)
     checkpoints.close()
-    values = sharding.whole(state)
+    values = sharding.gather(state)
     if jax.process_index() == 0:
         np.savez(folder / "state.npz", *jax.tree.leaves(values))
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -195,7 +196,7 @@ def saved_and_restored(state, folder):
     restored = checkpoints.restore(like)
     checkpoints.close()
     placed = jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)
-    equal = jax.tree.map(np.array_equal, sharding.whole(restored), values)
+    equal = jax.tree.map(np.array_equal, sharding.gather(restored), values)
     return all(jax.tree.leaves((placed, equal)))
 
 
@@ -208,7 +209,7 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     given = parser.parse_args()
-    sharding.join(given.coordinator, given.processes, given.process)
+    distributed.initialize(given.coordinator, given.processes, given.process)
 
     expected = step_on(None)
     results, state = {}, None
@@ -217,7 +218,6 @@ def main():
         results[name] = deviation(found, expected)
     if given.more or given.processes > 1:
         results["restored"] = saved_and_restored(state, given.folder)
-        results["anywhere"] = [sharding.anywhere(jax.process_index() == i, state) for i in range(3)]
     if given.more:
         program, planned = compiled(sharding.make_mesh((2, 2, 2)))
         results["bytes"] = [program.memory_analysis().argument_size_in_bytes, planned]

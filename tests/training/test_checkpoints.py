@@ -5,16 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora.training import loop, masks
+from jax_lora.config import OptimConfig
+from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
-from jax_lora.training.step import State, adamw, make_step
+from jax_lora.training.optimizers import make_optimizer
+from jax_lora.training.step import State, make_step
 from tests.training.test_step import MODEL, global_batch, variables
 
 
 def begin():
     everything = variables()
-    trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
-    optimizer = adamw(optax.constant_schedule(1e-2))
+    trainable, frozen = trainable_mask.partition(
+        everything, trainable_mask.mask(everything, *trainable_mask.LORA)
+    )
+    optimizer = make_optimizer(OptimConfig(), optax.constant_schedule(1e-2))
     functions = make_step(MODEL, optimizer, seed=3, dropout_rate=0.1)
     return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable)), frozen, functions
 

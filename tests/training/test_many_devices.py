@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import State
 from tests.conftest import REPOSITORY, many_cpus
@@ -121,18 +121,15 @@ def test_two_processes_equal_one_device(two, promise):
 
 
 @parity
-def test_a_flag_in_one_process_is_known_to_both(two):
-    assert [results["anywhere"] for results in two[0]] == [[True, True, False]] * 2
-
-
-@parity
 @pytest.mark.parametrize("which", ["eight", "two"])
 def test_a_checkpoint_knows_no_mesh(which, request):
     # Saved by 8 devices or 2 processes, restored there on another mesh, and here on one device.
     results, folder, *_ = request.getfixturevalue(which)
     assert all(result["restored"] for result in (results if which == "two" else [results]))
     tree = many_devices.variables()
-    trainable, _ = masks.partition(tree, masks.mask(tree, *many_devices.EVERYTHING))
+    trainable, _ = trainable_mask.partition(
+        tree, trainable_mask.mask(tree, *many_devices.EVERYTHING)
+    )
     zero = jax.tree.map(jnp.zeros_like, trainable)
     like = State(jnp.zeros((), jnp.int32), zero, many_devices.GRADIENT.init(zero))
     checkpoints = Checkpoints(folder / "checkpoints")

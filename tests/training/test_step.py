@@ -6,20 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from jax_lora.data.batches import Batch
+from jax_lora.config import OptimConfig
+from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora
 from jax_lora.model.arch import LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.training import loop, masks
-from jax_lora.training.step import (
-    Micro,
-    State,
-    adamw,
-    loss_sum,
-    make_step,
-    schedule,
-)
+from jax_lora.training import loop, trainable_mask
+from jax_lora.training.loss import loss_sum
+from jax_lora.training.optimizers import make_optimizer, schedule
+from jax_lora.training.step import State, make_step
 from tests import reference
 
 TINY = LlamaConfig(61, 32, 48, 2, 4, 2, 8)
@@ -48,18 +44,20 @@ def global_batch(cut: int, examples: int = 8):
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 61, (examples, 16)).astype(np.int32)
     lengths = rng.integers(6, 17, examples).astype(np.int32)
-    mask = (np.arange(16) >= 3) & (np.arange(16) < lengths[:, None])
     real = np.arange(16) < lengths[:, None]
-    example = np.where(real, np.arange(examples)[:, None], -1).astype(np.int32)
-    parts = (tokens, mask, example)
-    return [Batch(*(x[i : i + cut] for x in parts)) for i in range(0, examples, cut)]
+    weights = (real & (np.arange(16) >= 3)).astype(np.float32)
+    segment_ids = np.where(real, np.arange(examples)[:, None], -1).astype(np.int32)
+    parts = (tokens, weights, segment_ids)
+    return [MicroBatch(*(x[i : i + cut] for x in parts)) for i in range(0, examples, cut)]
 
 
 def run(rules, batches, steps=2, dropout=0.1, rate=1e-2, optimizer=None):
     everything = variables()
-    before = jax.tree.map(np.array, everything)  # a step gives up the buffers of what trains
-    trainable, frozen = masks.partition(everything, masks.mask(everything, *rules))
-    optimizer = optimizer or adamw(optax.constant_schedule(rate))
+    before = jax.tree.map(np.array, everything)  # a step donates the buffers of what trains
+    trainable, frozen = trainable_mask.partition(
+        everything, trainable_mask.mask(everything, *rules)
+    )
+    optimizer = optimizer or make_optimizer(OptimConfig(), optax.constant_schedule(rate))
     functions = make_step(MODEL, optimizer, seed=3, dropout_rate=dropout, loss_chunk=8)
     start = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     steps_taken = list(loop.train(start, frozen, [batches] * steps, functions))
@@ -67,10 +65,10 @@ def run(rules, batches, steps=2, dropout=0.1, rate=1e-2, optimizer=None):
 
 
 def test_a_step_changes_what_trains_and_nothing_else():
-    before, state, frozen, _ = run(masks.LORA, global_batch(8))
-    after = masks.combine(state.trainable, frozen)
+    before, state, frozen, _ = run(trainable_mask.LORA, global_batch(8))
+    after = trainable_mask.combine(state.trainable, frozen)
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
-        name = masks.leaf_name(path)
+        name = trainable_mask.leaf_name(path)
         old = before
         for key in path:
             old = old[key.key]
@@ -79,7 +77,7 @@ def test_a_step_changes_what_trains_and_nothing_else():
 
 
 def test_optimizer_state_exists_for_trainable_leaves_only():
-    _, state, _, _ = run(masks.LORA, global_batch(8), steps=1)
+    _, state, _, _ = run(trainable_mask.LORA, global_batch(8), steps=1)
     moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
     sizes = [x.size for x in jax.tree.leaves(state.trainable)]
     assert sorted(x.size for x in moments) == sorted(sizes * 2)
@@ -102,7 +100,8 @@ def test_cutting_the_global_batch_changes_only_rounding(cut):
     # rounding of near-zero gradients into whole steps).
     sgd = optax.sgd(0.1)
     whole, parts = (
-        run(masks.LORA, global_batch(n), steps=2, dropout=0.5, optimizer=sgd) for n in (8, cut)
+        run(trainable_mask.LORA, global_batch(n), steps=2, dropout=0.5, optimizer=sgd)
+        for n in (8, cut)
     )
     for one, other in zip(whole[3], parts[3], strict=True):
         np.testing.assert_allclose(one.loss, other.loss, rtol=1e-6)
@@ -118,7 +117,9 @@ def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
     for group in everything["lora"]["layers"].values():
         for leaf in group.values():
             leaf["b"] = jax.random.normal(jax.random.key(4), leaf["b"].shape)
-    trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
+    trainable, frozen = trainable_mask.partition(
+        everything, trainable_mask.mask(everything, *trainable_mask.LORA)
+    )
 
     def losses(rate):
         still = optax.sgd(0.0)
@@ -133,13 +134,13 @@ def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
 
 def test_chunks_equal_the_plain_loss():
     batch = global_batch(8)[0]
-    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.example)))
+    micro = jax.tree.map(jnp.asarray, batch)
     params = {"params": variables()["params"]}
 
     def plain(v):
         logits = MODEL.apply(v, micro.tokens)[:, :-1]
         each = optax.softmax_cross_entropy_with_integer_labels(logits, micro.tokens[:, 1:])
-        return jnp.sum(each * micro.loss_mask[:, 1:])
+        return jnp.sum(each * micro.loss_weights[:, 1:])
 
     for chunk in (5, 16, 1000):
         ours = lambda v, chunk=chunk: loss_sum(MODEL, v, micro, chunk=chunk)  # noqa: E731
@@ -178,10 +179,10 @@ def test_a_bad_dropout_rate_is_refused():
 
 def test_the_clip_sees_the_trainable_gradient_alone():
     # The reported norm is that of the gradients of A and B; at step 0 only B's are not zero.
-    _, _, _, reports = run(masks.LORA, global_batch(8), steps=1, dropout=0.0)
+    _, _, _, reports = run(trainable_mask.LORA, global_batch(8), steps=1, dropout=0.0)
     everything = variables()
     batch = global_batch(8)[0]
-    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.example)))
+    micro = jax.tree.map(jnp.asarray, batch)
 
     def loss(adapters):
         return loss_sum(MODEL, everything | {"lora": adapters}, micro, chunk=16)
@@ -203,7 +204,9 @@ def gradients(batches, *, materialized=(), packed=False, dropout=0.3, variant="l
             leaf["b"] = 0.3 * jax.random.normal(next(keys), leaf["b"].shape)
             if variant == "dora":
                 leaf["m"] = 1 + jax.random.uniform(next(keys), leaf["b"].shape[::2])
-    trainable, frozen = masks.partition(everything, masks.mask(everything, *masks.LORA))
+    trainable, frozen = trainable_mask.partition(
+        everything, trainable_mask.mask(everything, *trainable_mask.LORA)
+    )
     options = dict(seed=3, dropout_rate=dropout, loss_chunk=8)
     functions = make_step(MODEL, KEEP, materialized=materialized, packed=packed, **options)
     state = State(jnp.zeros((), jnp.int32), trainable, KEEP.init(trainable))
@@ -227,38 +230,35 @@ def test_one_formed_product_equals_two(materialized, variant):
 
 
 def test_packed_rows_give_the_unpacked_gradient():
-    # Two examples a row, the same masks of dropout: the same loss and gradient.
+    # Two examples per row, the same masks of dropout: the same loss and gradient.
     (whole,) = global_batch(8)
-    tokens, mask = np.zeros((4, 32), np.int32), np.zeros((4, 32), bool)
-    example = np.full((4, 32), -1, np.int32)
+    tokens, weights = np.zeros((4, 32), np.int32), np.zeros((4, 32), np.float32)
+    segment_ids = np.full((4, 32), -1, np.int32)
     for r in range(4):
         start = 0
         for i in (r, r + 4):
-            real = whole.example[i] >= 0
+            real = whole.segment_ids[i] >= 0
             end = start + real.sum()
             tokens[r, start:end] = whole.tokens[i][real]
-            mask[r, start:end] = whole.loss_mask[i][real]
-            example[r, start:end] = i
+            weights[r, start:end] = whole.loss_weights[i][real]
+            segment_ids[r, start:end] = i
             start = end
-    packed = gradients([Batch(tokens, mask, example)], packed=True)
+    packed = gradients([MicroBatch(tokens, weights, segment_ids)], packed=True)
     assert_same(packed, gradients([whole]))
 
 
 def test_an_example_may_weigh_the_same_however_long():
     (batch,) = global_batch(8)
-    weights = (batch.loss_mask / batch.loss_mask.sum(axis=1, keepdims=True)).astype(np.float32)
-    whole, gradient = gradients([Batch(batch.tokens, weights, batch.example)], dropout=0.0)
-    alone = [
-        gradients([Batch(*(x[i : i + 1] for x in vars(batch).values()))], dropout=0.0)
-        for i in range(8)
-    ]
+    weights = batch.loss_weights / batch.loss_weights.sum(axis=1, keepdims=True)
+    whole, gradient = gradients([batch._replace(loss_weights=weights)], dropout=0.0)
+    alone = [gradients([MicroBatch(*(x[i : i + 1] for x in batch))], dropout=0.0) for i in range(8)]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 8, *(one[1] for one in alone))
     assert_same((whole, gradient), (np.mean([one[0] for one in alone]), mean))
 
 
 def test_groups_of_positions_change_only_the_order():
     (batch,) = global_batch(8)
-    micro = Micro(*map(jnp.asarray, (batch.tokens, batch.loss_mask, batch.example)))
+    micro = jax.tree.map(jnp.asarray, batch)
     params = {"params": variables()["params"]}
     one, four = (
         jax.value_and_grad(lambda v, n=n: loss_sum(MODEL, v, micro, chunk=8, groups=n))(params)
@@ -271,8 +271,9 @@ def test_lora_plus_moves_b_faster():
     batches = global_batch(8)
     moved = []
     for ratio in (1.0, 16.0):
-        optimizer = adamw(optax.constant_schedule(1e-3), weight_decay=0.1, b_ratio=ratio)
-        before, state, _, _ = run(masks.LORA, batches, steps=1, optimizer=optimizer)
+        config = OptimConfig(weight_decay=0.1, loraplus_lr_ratio=ratio)
+        optimizer = make_optimizer(config, optax.constant_schedule(1e-3))
+        before, state, _, _ = run(trainable_mask.LORA, batches, steps=1, optimizer=optimizer)
         moved.append((before["lora"], state.trainable["lora"]))
     for path, start in jax.tree_util.tree_leaves_with_path(moved[0][0]):
         if path[-1].key == "scale":

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 
@@ -20,18 +20,18 @@ LORA = ((r"lora/.*/[abm]",), (r"lora/.*/scale", r"params/.*"))
 FULL = ((r"params/.*",), ())
 
 
-def leaf_name(path: Any) -> str:
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
     """`params/norm/scale` for the key path of that leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any:
+def mask(variables: PyTree, trainable: Sequence[str], frozen: Sequence[str]) -> PyTree:
     """A boolean for every leaf of `variables`: does it train?
 
     Args:
       variables: the tree {"params": base, "lora": adapters}, or shapes of it.
       trainable: regular expressions that must match a whole leaf name; they win over `frozen`.
-      frozen: the same for the leaves that stay.
+      frozen: the same for the leaves that do not train.
 
     Returns:
       A tree of `variables`' structure with True and False, fit for `optax.masked`.
@@ -74,7 +74,7 @@ def mask(variables: Any, trainable: Sequence[str], frozen: Sequence[str]) -> Any
     return result
 
 
-def partition(variables: Any, trains: Any) -> tuple[Any, Any]:
+def partition(variables: PyTree, trains: PyTree) -> tuple[PyTree, PyTree]:
     """Split a tree into (trainable, frozen), an `optax.MaskedNode` where a leaf is elsewhere.
 
         {a: 1, b: 2}, {a: True, b: False}  →  {a: 1, b: ·}, {a: ·, b: 2}
@@ -89,7 +89,7 @@ def partition(variables: Any, trains: Any) -> tuple[Any, Any]:
     )
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
     """The inverse of `partition`."""
     return jax.tree.map(
         lambda t, f: f if isinstance(t, optax.MaskedNode) else t,

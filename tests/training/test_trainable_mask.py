@@ -4,7 +4,7 @@ import jax
 import optax
 import pytest
 
-from jax_lora.training import masks
+from jax_lora.training import trainable_mask
 
 TREE = {
     "lora": {"layers": {"q_proj": {"a": 1, "b": 2, "scale": 3}}},
@@ -14,23 +14,23 @@ GAP = optax.MaskedNode()
 
 
 def test_lora_trains_a_and_b():
-    assert masks.mask(TREE, *masks.LORA) == {
+    assert trainable_mask.mask(TREE, *trainable_mask.LORA) == {
         "lora": {"layers": {"q_proj": {"a": True, "b": True, "scale": False}}},
         "params": {"norm": {"scale": False}, "lm_head": {"kernel": False}},
     }
 
 
 def test_anything_between_is_one_more_expression():
-    trainable, frozen = masks.LORA
-    assert masks.mask(TREE, (*trainable, r"params/norm/.*"), frozen)["params"] == {
+    trainable, frozen = trainable_mask.LORA
+    assert trainable_mask.mask(TREE, (*trainable, r"params/norm/.*"), frozen)["params"] == {
         "norm": {"scale": True},
         "lm_head": {"kernel": False},
     }
 
 
 def test_partition_and_combine():
-    trains = masks.mask(TREE, *masks.LORA)
-    trainable, frozen = masks.partition(TREE, trains)
+    trains = trainable_mask.mask(TREE, *trainable_mask.LORA)
+    trainable, frozen = trainable_mask.partition(TREE, trains)
     assert trainable == {
         "lora": {"layers": {"q_proj": {"a": 1, "b": 2, "scale": GAP}}},
         "params": {"norm": {"scale": GAP}, "lm_head": {"kernel": GAP}},
@@ -39,7 +39,7 @@ def test_partition_and_combine():
         "lora": {"layers": {"q_proj": {"a": GAP, "b": GAP, "scale": 3}}},
         "params": {"norm": {"scale": 4}, "lm_head": {"kernel": 5}},
     }
-    assert masks.combine(trainable, frozen) == TREE
+    assert trainable_mask.combine(trainable, frozen) == TREE
     assert jax.tree.leaves(trainable) == [1, 2]
 
 
@@ -55,4 +55,4 @@ def test_partition_and_combine():
 )
 def test_rules_that_miss_are_refused(trainable, frozen, message):
     with pytest.raises(ValueError, match=message):
-        masks.mask(TREE, trainable, frozen)
+        trainable_mask.mask(TREE, trainable, frozen)
