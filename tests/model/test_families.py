@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from jax_lora.data.loader import MicroBatch
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.generation import greedy
 from jax_lora.model.arch import LINEAR, LINEARS
