@@ -59,8 +59,8 @@ def test_a_folder_becomes_a_folder_with_its_own_generation_settings(tmp_path, so
 
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, source, capsys):
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:-100])
-    keys = tiny_bpe("qwen2")
-    write_gguf(tmp_path / "qwen.gguf", hf_weights(len(keys["tokens"])), tokenizer=keys)
+    keys = tiny_bpe("tekken")
+    write_gguf(tmp_path / "nemo.gguf", hf_weights(len(keys["tokens"])), tokenizer=keys)
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -69,7 +69,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, source,
     for arguments, message in [
         ([str(tmp_path / "none"), out], "no such folder or file"),
         ([str(tmp_path / "cut.gguf"), out], "damaged or cut short at"),
-        ([str(tmp_path / "qwen.gguf"), out], "found 'qwen2', expected one of smollm"),
+        ([str(tmp_path / "nemo.gguf"), out], "found 'tekken', expected one of smollm"),
         ([str(tmp_path / "empty"), out], "no tokenizer"),
         ([str(source), str(tmp_path / "full")], "expected a new or empty folder"),
         ([str(source), str(source)], "expected a new or empty folder"),
