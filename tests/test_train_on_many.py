@@ -16,7 +16,8 @@ from jax_lora.run import Run, inputs
 from jax_lora.weights import base as base_weights
 from tests.conftest import REPOSITORY, many_cpus
 from tests.parity.training import adapter_tensors, worst_error
-from tests.test_scripts import command, lines, training
+from tests.scripts import command
+from tests.test_scripts import lines, training
 
 pytestmark = pytest.mark.parity  # minutes
 STEPS = 12
@@ -52,7 +53,8 @@ def train(tiny_model, tmp_path_factory):
 
     def arguments(workdir, *more):
         steps = f"--config.max_steps={STEPS}"
-        return training(tiny_model, toy, workdir, steps, *SHORT, *more)
+        flags = training(tiny_model, toy, workdir, steps, *SHORT, *more)
+        return command("train.py", *flags)
 
     return arguments
 
