@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import runpy
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from jax_lora import cli
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Settings of jax that a script may change.
 SETTINGS = ("jax_platforms", "jax_enable_compilation_cache", "jax_compilation_cache_dir")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Finished(NamedTuple):
@@ -76,6 +78,7 @@ def _restored() -> Iterator[None]:
     known, root = set(flags.FLAGS), sys.path[:]
     before = {name: jax.config.values[name] for name in SETTINGS}
     loggers = [logging.getLogger(name) for name in (None, "absl", "jax_lora")]
+    handlers_of_signals = {number: signal.getsignal(number) for number in STOPS}
     states = [(one.level, one.handlers[:], one.propagate) for one in loggers]
     try:
         # What it sets holds for the rest of the process.
@@ -86,6 +89,8 @@ def _restored() -> Iterator[None]:
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
         sys.path[:] = root
+        for number, handler in handlers_of_signals.items():
+            signal.signal(number, handler)
         for name, value in before.items():
             if jax.config.values[name] != value:
                 jax.config.update(name, value)
