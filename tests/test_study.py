@@ -50,7 +50,7 @@ def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str
         return True
 
 
-@pytest.mark.parity
+@pytest.mark.slow
 def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
     smoke_study, environment, tmp_path
 ):
@@ -75,7 +75,7 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
     assert "2 of 2 cells" in report and (workdir / "report" / "figures" / "figure1.png").is_file()
 
 
-@pytest.mark.parity
+@pytest.mark.slow
 def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promise):
     """A cell that fails in both, then one of the smoke study, on 2 × 2 devices."""
     workdir, cell = tmp_path / "s", "r2-T2-round0-lr0.01"

@@ -19,7 +19,7 @@ from tests.parity.training import adapter_tensors, worst_error
 from tests.scripts import command
 from tests.test_scripts import lines, training
 
-pytestmark = pytest.mark.parity  # minutes
+pytestmark = pytest.mark.slow  # minutes
 STEPS = 12
 SHORT = [
     "--config.data.buckets=(384,)",

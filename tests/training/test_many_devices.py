@@ -20,7 +20,7 @@ from tests.training import many_devices
 
 # Every axis alone, and with others; fsdp with tensor alone is the mesh of two processes.
 MESHES = ["8,1,1", "1,8,1", "1,1,8", "2,1,4", "2,2,2"]
-parity = pytest.mark.parity  # a minute or two for each of the fixtures
+slow = pytest.mark.slow  # a minute or two for each of the fixtures
 PATIENCE = 600  # seconds, for a hang to become a failure
 
 
@@ -74,7 +74,7 @@ def test_a_mesh_equals_one_device(tmp_path):
     assert found["loss"] <= 1e-5 and found["gradient"] <= 1e-5
 
 
-@parity
+@slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_equals_one_device(eight, mesh, promise):
     what = "a step on 8 devices instead of 1, any mesh, ranks 1, 3, 8 and above D"
@@ -82,13 +82,13 @@ def test_every_mesh_equals_one_device(eight, mesh, promise):
     promise(f"{what}: ‖g - g'‖ / ‖g'‖ of all weights, A, B and m", eight[0][mesh]["gradient"], 1e-5)
 
 
-@parity
+@slow
 def test_a_device_holds_its_part_to_the_byte(eight):
     found, planned = eight[0]["bytes"]
     assert found == planned
 
 
-@parity
+@slow
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("how", ["1 × 128", "4 × 32", "128 × 1"])
 def test_the_cut_does_not_matter(eight, how, devices, promise):
@@ -98,7 +98,7 @@ def test_the_cut_does_not_matter(eight, how, devices, promise):
     promise(f"{what}: ‖g - g'‖ / ‖g'‖ of all weights, A, B and m", found["gradient"], 1e-5)
 
 
-@parity
+@slow
 def test_only_weights_are_gathered_and_a_layer_at_a_time(eight):
     results, _, said = eight
     assert "Involuntary full rematerialization" not in said
@@ -111,7 +111,7 @@ def test_only_weights_are_gathered_and_a_layer_at_a_time(eight):
                 assert shape[0] == many_devices.ROWS // 4, (origin, shape)
 
 
-@parity
+@slow
 def test_two_processes_equal_one_device(two, promise):
     what = "a step in 2 processes of 4 devices instead of on 1"
     for results in two[0]:
@@ -120,12 +120,12 @@ def test_two_processes_equal_one_device(two, promise):
         promise(f"{what}: ‖g - g'‖ / ‖g'‖ of all weights, A, B and m", found["gradient"], 1e-5)
 
 
-@parity
+@slow
 def test_a_flag_in_one_process_is_known_to_both(two):
     assert [results["anywhere"] for results in two[0]] == [[True, True, False]] * 2
 
 
-@parity
+@slow
 @pytest.mark.parametrize("which", ["eight", "two"])
 def test_a_checkpoint_knows_no_mesh(which, request):
     # Saved by 8 devices or 2 processes, restored there on another mesh, and here on one device.
