@@ -45,7 +45,9 @@ LONG = (
     "test_peft_training.py",
     "test_scripts.py",
     "test_step.py",
+    "test_bfloat16.py",
     "test_benchmarks.py",
+    "test_wheel.py",
 )
 
 

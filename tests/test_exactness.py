@@ -50,8 +50,8 @@ def run(suite: Path, *arguments: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]])
 def test_a_whole_run_writes_the_table(suite, workers):
-    said, table = run(suite, "tests", "-m", "promise", *workers)
-    assert "3 passed" in said and "the promises of 3 tests" in said
+    output, table = run(suite, "tests", "-m", "promise", *workers)
+    assert "3 passed" in output and "the promises of 3 tests" in output
     assert table.endswith(
         "| largest \\|bit\\| | 0 | 0 | `test_a.py::test_equal` |\n"
         "| logits | 1e-05 | 2.3e-06 | `test_b.py::test_close` |\n"
@@ -68,21 +68,21 @@ def test_a_whole_run_writes_the_table(suite, workers):
     ],
 )
 def test_part_of_a_run_does_not(suite, arguments, why):
-    said, table = run(suite, *arguments)
-    assert f"exactness.md stays as it is: {why}" in said and table == "old"
+    output, table = run(suite, *arguments)
+    assert f"exactness.md stays as it is: {why}" in output and table == "old"
 
 
 def test_a_broken_promise_does_not(suite):
     path = suite / "tests" / "test_b.py"
     path.write_text(path.read_text().replace("2.34e-6", "2.34e-5"))
-    said, table = run(suite, "tests", "-m", "promise")
-    assert "logits: worst 2.3e-05, tolerance 1e-05" in said and table == "old"
-    assert "stays as it is: not every test passed" in said
+    output, table = run(suite, "tests", "-m", "promise")
+    assert "logits: worst 2.3e-05, tolerance 1e-05" in output and table == "old"
+    assert "stays as it is: not every test passed" in output
 
 
 def test_a_promise_without_torch_is_measured_without_it(suite):
-    said, table = run(suite, "tests", "-m", "not parity", "-k", "not other")
-    assert "1 passed, 3 deselected" in said and table == "old" and "stays" not in said
+    output, table = run(suite, "tests", "-m", "not parity", "-k", "not other")
+    assert "1 passed, 3 deselected" in output and table == "old" and "stays" not in output
 
 
 def test_every_row_is_of_a_test_that_there_is():

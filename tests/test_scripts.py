@@ -191,10 +191,10 @@ def assert_refused(script: str, arguments: list[str], workdir: Path, *words: str
     before = sorted(workdir.rglob("*")) if workdir.exists() else None
     result = run(script, *arguments)
     assert result.returncode == 2, (result.returncode, result.stderr)
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
     for word in words:
-        assert word in said[0], said[0]
+        assert word in errors[0], errors[0]
     assert (sorted(workdir.rglob("*")) if workdir.exists() else None) == before
 
 
@@ -307,9 +307,9 @@ def test_a_folder_of_another_run(tiny_model, toy, finished):
 
 
 def test_a_folder_that_cannot_be_written(tiny_model, toy, tmp_path):
-    # Root may write anywhere, so the place is one that no one can write to.
-    place = Path("/proc/no-such-run")
-    assert_refused("train.py", training(tiny_model, toy, place), place, "/proc/no-such-run")
+    # Root may write anywhere, so the folder is one that no one can write to.
+    folder = Path("/proc/no-such-run")
+    assert_refused("train.py", training(tiny_model, toy, folder), folder, "/proc/no-such-run")
 
 
 def test_scoring_what_is_not_there(tmp_path, finished):

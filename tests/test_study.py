@@ -69,8 +69,8 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
     times = [set(pd.read_parquet(w / "timings.parquet")["pid"]) for w in (workdir, smoke_study)]
     assert len(times[0]) == 2 and len(times[1]) == 1  # the broken one's cells are of two processes
 
-    said = study(workdir, "--report")
-    assert said.returncode == 0, said.stderr
+    done = study(workdir, "--report")
+    assert done.returncode == 0, done.stderr
     report = (workdir / "report" / "report.md").read_text()
     assert "2 of 2 cells" in report and (workdir / "report" / "figures" / "figure1.png").is_file()
 
@@ -95,13 +95,13 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
         )
         for i in (0, 1)
     ]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [1, 0], said
-    assert "1 of 2 done, 1 failed, 0 running" in said[0][0] and "done" not in said[1][0]
+    output = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [1, 0], output
+    assert "1 of 2 done, 1 failed, 0 running" in output[0][0] and "done" not in output[1][0]
     failed = json.loads((workdir / "cells" / "r2-T2-round0-lr1e+30" / "failed.json").read_text())
     assert "try a lower optim.learning_rate" in failed["reason"]
-    own = workdir / "cells" / cell
-    assert "4 × cpu" in json.loads((own / "config.json").read_text())["device"]
+    trained = workdir / "cells" / cell
+    assert "4 × cpu" in json.loads((trained / "config.json").read_text())["device"]
 
     # What was trained on is the same, and what came out of it but for rounding.
     found, wanted = (pd.read_parquet(w / "results.parquet") for w in (workdir, smoke_study))
@@ -116,12 +116,12 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     promise("study.py, 2 processes × 2 devices for 1: ‖θ - θ'‖ / ‖θ'‖ of its base", far, 1e-3)
 
     # Scores are those of the weights, whoever gives them.
-    alone = shutil.copytree(own, tmp_path / "alone")
-    shutil.rmtree(alone / "eval")
-    done = scripts.run("eval.py", f"--workdir={alone}")
+    again = shutil.copytree(trained, tmp_path / "again")
+    shutil.rmtree(again / "eval")
+    done = scripts.run("eval.py", f"--workdir={again}")
     assert done.returncode == 0, done.stderr
     for test in ("seen", "unseen"):
-        answers = [folder / "eval" / test / "predictions.jsonl" for folder in (own, alone)]
+        answers = [folder / "eval" / test / "predictions.jsonl" for folder in (trained, again)]
         assert len({tuple(sorted(path.read_text().splitlines())) for path in answers}) == 1
 
 
@@ -140,10 +140,10 @@ def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
         )
         for i in (0, 1)
     ]
-    said = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [2, 2], said
-    assert "error: process 1 ended before it began" in said[0]
-    assert "error: sets: found 'T3'" in said[1]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    assert "error: process 1 ended before it began" in errors[0]
+    assert "error: sets: found 'T3'" in errors[1]
     assert not (tmp_path / "s").exists()
 
 
@@ -211,10 +211,10 @@ def test_a_dry_run_counts_and_leaves_nothing(smoke_study, tmp_path):
 
 def refused(workdir: Path, arguments: list[str], *words: str) -> None:
     done = study(workdir, *arguments)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
     for word in words:
-        assert word in said[0], said[0]
+        assert word in errors[0], errors[0]
 
 
 @pytest.mark.parametrize(
@@ -243,10 +243,10 @@ def test_a_report_of_what_is_not_there(smoke_study, tmp_path):
     refused(tmp_path / "s", ["--report"], "study.json")
     shutil.copy(smoke_study / "study.json", tmp_path)
     refused(tmp_path, ["--report"], "results.parquet", "no such file")
-    whole = (smoke_study / "results.parquet").read_bytes()
-    (tmp_path / "results.parquet").write_bytes(whole[: len(whole) // 2])
+    content = (smoke_study / "results.parquet").read_bytes()
+    (tmp_path / "results.parquet").write_bytes(content[: len(content) // 2])
     refused(tmp_path, ["--report"], "results.parquet", "whole parquet file")
-    (tmp_path / "results.parquet").write_bytes(whole)
+    (tmp_path / "results.parquet").write_bytes(content)
     assert study(tmp_path, "--report").returncode == 0  # from it alone
 
 
