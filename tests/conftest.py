@@ -45,7 +45,9 @@ LONG = (
     "test_peft_training.py",
     "test_scripts.py",
     "test_step.py",
+    "test_bfloat16.py",
     "test_benchmarks.py",
+    "test_wheel.py",
 )
 
 
@@ -151,9 +153,8 @@ def promise(request) -> Callable[[str, float, float], None]:
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     promising = [item for item in items if "promise" in item.fixturenames]
-    if config.option.markexpr == "parity":
-        for item in promising:  # those that need no torch are in the table too
-            item.add_marker("parity")
+    for item in promising:
+        item.add_marker("promise")
     files = set((REPOSITORY / "tests").rglob("test_*.py")) - {item.path for item in items}
     ledger = config.stash[LEDGER]
     ledger.wanted, ledger.unread = {item.nodeid for item in promising}, set(map(str, files))
@@ -192,5 +193,5 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if ledger.wanted and gap is None:
         path.write_text(ledger.table(), encoding="utf-8")
         terminalreporter.line(f"{path.name}: the promises of {len(ledger.wanted)} tests")
-    elif config.option.markexpr == "parity":
+    elif config.option.markexpr == "promise":
         terminalreporter.line(f"{path.name} stays as it is: {gap}")

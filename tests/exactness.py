@@ -20,8 +20,8 @@ on a CPU; θ is a tensor of weights, θ₀ where it started, g its gradient, and
 reference implementation's, a prime (θ') the same work of ours done otherwise. D is the width of the
 model, m DoRA's magnitudes; a mesh is (data, fsdp, tensor), see `docs/many_devices.md`.
 
-Written by `make parity` (`pytest tests -m parity`) when every promise was measured and kept, last
-with {versions}. Not to be edited.
+Written by `make exactness` (`pytest tests -m promise`) when every promise was measured and kept,
+last with {versions}. Not to be edited. `make test`, `make parity` and CI keep the same promises.
 
 | promise | tolerance | worst seen | test |
 |---|---:|---:|---|

@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import curves, epoch, parts, report, run, work
 
-pytestmark = pytest.mark.parity  # it takes half a minute
-
+slow = pytest.mark.slow  # the fixture takes half a minute
 TINY = ["--size=tiny", "--ranks=2", "--loss=answer", "--repeats=1", "--examples=12"]
 
 
@@ -20,6 +19,7 @@ def found(tmp_path_factory):
     return json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
 
 
+@slow
 def test_every_part_has_results_and_a_table(found):
     records, text = found
     for part in ("products", "step", "epoch", "startup", "curves"):
@@ -28,6 +28,7 @@ def test_every_part_has_results_and_a_table(found):
     assert " ".join(TINY) in records["command"] and records["command"] in text
 
 
+@slow
 def test_a_step_is_its_tokens_in_its_seconds(found):
     (record,) = found[0]["step"]
     ours = record["ours"]
@@ -36,6 +37,7 @@ def test_a_step_is_its_tokens_in_its_seconds(found):
     assert ours["losses"][0] == pytest.approx(math.log(512), abs=0.3)
 
 
+@slow
 def test_padding_of_an_epoch_is_counted(found):
     rows, _ = work.task_rows(work.case(), 12)
     real = sum(len(row.ids) for row in rows)
@@ -46,6 +48,7 @@ def test_padding_of_an_epoch_is_counted(found):
         assert record["real_tokens_per_second"] * record["seconds"] == pytest.approx(real)
 
 
+@slow
 def test_a_fresh_process_is_timed_from_its_start(found):
     (record,) = found[0]["startup"]
     parts_of_it = (record[f"{name}_seconds"] for name in ("import", "build", "first"))
@@ -53,6 +56,7 @@ def test_a_fresh_process_is_timed_from_its_start(found):
     assert record["peak_bytes"] > 50e6  # JAX alone is more
 
 
+@slow
 def test_curves_change_one_size_at_a_time(found):
     axes = {record["axis"] for record in found[0]["curves"]}
     assert axes == {*curves.VALUES["tiny"], "examples"}
@@ -95,6 +99,7 @@ def test_a_wrong_flag_is_named(flag, capsys):
 # ---------------------------------------------------------------- beside the peer
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("rank", [2, None])
 def test_both_sides_do_the_same_work(rank):
@@ -107,6 +112,7 @@ def test_both_sides_do_the_same_work(rank):
     assert ours[2] < ours[0]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("grouped", [False, True])
 def test_their_batches_hold_every_row_once(grouped):
     pytest.importorskip("peft")

@@ -1,8 +1,5 @@
 """What scripts share that their own tests do not show."""
 
-import os
-import subprocess
-import sys
 from importlib import metadata
 
 import jax
@@ -13,26 +10,19 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import write_json
 from jax_lora.run import folder
-from tests.conftest import REPOSITORY
-
-SAY = """
-import jax
-from jax_lora import cli
-cli.keep_programs()
-print(jax.config.values["jax_compilation_cache_dir"])
-"""
 
 
-def test_programs_are_kept_in_the_users_cache_unless_jax_is_told_otherwise(tmp_path):
-    def folder(**more: str) -> str:
-        own = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-        environment = own | {"JAX_LORA_CACHE": str(tmp_path), **more}
-        return subprocess.check_output(
-            [sys.executable, "-c", SAY], text=True, cwd=REPOSITORY, env=environment
-        ).strip()
-
-    assert folder().startswith(f"{tmp_path}/programs-")
-    assert folder(JAX_COMPILATION_CACHE_DIR="elsewhere") == "elsewhere"
+def test_programs_are_kept_in_the_users_cache_unless_jax_is_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_LORA_CACHE", str(tmp_path))
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    try:
+        for given, expected in ((None, f"{tmp_path}/programs-"), ("elsewhere", "elsewhere")):
+            jax.config.update(name, given)
+            cli.keep_programs()
+            assert jax.config.values[name].startswith(expected)
+    finally:
+        jax.config.update(name, before)
 
 
 def test_a_folder_belongs_to_the_config_that_decides_its_results(tmp_path):

@@ -35,9 +35,9 @@ def text(notebook: Any) -> str:
     found = outputs(notebook)
     assert not [o for o in found if o.output_type == "error" or o.get("name") == "stderr"]
     data = [o.get("data", {}) for o in found]
-    said = [o.get("text") or d.get("text/markdown") or d.get("text/plain", "")
+    texts = [o.get("text") or d.get("text/markdown") or d.get("text/plain", "")
             for o, d in zip(found, data, strict=True)]  # fmt: skip
-    return "\n".join(said)
+    return "\n".join(texts)
 
 
 def pictures(notebook: Any) -> int:
@@ -59,9 +59,9 @@ def test_runs_on_a_small_study(path, smoke_study):
 
 def test_adapters_of_several_ranks_and_rounds(smoke_study, tmp_path):
     """The study's adapter once more as if of round 1, and a half of it as if of rank 1."""
-    said = json.loads((smoke_study / "study.json").read_text())
-    said["config"] |= {"ranks": [1, 2, "full"], "rounds": [0, 1]}
-    (tmp_path / "study.json").write_text(json.dumps(said))
+    saved = json.loads((smoke_study / "study.json").read_text())
+    saved["config"] |= {"ranks": [1, 2, "full"], "rounds": [0, 1]}
+    (tmp_path / "study.json").write_text(json.dumps(saved))
     results = pd.read_parquet(smoke_study / "results.parquet")
     rows = results[results["cell"] == "r2-T2-round0"]
     again = rows.assign(cell="r2-T2-round1", round=1)
@@ -88,5 +88,5 @@ def test_saved_as_it_ran(path):
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == [*range(1, len(counts) + 1)]
     assert pictures(notebook) >= SHOWN[path.stem][1] and text(notebook)
-    whole = path.read_text(encoding="utf-8")
-    assert str(REPOSITORY) not in whole and str(Path.home()) not in whole  # nobody's machine
+    content = path.read_text(encoding="utf-8")
+    assert str(REPOSITORY) not in content and str(Path.home()) not in content  # nobody's machine

@@ -1,12 +1,9 @@
-"""train.py and eval.py as a user runs them, on a tiny model and our toy tasks."""
+"""train.py and eval.py with the flags that a user gives, on a tiny model and our toy tasks."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -19,6 +16,7 @@ from jax_lora.model.transformer import Llama
 from jax_lora.run import Run, scoring
 from jax_lora.weights import gguf, hf
 from tests.conftest import REPOSITORY
+from tests.scripts import command, run
 
 SMALL = [
     "--config.dtype=float32",
@@ -42,34 +40,28 @@ def toy(tmp_path_factory) -> Path:
     return write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
 
 
-def command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(REPOSITORY / script), *arguments]
-
-
-def training(model: Path, toy: Path, workdir: Path, *more: str) -> list[str]:
-    return command(
-        "train.py",
-        f"--config={REPOSITORY}/configs/lora.py:rank=2",
+def training(
+    model: Path, toy: Path, workdir: Path, *more: str, config: str = "lora.py:rank=2"
+) -> list[str]:
+    """Flags of train.py."""
+    return [
+        f"--config={REPOSITORY}/configs/{config}",
         f"--config.model={model}",
         f"--config.data.path={toy}",
         f"--workdir={workdir}",
         *SMALL,
         *more,
-    )
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, toy, tmp_path_factory) -> Path:
     """A run that trained and was scored."""
     workdir = tmp_path_factory.mktemp("runs") / "r2"
-    trained = run(training(tiny_model, toy, workdir))
+    trained = run("train.py", *training(tiny_model, toy, workdir))
     assert trained.returncode == 0, trained.stderr
     assert "trainable" in trained.stdout and "lora.layers.self_attn.q_proj.a" in trained.stdout
-    scored = run(command("eval.py", f"--workdir={workdir}", "--sets=unseen"))
+    scored = run("eval.py", f"--workdir={workdir}", "--sets=unseen")
     assert scored.returncode == 0, scored.stderr
     assert "mean over tasks" in scored.stdout and "closed-label tasks" in scored.stdout
     return workdir
@@ -107,11 +99,8 @@ def test_the_folder_holds_what_the_house_promises(finished):
 
 
 def test_the_adapter_folder_is_the_last_checkpoint(finished):
-    scored = run(
-        command(
-            "eval.py", f"--workdir={finished}", "--sets=unseen", f"--adapter={finished}/adapter"
-        )
-    )
+    arguments = f"--workdir={finished}", "--sets=unseen", f"--adapter={finished}/adapter"
+    scored = subprocess.run(command("eval.py", *arguments), capture_output=True, text=True)
     assert scored.returncode == 0, scored.stderr
     (other,) = finished.glob("eval-adapter-*")
     texts = [
@@ -123,7 +112,7 @@ def test_the_adapter_folder_is_the_last_checkpoint(finished):
 
 def test_the_untuned_base_stands_beside(finished):
     for arguments in (["--adapter=none"], []):
-        scored = run(command("eval.py", f"--workdir={finished}", "--sets=unseen", *arguments))
+        scored = run("eval.py", f"--workdir={finished}", "--sets=unseen", *arguments)
         assert scored.returncode == 0, scored.stderr
     assert "untuned EM" in scored.stdout
     assert (finished / "eval-none/unseen/scores.json").is_file()
@@ -131,24 +120,24 @@ def test_the_untuned_base_stands_beside(finished):
 
 def test_a_terminated_run_goes_on_to_the_same_end(tiny_model, toy, finished, tmp_path):
     workdir = tmp_path / "r2"
-    process = subprocess.Popen(
-        training(tiny_model, toy, workdir),
-        stdout=subprocess.PIPE,
+    with subprocess.Popen(
+        command("train.py", *training(tiny_model, toy, workdir)),
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=REPOSITORY,
-    )
-    metrics = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
-        assert time.monotonic() < deadline
-        os.sched_yield()
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate()
+    ) as process:
+        assert process.stderr
+        stderr = ""
+        while " 1/6 " not in stderr:  # its progress bar
+            letter = process.stderr.read(1)
+            assert letter, stderr
+            stderr += letter
+        process.send_signal(signal.SIGTERM)
+        stderr += process.stderr.read()
     if process.returncode:  # it may have been at its end already
         assert process.returncode == 75
         assert "rerun the same command to resume there" in stderr
-    again = run(training(tiny_model, toy, workdir))
+    again = run("train.py", *training(tiny_model, toy, workdir))
     assert again.returncode == 0, again.stderr
     ours, theirs = lines(workdir), lines(finished)
     assert [(m["step"], m["loss"]) for m in ours] == [(m["step"], m["loss"]) for m in theirs]
@@ -158,16 +147,14 @@ def test_a_terminated_run_goes_on_to_the_same_end(tiny_model, toy, finished, tmp
 
 def test_full_fine_tuning_trains_and_scores(tiny_model, toy, tmp_path):
     workdir = tmp_path / "full"
-    arguments = training(tiny_model, toy, workdir)
-    arguments[2] = f"--config={REPOSITORY}/configs/full.py"
-    trained = run(arguments)
+    trained = run("train.py", *training(tiny_model, toy, workdir, config="full.py"))
     assert trained.returncode == 0, trained.stderr
     assert "trainable 100.000%" in trained.stdout and not (workdir / "adapter").exists()
-    scored = run(command("eval.py", f"--workdir={workdir}", "--sets=seen"))
+    scored = run("eval.py", f"--workdir={workdir}", "--sets=seen")
     assert scored.returncode == 0, scored.stderr
     out = tmp_path / "out"
-    merge = command("convert.py", str(tiny_model), str(out), f"--merge={workdir}")
-    assert run([*merge, "--dtype=float32"]).returncode == 0
+    arguments = str(tiny_model), str(out), f"--merge={workdir}", "--dtype=float32"
+    assert run("convert.py", *arguments).returncode == 0
     variables = scoring.load(workdir, Run.open(None, workdir).config, "last").variables
     found, (_, base) = hf.load(out, "float32")[1], gguf.load(tiny_model, "float32")
     jax.tree.map(np.testing.assert_array_equal, found, variables["params"])
@@ -180,10 +167,10 @@ def test_a_run_that_trained_norms_too_is_merged_whole_or_refused(tiny_model, toy
     rules = "--config.trainable=('lora/.*/[ab]','params/.*norm/scale')"
     workdir, out = tmp_path / "r", tmp_path / "out"
     more = (rules, "--config.max_steps=3", "--config.optim.clip_norm=0")
-    trained = run(training(tiny_model, toy, workdir, *more))
+    trained = run("train.py", *training(tiny_model, toy, workdir, *more))
     assert trained.returncode == 0, trained.stderr
-    merge = command("convert.py", str(tiny_model), str(out), "--dtype=float32")
-    merged = run([*merge, f"--merge={workdir}"])
+    arguments = str(tiny_model), str(out), f"--merge={workdir}", "--dtype=float32"
+    merged = run("convert.py", *arguments)
     assert merged.returncode == 0, merged.stderr
     variables = scoring.load(workdir, Run.open(None, workdir).config, "last").variables
     found, (config, base) = hf.load(out, "float32")[1], gguf.load(tiny_model, "float32")
@@ -193,21 +180,21 @@ def test_a_run_that_trained_norms_too_is_merged_whole_or_refused(tiny_model, toy
     wanted = say(variables, tokens)
     np.testing.assert_allclose(say({"params": found}, tokens), wanted, rtol=0, atol=1e-5)
     adapter = f"--adapter={workdir}/adapter"
-    refused = command("eval.py", f"--workdir={workdir}", adapter)
-    assert_refused(refused, workdir, "its run trained", "norm.scale of the base")
+    refused = [f"--workdir={workdir}", adapter]
+    assert_refused("eval.py", refused, workdir, "its run trained", "norm.scale of the base")
 
 
 # ---------------------------------------------------------------- bad input: a line, 2, nothing
 
 
-def assert_refused(arguments: list[str], workdir: Path, *words: str) -> None:
+def assert_refused(script: str, arguments: list[str], workdir: Path, *words: str) -> None:
     before = sorted(workdir.rglob("*")) if workdir.exists() else None
-    result = run(arguments)
+    result = run(script, *arguments)
     assert result.returncode == 2, (result.returncode, result.stderr)
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
     for word in words:
-        assert word in said[0], said[0]
+        assert word in errors[0], errors[0]
     assert (sorted(workdir.rglob("*")) if workdir.exists() else None) == before
 
 
@@ -233,18 +220,19 @@ def assert_refused(arguments: list[str], workdir: Path, *words: str) -> None:
     ],
 )
 def test_bad_flags(tiny_model, toy, tmp_path, flag, words):
-    assert_refused(training(tiny_model, toy, tmp_path / "r", flag), tmp_path / "r", *words)
+    assert_refused(
+        "train.py", training(tiny_model, toy, tmp_path / "r", flag), tmp_path / "r", *words
+    )
 
 
 def test_bad_config_files(tiny_model, toy, tmp_path):
     for config, words in (
-        (f"{REPOSITORY}/configs/lora.py:rnak=4", ("rnak=4", "rank")),
-        (f"{REPOSITORY}/configs/lora.py:rank=four", ("rank is 'four'", "int")),
-        (f"{REPOSITORY}/configs/nothing.py", ("nothing.py",)),
+        ("lora.py:rnak=4", ("rnak=4", "rank")),
+        ("lora.py:rank=four", ("rank is 'four'", "int")),
+        ("nothing.py", ("nothing.py",)),
     ):
-        arguments = training(tiny_model, toy, tmp_path / "r")
-        arguments[2] = f"--config={config}"
-        assert_refused(arguments, tmp_path / "r", *words)
+        arguments = training(tiny_model, toy, tmp_path / "r", config=config)
+        assert_refused("train.py", arguments, tmp_path / "r", *words)
 
 
 def spoil_split(toy):
@@ -281,7 +269,9 @@ def empty_output(toy):
 def test_bad_checkouts(tiny_model, toy, tmp_path, spoil):
     shutil.copytree(toy, tmp_path / "toy")
     words = spoil(tmp_path / "toy")
-    assert_refused(training(tiny_model, tmp_path / "toy", tmp_path / "r"), tmp_path / "r", *words)
+    assert_refused(
+        "train.py", training(tiny_model, tmp_path / "toy", tmp_path / "r"), tmp_path / "r", *words
+    )
 
 
 def test_bad_models(toy, tmp_path, tiny_model):
@@ -308,25 +298,24 @@ def test_bad_models(toy, tmp_path, tiny_model):
         (cut, ("cut.gguf",)),
         (other, ("other.gguf", "qwen2")),
     ):
-        assert_refused(training(model, toy, tmp_path / "r"), tmp_path / "r", *words)
+        assert_refused("train.py", training(model, toy, tmp_path / "r"), tmp_path / "r", *words)
 
 
 def test_a_folder_of_another_run(tiny_model, toy, finished):
-    assert_refused(
-        training(tiny_model, toy, finished, "--config.lora.rank=3"), finished, "config.lora.rank"
-    )
+    arguments = training(tiny_model, toy, finished, "--config.lora.rank=3")
+    assert_refused("train.py", arguments, finished, "config.lora.rank")
 
 
 def test_a_folder_that_cannot_be_written(tiny_model, toy, tmp_path):
-    # Root may write anywhere, so the place is one that no one can write to.
-    place = Path("/proc/no-such-run")
-    assert_refused(training(tiny_model, toy, place), place, "/proc/no-such-run")
+    # Root may write anywhere, so the folder is one that no one can write to.
+    folder = Path("/proc/no-such-run")
+    assert_refused("train.py", training(tiny_model, toy, folder), folder, "/proc/no-such-run")
 
 
 def test_scoring_what_is_not_there(tmp_path, finished):
-    assert_refused(command("eval.py", f"--workdir={tmp_path}/r"), tmp_path / "r", "config.json")
+    assert_refused("eval.py", [f"--workdir={tmp_path}/r"], tmp_path / "r", "config.json")
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(finished / "config.json", bare)
-    assert_refused(command("eval.py", f"--workdir={bare}"), bare, "no checkpoint")
-    assert_refused(command("eval.py", f"--workdir={finished}", "--sets=all"), finished, "'all'")
+    assert_refused("eval.py", [f"--workdir={bare}"], bare, "no checkpoint")
+    assert_refused("eval.py", [f"--workdir={finished}", "--sets=all"], finished, "'all'")

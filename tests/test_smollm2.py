@@ -7,6 +7,7 @@ import jax_lora
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder
 from jax_lora.generation import greedy, scheduler
+from jax_lora.weights import gguf
 
 NEW_TOKENS = 24
 
@@ -43,6 +44,23 @@ def test_the_tokenizer_splits_digits_one_by_one(ours):
     pieces = ours.tokenizer.convert_ids_to_tokens(ids)
     assert [p for p in pieces if any(c.isdigit() for c in p)] == list("198712345")
     assert ours.tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parity
+def test_weights_equal_transformers(smollm2, theirs):
+    found = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    _, base = gguf.load(smollm2, "float32", place=lambda path, array: array)
+    assert "lm_head" not in base
+    for i in range(30):
+        for group in ("self_attn", "mlp"):
+            for name, leaf in base["layers"][group].items():
+                wanted = found[f"model.layers.{i}.{group}.{name}.weight"]
+                assert np.array_equal(leaf["kernel"][i], wanted.T), (i, name)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        stack = np.stack([found[f"model.layers.{i}.{name}.weight"] for i in range(30)])
+        assert np.array_equal(base["layers"][name]["scale"], stack)
+    assert np.array_equal(base["embed_tokens"]["embedding"], found["model.embed_tokens.weight"])
+    assert np.array_equal(base["norm"]["scale"], found["model.norm.weight"])
 
 
 @pytest.mark.parity

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,17 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
+from tests import scripts
 from tests.conftest import REPOSITORY, SMOKE, many_cpus
 
 
 def command(workdir: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "study.py"), f"--workdir={workdir}", *arguments]
+    return scripts.command("study.py", f"--workdir={workdir}", *arguments)
 
 
-def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        arguments, capture_output=True, text=True, cwd=REPOSITORY, env=environment
-    )
+def study(workdir: Path, *arguments: str) -> scripts.Finished:
+    """study.py in this process."""
+    return scripts.run("study.py", f"--workdir={workdir}", *arguments)
 
 
 def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str]) -> bool:
@@ -51,7 +50,7 @@ def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str
         return True
 
 
-@pytest.mark.parity
+@pytest.mark.slow
 def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
     smoke_study, environment, tmp_path
 ):
@@ -63,20 +62,20 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
         ["full-T2-round0 begins", " 30/30", "unseen:"],  # its scoring
     ):
         assert killed_at(arguments, environment, marks), marks
-    done = run(arguments, environment)
+    done = study(workdir, *SMOKE)
     assert done.returncode == 0, done.stderr
     results = (workdir / "results.parquet").read_bytes()
     assert results == (smoke_study / "results.parquet").read_bytes()
     times = [set(pd.read_parquet(w / "timings.parquet")["pid"]) for w in (workdir, smoke_study)]
     assert len(times[0]) == 2 and len(times[1]) == 1  # the broken one's cells are of two processes
 
-    said = run(command(workdir, "--report"), environment)
-    assert said.returncode == 0, said.stderr
+    done = study(workdir, "--report")
+    assert done.returncode == 0, done.stderr
     report = (workdir / "report" / "report.md").read_text()
     assert "2 of 2 cells" in report and (workdir / "report" / "figures" / "figure1.png").is_file()
 
 
-@pytest.mark.parity
+@pytest.mark.slow
 def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promise):
     """A cell that fails in both, then one of the smoke study, on 2 × 2 devices."""
     workdir, cell = tmp_path / "s", "r2-T2-round0-lr0.01"
@@ -96,13 +95,13 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
         )
         for i in (0, 1)
     ]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [1, 0], said
-    assert "1 of 2 done, 1 failed, 0 running" in said[0][0] and "done" not in said[1][0]
+    output = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [1, 0], output
+    assert "1 of 2 done, 1 failed, 0 running" in output[0][0] and "done" not in output[1][0]
     failed = json.loads((workdir / "cells" / "r2-T2-round0-lr1e+30" / "failed.json").read_text())
     assert "try a lower optim.learning_rate" in failed["reason"]
-    own = workdir / "cells" / cell
-    assert "4 × cpu" in json.loads((own / "config.json").read_text())["device"]
+    trained = workdir / "cells" / cell
+    assert "4 × cpu" in json.loads((trained / "config.json").read_text())["device"]
 
     # What was trained on is the same, and what came out of it but for rounding.
     found, wanted = (pd.read_parquet(w / "results.parquet") for w in (workdir, smoke_study))
@@ -117,12 +116,12 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     promise("study.py, 2 processes × 2 devices for 1: ‖θ - θ'‖ / ‖θ'‖ of its base", far, 1e-3)
 
     # Scores are those of the weights, whoever gives them.
-    alone = shutil.copytree(own, tmp_path / "alone")
-    shutil.rmtree(alone / "eval")
-    done = run([sys.executable, "eval.py", f"--workdir={alone}"], environment)
+    again = shutil.copytree(trained, tmp_path / "again")
+    shutil.rmtree(again / "eval")
+    done = scripts.run("eval.py", f"--workdir={again}")
     assert done.returncode == 0, done.stderr
     for test in ("seen", "unseen"):
-        answers = [folder / "eval" / test / "predictions.jsonl" for folder in (own, alone)]
+        answers = [folder / "eval" / test / "predictions.jsonl" for folder in (trained, again)]
         assert len({tuple(sorted(path.read_text().splitlines())) for path in answers}) == 1
 
 
@@ -141,10 +140,10 @@ def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
         )
         for i in (0, 1)
     ]
-    said = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [2, 2], said
-    assert "error: process 1 ended before it began" in said[0]
-    assert "error: sets: found 'T3'" in said[1]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    assert "error: process 1 ended before it began" in errors[0]
+    assert "error: sets: found 'T3'" in errors[1]
     assert not (tmp_path / "s").exists()
 
 
@@ -173,24 +172,17 @@ def test_the_folder_of_a_study(smoke_study):
     assert lora["frozen"] == full["trainable"] and lora["train_tokens"] == full["train_tokens"]
 
 
-def test_a_finished_study_trains_nothing(smoke_study, environment):
+def test_a_finished_study_trains_nothing(smoke_study):
     before = {path: path.stat().st_mtime_ns for path in (smoke_study / "cells").rglob("*")}
-    done = run(command(smoke_study, *SMOKE), environment)
+    done = study(smoke_study, *SMOKE)
     assert done.returncode == 0 and "begins" not in done.stderr
     assert {path: path.stat().st_mtime_ns for path in (smoke_study / "cells").rglob("*")} == before
 
 
-def test_a_terminal_has_a_view(smoke_study, environment):
+def test_a_terminal_has_a_view(smoke_study):
     ours, its = pty.openpty()
-    done = subprocess.run(
-        command(smoke_study, *SMOKE),
-        stdout=subprocess.PIPE,
-        stderr=its,
-        text=True,
-        cwd=REPOSITORY,
-        env=environment,
-    )
-    os.close(its)
+    with os.fdopen(its, "w") as stderr:
+        done = scripts.run("study.py", f"--workdir={smoke_study}", *SMOKE, stderr=stderr)
     seen = os.read(ours, 65536).decode()
     os.close(ours)
     head, *_ = done.stdout.splitlines()
@@ -201,8 +193,8 @@ def test_a_terminal_has_a_view(smoke_study, environment):
     assert [line[:2] for line in cells] == [["r2-T2-round0", "done"], ["full-T2-round0", "done"]]
 
 
-def test_a_dry_run_counts_and_leaves_nothing(smoke_study, environment, tmp_path):
-    done = run(command(tmp_path / "s", *SMOKE, "--dry-run", "--tokens-per-second=100"), environment)
+def test_a_dry_run_counts_and_leaves_nothing(smoke_study, tmp_path):
+    done = study(tmp_path / "s", *SMOKE, "--dry-run", "--tokens-per-second=100")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "s").exists()
     results = pd.read_parquet(smoke_study / "results.parquet").drop_duplicates("cell")
@@ -217,12 +209,12 @@ def test_a_dry_run_counts_and_leaves_nothing(smoke_study, environment, tmp_path)
 # ---------------------------------------------------------------- what is refused, and how
 
 
-def refused(arguments: list[str], environment: dict[str, str], *words: str) -> None:
-    done = run(arguments, environment)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+def refused(workdir: Path, arguments: list[str], *words: str) -> None:
+    done = study(workdir, *arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
     for word in words:
-        assert word in said[0], said[0]
+        assert word in errors[0], errors[0]
 
 
 @pytest.mark.parametrize(
@@ -238,27 +230,27 @@ def refused(arguments: list[str], environment: dict[str, str], *words: str) -> N
         (["--launcher=slurm", "--hosts=0"], ("--hosts",)),
     ],
 )
-def test_bad_flags(environment, tmp_path, arguments, words):
-    refused(command(tmp_path / "s", *SMOKE[:1], *arguments, "--dry-run"), environment, *words)
+def test_bad_flags(tmp_path, arguments, words):
+    refused(tmp_path / "s", [*SMOKE[:1], *arguments, "--dry-run"], *words)
     assert not (tmp_path / "s").exists()
 
 
-def test_the_folder_of_another_study(smoke_study, environment):
-    refused(command(smoke_study, *SMOKE, "--config.run.epochs=3"), environment, "run.epochs is 10")
+def test_the_folder_of_another_study(smoke_study):
+    refused(smoke_study, [*SMOKE, "--config.run.epochs=3"], "run.epochs is 10")
 
 
-def test_a_report_of_what_is_not_there(smoke_study, environment, tmp_path):
-    refused(command(tmp_path / "s", "--report"), environment, "study.json")
+def test_a_report_of_what_is_not_there(smoke_study, tmp_path):
+    refused(tmp_path / "s", ["--report"], "study.json")
     shutil.copy(smoke_study / "study.json", tmp_path)
-    refused(command(tmp_path, "--report"), environment, "results.parquet", "no such file")
-    whole = (smoke_study / "results.parquet").read_bytes()
-    (tmp_path / "results.parquet").write_bytes(whole[: len(whole) // 2])
-    refused(command(tmp_path, "--report"), environment, "results.parquet", "whole parquet file")
-    (tmp_path / "results.parquet").write_bytes(whole)
-    assert run(command(tmp_path, "--report"), environment).returncode == 0  # from it alone
+    refused(tmp_path, ["--report"], "results.parquet", "no such file")
+    content = (smoke_study / "results.parquet").read_bytes()
+    (tmp_path / "results.parquet").write_bytes(content[: len(content) // 2])
+    refused(tmp_path, ["--report"], "results.parquet", "whole parquet file")
+    (tmp_path / "results.parquet").write_bytes(content)
+    assert study(tmp_path, "--report").returncode == 0  # from it alone
 
 
-def test_cells_whose_checkpoint_is_gone_or_damaged(smoke_study, environment, tmp_path):
+def test_cells_whose_checkpoint_is_gone_or_damaged(smoke_study, tmp_path):
     workdir = shutil.copytree(smoke_study, tmp_path / "s")
     cells = [workdir / "cells" / name for name in ("r2-T2-round0", "full-T2-round0")]
     for cell in cells:
@@ -266,7 +258,7 @@ def test_cells_whose_checkpoint_is_gone_or_damaged(smoke_study, environment, tmp
     shutil.rmtree(cells[0] / "checkpoints")  # the answers that it gave are not believed
     (cells[0] / "eval" / "seen" / "predictions.jsonl").write_text("")
     shutil.rmtree(cells[1] / "checkpoints" / "30" / "trainable")
-    done = run(command(workdir, *SMOKE), environment)
+    done = study(workdir, *SMOKE)
     assert done.returncode == 1 and "1 of 2 done, 1 failed" in done.stdout, done.stderr
     assert f"error: {cells[1]}/failed.json: " in done.stderr
     before, after = (pd.read_parquet(w / "results.parquet") for w in (smoke_study, workdir))
@@ -276,13 +268,11 @@ def test_cells_whose_checkpoint_is_gone_or_damaged(smoke_study, environment, tmp
 # ---------------------------------------------------------------- SLURM
 
 
-def test_the_job_array(environment, tmp_path):
-    only = "rank <= 2 and set == 'T2'"
-    done = run(
-        command(tmp_path / "s", *SMOKE, f"--only={only}", "--launcher=slurm", "--workers", "3")
-        + ["--sbatch=--gres=gpu:1", "--sbatch=--time=8:00:00"],
-        environment,
-    )
+def test_the_job_array(tmp_path):
+    flags = [*SMOKE, "--only=rank <= 2 and set == 'T2'"]
+    launch = ["--launcher=slurm", "--workers", "3"]
+    options = ["--sbatch=--gres=gpu:1", "--sbatch=--time=8:00:00"]
+    done = study(tmp_path / "s", *flags, *launch, *options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "#!/bin/bash" and "#SBATCH --array=0-2" in lines
@@ -292,10 +282,9 @@ def test_the_job_array(environment, tmp_path):
         capture_output=True,
         text=True,
     ).stdout.splitlines()
-    assert words == command(tmp_path / "s", *SMOKE, f"--only={only}")
+    assert words == command(tmp_path / "s", *flags)
 
-    arguments = command(tmp_path / "s", *SMOKE, "--launcher=slurm")
-    done = run([*arguments, "--hosts", "2"], environment)
+    done = study(tmp_path / "s", *SMOKE, "--launcher=slurm", "--hosts", "2")
     assert done.returncode == 0 and "#SBATCH --nodes=2" in done.stdout.splitlines(), done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("exec srun ") and last.endswith(" --coordinator=auto")

@@ -16,9 +16,10 @@ from jax_lora.run import Run, inputs
 from jax_lora.weights import base as base_weights
 from tests.conftest import REPOSITORY, many_cpus
 from tests.parity.training import adapter_tensors, worst_error
-from tests.test_scripts import command, lines, training
+from tests.scripts import command
+from tests.test_scripts import lines, training
 
-pytestmark = pytest.mark.parity  # minutes
+pytestmark = pytest.mark.slow  # minutes
 STEPS = 12
 SHORT = [
     "--config.data.buckets=(384,)",
@@ -40,9 +41,9 @@ def start(arguments, devices=1):
 
 def finish(process):
     """What it printed, on stdout and stderr."""
-    said = process.communicate()
-    assert process.returncode == 0, said[1]
-    return said
+    output = process.communicate()
+    assert process.returncode == 0, output[1]
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def train(tiny_model, tmp_path_factory):
 
     def arguments(workdir, *more):
         steps = f"--config.max_steps={STEPS}"
-        return training(tiny_model, toy, workdir, steps, *SHORT, *more)
+        flags = training(tiny_model, toy, workdir, steps, *SHORT, *more)
+        return command("train.py", *flags)
 
     return arguments
 
@@ -113,13 +115,13 @@ def test_two_processes_stop_together_and_one_device_goes_on(
         assert letter, seen
         seen += letter
     both[1].send_signal(signal.SIGTERM)
-    said = [process.communicate() for process in both]
+    output = [process.communicate() for process in both]
     stops = []
-    for (_, stderr), process in zip(said, both, strict=True):
+    for (_, stderr), process in zip(output, both, strict=True):
         assert process.returncode == 75, stderr
         stops.append(re.search(rf"stopped at step (\d+) of {STEPS}; rerun the same", stderr)[1])
     assert stops[0] == stops[1]
-    assert "trainable" in said[0][0] and "trainable" not in said[1][0]
+    assert "trainable" in output[0][0] and "trainable" not in output[1][0]
     stdout, _ = finish(start(train(workdir)))
     assert "resuming from step" in stdout
     same(promise, "in 2 processes of 4 devices, then on 1,", workdir, one, start_of_one)
@@ -132,8 +134,8 @@ def test_answers_of_eight_devices(one, tmp_path):
         shutil.copytree(one, workdir)
         flags = (f"--workdir={workdir}", "--sets=unseen", f"--devices_per_copy={share}")
         finish(start(command("eval.py", *flags), devices))
-        said = (workdir / "eval" / "unseen" / "predictions.jsonl").read_text()
-        answers.append(sorted(said.splitlines()))
+        output = (workdir / "eval" / "unseen" / "predictions.jsonl").read_text()
+        answers.append(sorted(output.splitlines()))
     assert answers[0] == answers[1] == answers[2]
 
 

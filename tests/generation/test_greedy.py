@@ -103,9 +103,9 @@ def test_one_token_is_an_answer(model, by_definition):
 def test_a_row_that_ends_makes_room(model, by_definition):
     # Of two rows one never ends: the other goes through all the rest meanwhile.
     prompts = [(i, 2 * i) for i in range(8, 28)]
-    said = [by_definition(prompt, 40, ENDS) for prompt in prompts]
-    never = next(i for i, answer in enumerate(said) if len(answer) == 40)
-    short = [i for i, answer in enumerate(said) if len(answer) <= 6][:6]
+    expected = [by_definition(prompt, 40, ENDS) for prompt in prompts]
+    never = next(i for i, answer in enumerate(expected) if len(answer) == 40)
+    short = [i for i, answer in enumerate(expected) if len(answer) <= 6][:6]
     assert len(short) >= 3
     asked = [prompts[i] for i in (never, *short)]
     ended = answers(model, asked, max_new_tokens=40, end_ids=ENDS, buckets=(8,), max_batch=2)

@@ -13,15 +13,15 @@ from tests.conftest import REPOSITORY, many_cpus
 @pytest.fixture(scope="module")
 def found():
     """What tests/generation/many_devices.py prints, by the number of devices."""
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.generation.many_devices"],
         cwd=REPOSITORY,
         env=os.environ | many_cpus(4),
         capture_output=True,
         text=True,
     )
-    assert said.returncode == 0, said.stderr
-    return json.loads(said.stdout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("count", ["2", "4"])
@@ -33,7 +33,7 @@ def test_answers_are_those_of_one_device(found, count):
 def test_a_device_holds_its_part_of_the_weights(found, count):
     planned = found[str(count)]["planned"]
     assert found[str(count)]["weights"] == [planned] * count + [0] * (4 - count)
-    assert planned < 1.4 * found["1"]["planned"] / count  # an odd vocabulary is whole on each
+    assert planned < 1.4 * found["1"]["planned"] / count  # an odd vocabulary is not split
 
 
 @pytest.mark.parametrize("count", ["2", "4"])
@@ -46,6 +46,6 @@ def test_devices_exchange_two_sums_a_layer_and_nothing_of_the_past(found, count)
 
 
 def test_caches_are_cut_where_the_heads_divide(found):
-    for (whole, *_), two, four in zip(*(found[n]["caches"] for n in "124"), strict=True):
-        assert two == [whole // 2, whole // 2, 0, 0]  # 2 kv heads
-        assert four == [whole] * 4
+    for (full, *_), two, four in zip(*(found[n]["caches"] for n in "124"), strict=True):
+        assert two == [full // 2, full // 2, 0, 0]  # 2 kv heads
+        assert four == [full] * 4

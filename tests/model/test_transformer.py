@@ -24,11 +24,15 @@ def load(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", reference.CASES)
-def test_logits_equal_transformers(tmp_path, recorded, case):
+def test_logits_equal_transformers(tmp_path, recorded, case, promise):
     config, variables = load(tmp_path, case)
     logits = Llama(config, dtype=jnp.float32).apply(variables, reference.tokens())
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, recorded[f"{case}/logits"], rtol=0, atol=1e-4)
+    promise(
+        f"recorded logits of {len(reference.CASES)} kinds of LLaMA (largest absolute difference)",
+        np.abs(logits - recorded[f"{case}/logits"]).max(),
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -75,8 +79,8 @@ def test_dropout_is_a_function_of_the_example_alone(tmp_path):
     model, ids = Llama(config, dtype=jnp.float32), jnp.asarray(reference.tokens())
     keys = jax.random.split(jax.random.key(3), ids.shape)
     together = model.apply(variables, ids, Dropout(keys, 0.5))
-    alone = model.apply(variables, ids[1:, :16], Dropout(keys[1:, :16], 0.5))
-    np.testing.assert_allclose(together[1:, :16], alone, rtol=0, atol=1e-4)
+    single = model.apply(variables, ids[1:, :16], Dropout(keys[1:, :16], 0.5))
+    np.testing.assert_allclose(together[1:, :16], single, rtol=0, atol=1e-4)
     other = model.apply(variables, ids, Dropout(keys[::-1], 0.5))
     assert np.abs(other - together).max() > 0.1
 

@@ -147,7 +147,7 @@ def arguments(model, kind, **environment):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("llama-7b", marks=pytest.mark.parity)])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("llama-7b", marks=pytest.mark.slow)])
 def test_arguments_on_eight_devices_are_the_plans_to_the_byte(model):
     eight = "--xla_force_host_platform_device_count=8"
     for label, compiled, planned in arguments(model, "cpu", XLA_FLAGS=eight):
@@ -160,6 +160,6 @@ def test_a_card_that_is_not_here_compiles():
         assert compiled == planned, label
 
 
-@pytest.mark.parity
+@pytest.mark.slow
 def test_the_page_is_what_the_command_writes():
     assert scale.DOCUMENT.read_text("utf-8") == scale.document(scale.read_record())

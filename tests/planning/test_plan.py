@@ -3,7 +3,6 @@
 import importlib
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +10,7 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.planning import report
 from jax_lora.weights import base as base_weights
+from tests import scripts
 from tests.conftest import REPOSITORY
 
 
@@ -96,16 +96,25 @@ def test_wrong_input_is_refused(made, target, line):
         printed(made, target)
 
 
+NOWHERE = ("--target=h100", "--config.model=nowhere")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["--target=h100"], "--config: found none"),
-        (["--config=configs/lora.py", "--target=h100", "--config.model=nowhere"], "nowhere"),
+        ([f"--config={REPOSITORY}/configs/lora.py", *NOWHERE], "nowhere"),
     ],
 )
 def test_an_error_is_a_line_and_exit_code_2(arguments, line):
-    done = subprocess.run(
-        [sys.executable, "plan.py", *arguments], capture_output=True, text=True, cwd=REPOSITORY
-    )
+    done = scripts.run("plan.py", *arguments)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and line in done.stderr
+
+
+def test_a_plan_in_a_process_of_its_own():
+    arguments = ("--config=configs/lora_7b_a100.py:rank=2048", "--target=a100-80gb")
+    command = scripts.command("plan.py", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.rstrip("\n") == printed(lora(2048), "a100-80gb")

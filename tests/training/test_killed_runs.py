@@ -18,7 +18,7 @@ def curve(workdir):
     return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
 
 
-@pytest.mark.parity  # as long as many other tests together
+@pytest.mark.slow  # as long as many other tests together
 def test_ten_kills_leave_no_trace(tiny_model, environment, tmp_path):
     toy = write_checkout(tmp_path / "toy", instances_per_task=12)
     arguments = [

@@ -192,7 +192,7 @@ def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
 
 @pytest.mark.parity
 def test_against_hf_a_converted_gguf_knows_the_capital_of_france(tmp_path, smollm2):
-    # That its weights are transformers' own reading of the GGUF is a test of test_gguf.py.
+    # That its weights are transformers' own reading of the GGUF is a test of test_smollm2.py.
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     convert.main([str(smollm2), str(tmp_path / "out"), "--dtype=float32"])
