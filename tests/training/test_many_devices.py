@@ -14,6 +14,7 @@ import pytest
 
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.optimizers import OPTIMIZERS
 from jax_lora.training.step import State
 from tests.conftest import REPOSITORY, many_cpus
 from tests.training import many_devices
@@ -70,8 +71,11 @@ def two(tmp_path_factory):
 
 def test_a_mesh_equals_one_device(tmp_path):
     finish(start(8, tmp_path, "2,2,2"))
-    found = json.loads((tmp_path / "0.json").read_text())["2,2,2"]
+    results = json.loads((tmp_path / "0.json").read_text())
+    found = results["2,2,2"]
     assert found["loss"] <= 1e-5 and found["gradient"] <= 1e-5
+    assert {*results["optimizers"]} == {*OPTIMIZERS}
+    assert max(results["optimizers"].values()) <= 1e-6
 
 
 @parity
