@@ -20,12 +20,14 @@ import numpy as np
 import optax
 
 from jax_lora import distributed, sharding
+from jax_lora.config import OptimConfig
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model.arch import ATTENTION, GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.optimizers import OPTIMIZERS, make_optimizer
 from jax_lora.training.step import State, make_step
 from jax_lora.weights.tree import leaves
 
@@ -138,6 +140,34 @@ def deviation(found, expected):
     return {"loss": abs(found[0] - expected[0]), "gradient": max(jax.tree.leaves(each))}
 
 
+def optimizers_on(mesh):
+    """How far three updates of each optimizer go apart on a mesh and on one device."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (2, 160, 130), "b": (2, 130, 160)}  # large enough for adafactor to factor
+
+    def drawn():
+        leaf = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+        return {"lora": {"layers": {"self_attn": {"q_proj": leaf}}}}
+
+    start, taken, found = drawn(), [drawn() for _ in range(3)], {}
+    for name in OPTIMIZERS:
+        config = OptimConfig(name=name, loraplus_lr_ratio=4.0)
+        optimizer = make_optimizer(config, optax.constant_schedule(1e-2))
+        ends = []
+        for where in (None, mesh):
+            trainable = sharding.shard(jax.tree.map(jnp.asarray, start), where)
+            state = sharding.init_sharded(optimizer.init, where, trainable)
+            for gradients in taken:
+                gradients = sharding.shard(gradients, where)
+                updates, state = jax.jit(optimizer.update)(gradients, state, trainable)
+                trainable = optax.apply_updates(trainable, updates)
+                state = state if where is None else sharding.shard(state, where)
+            ends.append(sharding.gather(trainable))
+        apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *ends)
+        found[name] = max(jax.tree.leaves(apart))
+    return found
+
+
 def cuts():
     """How far 128 rows on 8 devices as 1 × 128, 4 × 32 and 128 × 1 are from 1 × 128 on one."""
     batch, found = packed_batch(4, 128), {}
@@ -214,6 +244,8 @@ def main():
         results[name] = deviation(found, expected)
     if given.more or given.processes > 1:
         results["restored"] = saved_and_restored(state, given.folder)
+    if given.processes == 1:
+        results["optimizers"] = optimizers_on(sharding.make_mesh((2, 2, 2)))
     if given.more:
         program, planned = compiled(sharding.make_mesh((2, 2, 2)))
         results["bytes"] = [program.memory_analysis().argument_size_in_bytes, planned]

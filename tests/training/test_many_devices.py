@@ -14,6 +14,7 @@ import pytest
 
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.optimizers import OPTIMIZERS
 from jax_lora.training.step import State
 from tests.conftest import REPOSITORY, many_cpus
 from tests.training import many_devices
@@ -78,7 +79,10 @@ def two(tmp_path_factory):
 
 def test_a_mesh_equals_one_device(tmp_path, promise):
     finish(start(8, tmp_path, "2,2,2"))
-    equal(promise, WHAT, json.loads((tmp_path / "0.json").read_text())["2,2,2"])
+    results = json.loads((tmp_path / "0.json").read_text())
+    equal(promise, WHAT, results["2,2,2"])
+    assert {*results["optimizers"]} == {*OPTIMIZERS}
+    assert max(results["optimizers"].values()) <= 1e-6
 
 
 @slow
