@@ -105,8 +105,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Greedy decoding of the test sets."""
+    """Greedy decoding of the test sets, and the metrics of the answers."""
 
+    metrics: tuple[str, ...] = ("exact_match", "rougeL")  # names in evaluation/metrics.py
     max_new_tokens: int = 128
     buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1024)  # prompt lengths
     batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
@@ -198,7 +199,7 @@ class RunConfig:
             for number in value if isinstance(value, list) else [value]:
                 if not isinstance(number, int | float) or not low <= number <= high:
                     raise ConfigError(f"config.{key}: found {value!r}, expected {note}")
-        for key in ("data.buckets", "eval.buckets", "lora.targets"):
+        for key in ("data.buckets", "eval.buckets", "eval.metrics", "lora.targets"):
             if not values[key]:
                 raise ConfigError(f"config.{key}: found none, expected at least one")
         if len(self.data.sizes) != 3:
