@@ -58,8 +58,10 @@ def main(_):
             sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         cli.log_progress()
         from jax_lora.study import command  # what it imports may start the devices
+        from jax_lora.study.config import StudyConfig
 
-        study = command.Command(_CONFIG.value, workdir, _ONLY.value, print, train)
+        config = StudyConfig.from_config_dict(_CONFIG.value)
+        study = command.Command(config, workdir, _ONLY.value, print, train)
         if _LAUNCHER.value:
             study.launch(__file__, _WORKERS.value, _HOSTS.value, _SBATCH.value, _SUBMIT.value)
         elif _DRY_RUN.value:

@@ -144,7 +144,7 @@ def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], said
     assert "error: process 1 ended before it began" in said[0]
-    assert "error: sets: found 'T3'" in said[1]
+    assert "error: config.sets: found 'T3'" in said[1]
     assert not (tmp_path / "s").exists()
 
 

@@ -185,7 +185,7 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
     result: dict[str, object] = {"metrics": official, "tasks": tasks}
     if closed := [task for task in tasks.values() if "majority_baseline" in task]:
         result["closed_label"] = {
-            key: float(np.mean([task[key] for task in closed]))
+            key: float(np.mean([float(task[key]) for task in closed]))
             for key in (*names, "majority_baseline", "out_of_options")
         } | {"tasks": len(closed)}
     truncated = [p["truncated"] for p in predictions.values()]

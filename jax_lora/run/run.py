@@ -15,9 +15,9 @@ import pandas as pd
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
+from jax_lora.evaluation import metrics
 from jax_lora.files import read_jsonl
 from jax_lora.generation import scheduler
-from jax_lora.evaluation import metrics
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.run import folder, inputs, invariance, prepare, scoring, training

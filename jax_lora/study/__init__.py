@@ -103,6 +103,7 @@ def check(results: Frame, expected: Frame) -> None:
 class Study:
     """Checked results and grid, each with a column `config`: a configuration's name.
 
+    `rows` keep columns beyond COLUMNS, such as further metrics of `config.run.eval.metrics`.
     `grid` also says in `main` whether a cell has its configuration's main learning rate: the one
     that most cells of the grid have; of several the paper's, else the lowest.
     """
@@ -114,7 +115,7 @@ class Study:
     def of(cls, results: Frame, expected: Frame) -> Study:
         """Check a study (see `check`, which raises) and name its configurations."""
         check(results, expected)
-        rows, grid = results[list(COLUMNS)].copy(), expected[GRID].copy()
+        rows, grid = results.copy(), expected[GRID].copy()
         for frame in (rows, grid):
             frame["rank"] = frame["rank"].astype("Int64")
         grid["main"] = _main_rates(grid)

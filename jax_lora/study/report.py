@@ -12,6 +12,7 @@ import pandas as pd
 
 from jax_lora.files import read_json
 from jax_lora.study import METRICS, TESTS, Frame, Study, figures, grid, read, set_order, tables
+from jax_lora.study.config import read_axes
 from jax_lora.study.statistics import (
     FEWEST_TASKS,
     LEVEL,
@@ -142,7 +143,7 @@ def write(workdir: Path) -> Path:
     from jax_lora.evaluation.evaluate import read_jsonl  # imports jax, which `report` needs not
 
     study_json, cases = read_json(workdir / "study.json"), workdir / "cases.jsonl"
-    cells = grid.frame(grid.cells_of(study_json["config"]))
+    cells = grid.frame(grid.cells_of(read_axes(study_json["config"])))
     answers = read_jsonl(cases) if cases.is_file() else []
     found = read(workdir / "results.parquet")
     return report(found, cells, workdir / "report", cases=answers)

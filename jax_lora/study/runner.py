@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_lora.files import write_json
 from jax_lora.study import locks
@@ -25,7 +24,7 @@ from jax_lora.study.grid import Cell
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[Cell, Path], dict[str, Any]]
+Run = Callable[[Cell, Path], dict[str, object]]
 OnChange = Callable[[Cell, str], None]
 STATES = ("done", "failed", "running", "waiting")
 

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax_lora.errors import ConfigError, Stopped
 from jax_lora.study.locks import SILENCE
@@ -60,7 +60,7 @@ class Team:
         beat: float = 0.5,
         patience: float = SILENCE,
         farewell: float = 10.0,
-        leave: Callable[[int], Any] = os._exit,
+        leave: Callable[[int], object] = os._exit,
     ):
         self._store, self._process, self._processes = store, process, processes
         self._beat, self._patience, self._farewell = beat, patience, farewell
