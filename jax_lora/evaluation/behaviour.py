@@ -6,7 +6,6 @@ Everything here is a function of the data and the predictions; percentages are t
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from jax_lora.evaluation.metrics import exact_match, normalize
 
@@ -226,7 +225,7 @@ def majority_baseline(counts: Mapping[str, int], references: Iterable[Sequence[s
 
 
 def describe(
-    rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None = None
+    rows: Sequence[Mapping], counts: Mapping[str, int] | None = None
 ) -> dict[str, bool | float | None]:
     """What the answers to one task are like, apart from their score.
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import operator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from jax_lora import sharding
 from jax_lora.model import kv_cache
@@ -25,10 +25,10 @@ Caches = tuple[kv_cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
-    """The variables, as `unstack_layers` leaves them: outside its layers, and of each layer."""
+    """The variables as `unstack_layers` returns them: non-layer parameters, and each layer's."""
 
-    non_layer: Any
-    layers: tuple[Any, ...]
+    non_layer: PyTree
+    layers: tuple[PyTree, ...]
 
 
 class Rows(NamedTuple):
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 def unstack_layers(
-    variables: Any, mesh: Mesh | None = None, platform: str | None = None
+    variables: PyTree, mesh: Mesh | None = None, platform: str | None = None
 ) -> Weights:
     """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
     slices inside the loop would copy the whole model once per token. On a CPU kernels are stored
@@ -74,7 +74,7 @@ def unstack_layers(
 
 
 @partial(jax.jit, static_argnames="platform")
-def _transpose_kernels(tree: Any, platform: str) -> Any:
+def _transpose_kernels(tree: PyTree, platform: str) -> PyTree:
     if platform != "cpu":
         return tree
     return jax.tree_util.tree_map_with_path(
@@ -218,10 +218,10 @@ def _prefill(
 
     def step(state: tuple) -> tuple:
         done, last, caches = state
-        text, *part = (
+        text, cos, sin = (
             jax.lax.dynamic_slice_in_dim(x, done, chunk, axis=1) for x in (tokens, *rope)
         )
-        hidden, caches = _forward(model, weights, caches, starts + done, tuple(part), text)
+        hidden, caches = _forward(model, weights, caches, starts + done, (cos, sin), text)
         at = lengths - 1 - done
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
         last = jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)
@@ -234,7 +234,12 @@ def _prefill(
 
 
 def _forward(
-    model: Llama, weights: Weights, caches: Caches, starts: Array, rope: Any, tokens: Array
+    model: Llama,
+    weights: Weights,
+    caches: Caches,
+    starts: Array,
+    rope: tuple[Array, Array],
+    tokens: Array,
 ) -> tuple[Array, Caches]:
     """The states (B, T, D) of tokens, the first at position `starts` (B,), and the caches after."""
     positions = Positions(rope, None)

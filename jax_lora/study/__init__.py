@@ -67,7 +67,7 @@ def read(path: str | Path) -> Frame:
 
 
 @cache
-def paper() -> dict[str, Any]:
+def paper() -> dict:
     """The paper's numbers: paper.json of this package."""
     return json.loads(resources.files("jax_lora.study").joinpath("paper.json").read_text("utf-8"))
 
@@ -258,7 +258,7 @@ def _check_tasks(rows: Frame) -> None:
             )
 
 
-def _main_rates(grid: Frame) -> Any:
+def _main_rates(grid: Frame) -> Frame:
     keys, rates = ["method", "variant", "rank"], paper()["learning_rate"]
     counts = grid.groupby([*keys, "learning_rate"], dropna=False).size().reset_index(name="cells")
     counts["paper"] = counts["learning_rate"] == counts["method"].map(rates)

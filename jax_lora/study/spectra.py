@@ -11,9 +11,10 @@ rank its values are zero and their directions mean nothing. DoRA's magnitudes ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 
 class Spectrum(NamedTuple):
@@ -30,7 +31,7 @@ class Spectrum(NamedTuple):
     outputs: np.ndarray
 
 
-def spectra(adapters: Mapping[str, Any]) -> dict[str, Spectrum]:
+def spectra(adapters: PyTree) -> dict[str, Spectrum]:
     """The spectrum of every adapted module, by its name.
 
     Args:

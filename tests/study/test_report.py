@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 
 from jax_lora.study import Study, read
-from jax_lora.study.report import findings, report
-from jax_lora.study.statistics import Estimate, comparisons, summary, verdict
-from jax_lora.study.tables import case_studies, comparison_table
+from jax_lora.study.case_studies import case_studies
+from jax_lora.study.estimates import Estimate, verdict
+from jax_lora.study.findings import findings
+from jax_lora.study.report import report
+from jax_lora.study.statistics import comparisons, summary
+from jax_lora.study.tables import comparison_table
 from tests.study.test_tables import PAPER_SETS, cells_of, grid, linear, results, tasks
 
 RANKS = [4, 8, 16, 32, 64, None]

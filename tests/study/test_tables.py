@@ -16,14 +16,8 @@ import scipy.stats
 
 from jax_lora.evaluation import metrics
 from jax_lora.study import Study, is_papers_model, paper
-from jax_lora.study.statistics import (
-    behaviour,
-    contrast,
-    contrasts,
-    lead,
-    slope,
-    summary,
-)
+from jax_lora.study.estimates import contrast, contrasts, lead, slope
+from jax_lora.study.statistics import behaviour, summary
 from jax_lora.study.tables import (
     behaviour_table,
     scores_table,
