@@ -92,7 +92,7 @@ def exact_match_given_valid(
     references: Sequence[Sequence[str]],
     options: Collection[str],
 ) -> float | None:
-    """Exact match of those predictions that are one of the options: content apart from form.
+    """Exact match of those predictions that are one of the options: content without form.
 
     Args:
         predictions: decoded answers of one closed-label task.
@@ -168,7 +168,7 @@ def empty_share(predictions: Iterable[str | None]) -> float:
 
 
 def copy_share(predictions: Iterable[str | None], inputs: Iterable[str]) -> float:
-    """The share of predictions that repeat the whole input, normalized; empty ones do not count.
+    """The share of predictions that repeat the complete input, normalized; empty ones do not count.
 
     Args:
         predictions: decoded answers.
@@ -227,10 +227,10 @@ def majority_baseline(counts: Mapping[str, int], references: Iterable[Sequence[s
 def describe(
     rows: Sequence[Mapping], counts: Mapping[str, int] | None = None
 ) -> dict[str, bool | float | None]:
-    """What the answers to one task are like, apart from their score.
+    """What the answers to one task are like beyond their score.
 
     Args:
-        rows: one an example: `prediction` (None where it is missing), `references`, `input` and
+        rows: one per example: `prediction` (None where it is missing), `references`, `input` and
             `finished`.
         counts: what `label_counts` returns for the task; None where it has too many labels.
 

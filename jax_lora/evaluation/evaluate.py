@@ -5,7 +5,7 @@
     <folder>/labels.json        task → normalised label → count, of its closed-label tasks
 
 Predictions are appended as they are made to `predictions.jsonl.partial`, which is renamed when it
-is complete; `settings.json` beside it says what made them, and a file made otherwise is redone.
+is complete; `settings.json` says what made them, and a file that other settings made is redone.
 Scores are a function of these files alone: they need neither a model nor an accelerator.
 """
 
@@ -77,7 +77,7 @@ def predict(
 
 
 def write_examples(folder: Path, rows: Sequence[tuple[Example, Row]]) -> None:
-    """Write `examples.jsonl`, whole."""
+    """Write `examples.jsonl`."""
     fields = ("task", "category", "id", "input")
     lines = [
         {key: getattr(example, key) for key in fields}

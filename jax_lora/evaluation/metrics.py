@@ -191,7 +191,7 @@ def aggregate(
     groups = _each(rows, lambda row: (_text(row, "task"), _text(row, "category")))
     scores = score_all(rows, names) if scores is None else scores
     if len(scores) != len(rows):
-        raise ValueError(f"scores: found {len(scores)} of {len(rows)} rows, expected one of each")
+        raise ValueError(f"scores: found {len(scores)} of {len(rows)} rows, expected one per row")
     tasks: dict[str, list[Score]] = {}
     categories: dict[str, list[Score]] = {}
     for (task, category), score in zip(groups, scores, strict=True):
@@ -245,7 +245,7 @@ def _check(prediction: object, references: object) -> tuple[str, list[str]]:
     if not isinstance(prediction, str):
         raise ValueError(f"prediction: found {prediction!r}, expected a str")
     if isinstance(references, str) or not isinstance(references, Collection):
-        # A bare string would be taken apart into characters, each of them a reference.
+        # A bare string would be split into characters, each of them a reference.
         raise ValueError(f"references: found {references!r}, expected a list of str")
     if len(references) == 0:
         raise ValueError("references: found an empty list, expected at least one answer")

@@ -50,7 +50,7 @@ def unstack_layers(
     variables: PyTree, mesh: Mesh | None = None, platform: str | None = None
 ) -> Weights:
     """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
-    slices inside the loop would copy the whole model once per token. On a CPU kernels are stored
+    slices inside the loop would copy the model once per token. On a CPU kernels are stored
     transposed, (out, in).
 
     Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
@@ -109,7 +109,7 @@ def prefill_prefix(
 def copy_prefix(rows: Rows, prefix: Caches, into: Int[Array, " A"]) -> Rows:
     """Copy the caches of `prefill_prefix` into those of the rows `into`; B and more are dropped."""
     put = jax.tree.map(
-        lambda whole, one: whole.at[into].set(one, unique_indices=True), rows.caches, prefix
+        lambda rows, prefix: rows.at[into].set(prefix, unique_indices=True), rows.caches, prefix
     )
     return rows._replace(caches=put)
 
@@ -141,12 +141,14 @@ def admit(
       end_ids: any of these ends an answer, and is its last token.
       chunk: tokens per row that are prefilled at a time, until all are done; divides P.
     """
-    own = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
-    last, own = _prefill(model, weights, own, starts, tokens, lengths, chunk)
+    caches = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
+    last, caches = _prefill(model, weights, caches, starts, tokens, lengths, chunk)
     first = _argmax_token(model, weights, last)
     return Rows(
         jax.tree.map(
-            lambda whole, part: whole.at[into].set(part, unique_indices=True), rows.caches, own
+            lambda rows, admitted: rows.at[into].set(admitted, unique_indices=True),
+            rows.caches,
+            caches,
         ),
         rows.prompt.at[into].set(starts + lengths),
         rows.new.at[into, 0].set(first),

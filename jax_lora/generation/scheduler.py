@@ -28,7 +28,7 @@ SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
 
 class ChunkSizes(NamedTuple):
     """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
-    is alone in its batch, and the fewest rows of a batch (still fewer are no faster)."""
+    is the only row of its batch, and the fewest rows of a batch (still fewer are no faster)."""
 
     chunk: int
     prefix_chunk: int
@@ -40,7 +40,7 @@ CPU, ACCELERATOR = ChunkSizes(32, 64, 8), ChunkSizes(128, 512, 32)
 
 class Request(NamedTuple):
     """A prompt in the queue: its index, the bucket that it is padded to, and how many of its first
-    tokens those beside it have too."""
+    tokens the others of its group and bucket have too."""
 
     prompt: int
     bucket: int
@@ -111,7 +111,7 @@ def answers(
 def round_robin(devices: Sequence[Generate]) -> Generate:
     """`answers` of several devices as one.
 
-    Every device has the whole model and answers its share of the prompts of each group, driven by a
+    Every device has all weights and answers its share of the prompts of each group, driven by a
     thread of its own.
 
     Args:
@@ -127,11 +127,11 @@ def round_robin(devices: Sequence[Generate]) -> Generate:
     ) -> Answers:
         found: SimpleQueue[list[tuple[int, np.ndarray]] | Exception | None] = SimpleQueue()
 
-        def work(one: Generate, own: Sequence[int]) -> None:
+        def work(one: Generate, share: Sequence[int]) -> None:
             try:
-                labels = None if groups is None else [groups[i] for i in own]
-                for ended in one([prompts[i] for i in own], labels, **options):
-                    found.put([(own[i], ids) for i, ids in ended])
+                labels = None if groups is None else [groups[i] for i in share]
+                for ended in one([prompts[i] for i in share], labels, **options):
+                    found.put([(share[i], ids) for i, ids in ended])
                 found.put(None)
             except Exception as error:
                 found.put(error)
@@ -211,9 +211,9 @@ class _Batch:
                     self.model, self.weights, *text, slots=self.slots, chunk=chunk
                 )
                 self.prefix = prefix
-            own = [row for row, b in zip(into, prefixes, strict=True) if b == prefix]
+            sharing = [row for row, b in zip(into, prefixes, strict=True) if b == prefix]
             self.rows = greedy.copy_prefix(
-                self.rows, self.prefix_caches, _row_ids(own, count, size)
+                self.rows, self.prefix_caches, _row_ids(sharing, count, size)
             )
         chunk = self.chunk_sizes.chunk
         texts = [self.prompts[r.prompt][r.shared :] for r in requests]

@@ -97,8 +97,8 @@ def _marked(answer: str, references: Sequence[str]) -> str:
     ]
     nearest = max(matchers, key=lambda matcher: matcher.ratio())
     shared = {block.a + i for block in nearest.get_matching_blocks() for i in range(block.size)}
-    for place in range(len(words)):
-        piece = html.escape(pieces[2 * place])
-        plain = place in shared or not piece
-        pieces[2 * place] = piece if plain else f"<mark>{piece}</mark>"
+    for i in range(len(words)):
+        piece = html.escape(pieces[2 * i])
+        plain = i in shared or not piece
+        pieces[2 * i] = piece if plain else f"<mark>{piece}</mark>"
     return "".join(pieces)

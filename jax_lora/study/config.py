@@ -73,7 +73,7 @@ class StudyConfig:
     sets: tuple[str, ...] = ("T100", "T250", "T500", "Tall", "T*100", "T*500")
     rounds: tuple[int, ...] = (0, 1, 2)
     learning_rates: LearningRates = field(default_factory=LearningRates)
-    variants: Mapping[str, Changes] = field(default_factory=dict)  # beside the plain recipe
+    variants: Mapping[str, Changes] = field(default_factory=dict)  # in addition to the plain recipe
 
     # ---- what full fine-tuning changes in `run`
     full: Changes = field(
@@ -122,10 +122,10 @@ class StudyConfig:
         """
         self._validate_axes()
         changes = {"full": self.full, "toy.run": self.toy.run}
-        changes |= {f"variants.{name}": own for name, own in self.variants.items()}
-        for key, own in {"run": {}, **changes}.items():
+        changes |= {f"variants.{name}": change for name, change in self.variants.items()}
+        for key, change in {"run": {}, **changes}.items():
             try:
-                self.run_with(self.full if key == "toy.run" else {}, own)
+                self.run_with(self.full if key == "toy.run" else {}, change)
             except ConfigError as error:
                 text = str(error).removeprefix("config.")
                 raise ConfigError(f"config.{key}.{text}") from None

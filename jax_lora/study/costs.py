@@ -100,7 +100,7 @@ def dry_run(
         name: tuple(planned_steps(run, base_weights.known_or_read_config(run.model), where))
         for name, run in runs.items()
     }
-    peaks = {own: max(memory(one).peak for one in own) for own in set(steps.values())}
+    peaks = {of_run: max(memory(step).peak for step in of_run) for of_run in set(steps.values())}
 
     estimated = {name: estimate(run) for name, run in runs.items()}
     took = results.finished(workdir, estimated)

@@ -1,8 +1,8 @@
 """Means and differences with intervals over tasks, and paired tests of them.
 
 Scores are percentages, differences are in points, means are over examples, as the official
-evaluation and the paper have them. Intervals and p-values are over tasks, the rounds of a task kept
-together, for the models as they were trained.
+evaluation and the paper have them. Intervals and p-values are over tasks, rounds of a
+task together, for the models as they were trained.
 """
 
 from __future__ import annotations
@@ -76,16 +76,15 @@ def contrasts(
       draws: how many of each.
 
     Returns:
-      An estimate a sum, over the tasks and rounds that all of its configurations have; none where
-      there are no such.
+      One estimate per sum, over the tasks and rounds that all of its configurations have, if any.
     """
     table, codes = scores.to_numpy(float), _codes(scores)
     at = {config: i for i, config in enumerate(scores.columns)}
     parts: dict[int, list[tuple[K, np.ndarray, np.ndarray, int]]] = {}
     for key, coefficients in wanted.items():
         if set(coefficients) <= at.keys():
-            own = table[:, [at[config] for config in coefficients]]
-            values = own @ np.array(list(coefficients.values()))
+            columns = table[:, [at[config] for config in coefficients]]
+            values = columns @ np.array(list(coefficients.values()))
             sums, weights, rounds = _by_task(codes, values[:, None])
             if rounds:
                 parts.setdefault(len(sums), []).append((key, sums[:, 0], weights, rounds))
@@ -149,7 +148,7 @@ def sign_flip_p(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarr
 
 
 def slope(configs: Mapping[str, int]) -> dict[str, float]:
-    """Coefficients that make `contrast` the least-squares slope, in points a doubling of the rank.
+    """Coefficients that make `contrast` the least-squares slope in points per doubling of rank.
 
     Args:
       configs: rank by configuration, at least two different ones.
@@ -162,7 +161,7 @@ def slope(configs: Mapping[str, int]) -> dict[str, float]:
 def lead(first: Frame, second: Frame, configs: Sequence[str], *, seed: int = 0) -> Estimate | None:
     """How far one quantity is ahead of another on their ways from the first to the last rank.
 
-    A quantity's progress at a rank is the share of its whole change that is done by then. The
+    A quantity's progress at a rank is the share of its change that is done by then. The
     lead is the mean over the inner ranks of the first's progress less the second's: near 1 where
     the first has changed at once and the second only at the end.
 
@@ -174,13 +173,13 @@ def lead(first: Frame, second: Frame, configs: Sequence[str], *, seed: int = 0) 
 
     Returns:
       The lead with its interval over tasks (its p is not tested: NaN); None where a configuration
-      is missing, or where either whole change may be zero, so that progress means nothing.
+      is missing, or where either change may be zero, so that progress means nothing.
     """
     if not set(configs) <= set(first.columns) & set(second.columns):
         return None
     for scores in (first, second):
-        whole = contrast(scores, {configs[0]: -1, configs[-1]: 1}, seed=seed)
-        if whole is None or whole.low <= 0 <= whole.high:
+        change = contrast(scores, {configs[0]: -1, configs[-1]: 1}, seed=seed)
+        if change is None or change.low <= 0 <= change.high:
             return None
     both = pd.concat([first[list(configs)], second[list(configs)]], axis=1)
     sums, weights, rounds = _by_task(_codes(both), both.to_numpy(float))
@@ -228,13 +227,13 @@ def _by_task(
 
     Rows with NaN are left out; the weights of a round add up to one over the number of rounds.
     """
-    whole = np.isfinite(values).all(axis=1)
-    rounds, tasks, examples = (array[whole] for array in codes)
+    complete = np.isfinite(values).all(axis=1)
+    rounds, tasks, examples = (array[complete] for array in codes)
     names, rounds = np.unique(rounds, return_inverse=True)
     found, tasks = np.unique(tasks, return_inverse=True)
     weights = examples / np.bincount(rounds, examples)[rounds] / max(len(names), 1)
     sums = np.zeros((len(found), values.shape[1]))
-    np.add.at(sums, tasks, weights[:, None] * values[whole])
+    np.add.at(sums, tasks, weights[:, None] * values[complete])
     return sums, np.bincount(tasks, weights), len(names)
 
 

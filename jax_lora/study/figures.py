@@ -1,7 +1,7 @@
 """Pictures of a study; Figures 1, 4 and 5 are the paper's.
 
 Each function returns a matplotlib `Figure` that needs no display and no pyplot.
-TEXT and COLUMN are the widths, in inches, that they are made to be read at. Lines are means over
+TEXT and COLUMN are the widths, in inches, that they are drawn for. Lines are means over
 rounds, bands and bars their standard deviations; a gap is a missing cell; a hollow marker, or in
 the grid of learning rates a star, is a mean of fewer rounds than the grid plans.
 """
@@ -62,9 +62,9 @@ def scaling(study: Study, numbers: Frame, width: float = TEXT) -> Figure:
     figure, panels = score_panels(width)
     for axis, test, metric in panels:
         for i, name in enumerate(sets):
-            own = main_rates(numbers, test, name)
+            rows = main_rates(numbers, test, name)
             look = Look(color=COLOURS[i % 6], marker=MARKERS[i % 6], label=name)
-            lines_over_ranks(axis, own, metric, look)
+            lines_over_ranks(axis, rows, metric, look)
         rank_axis(axis, numbers["rank"].dropna(), width / 2)
         at_least_a_point(axis)
     figure.supxlabel("LoRA rank", fontsize=STYLE["axes.labelsize"])
@@ -91,8 +91,8 @@ def categories(study: Study, test: str, name: str, width: float = TEXT) -> Figur
     grid = grid.groupby("config", sort=False).agg(
         method=("method", "first"), rank=("rank", "first"), expected_rounds=("cell", "size")
     )
-    rows = study.rows[study.rows["closed_label"] & (study.rows["test"] == test)]
-    tasks = rows[rows["set"] == name].groupby("category")["task"].nunique()
+    closed = study.rows[study.rows["closed_label"] & (study.rows["test"] == test)]
+    tasks = closed[closed["set"] == name].groupby("category")["task"].nunique()
     largest = tasks.sort_values(ascending=False, kind="stable").index[:9]
     columns, height = (3, 1.7) if width > 5 else (2, 1.5)
     figure, axes = panels(width, math.ceil(len(largest) / columns), columns, height, sharex=True)
@@ -101,12 +101,12 @@ def categories(study: Study, test: str, name: str, width: float = TEXT) -> Figur
         "out_of_options": Look(color=COLOURS[5], marker="s", label="out of options"),
     }
     for axis, category in zip(axes.flat, largest, strict=False):
-        own = numbers[numbers["category"] == category].set_index("config")
-        own = grid.join(own).reset_index()
-        own["rounds"] = own["rounds"].fillna(0)
+        rows = numbers[numbers["category"] == category].set_index("config")
+        rows = grid.join(rows).reset_index()
+        rows["rounds"] = rows["rounds"].fillna(0)
         for metric, look in looks.items():
-            lines_over_ranks(axis, own, metric, look)
-        axis.axhline(own["majority_baseline"].mean(), color="#666666", ls=":", lw=1)
+            lines_over_ranks(axis, rows, metric, look)
+        axis.axhline(rows["majority_baseline"].mean(), color="#666666", ls=":", lw=1)
         title = f"{category} ({tasks[category]})"
         axis.set_title(without_math(textwrap.fill(title, int(13 * width / columns))))
         axis.set_ylim(bottom=0)
@@ -144,14 +144,14 @@ def fixed_size(study: Study, numbers: Frame, sets: Sequence[str], width: float =
     marked = zip(lora, shades, itertools.cycle(MARKERS), strict=False)
     looks = {name: Look(color=colour, marker=mark, label=name) for name, colour, mark in marked}
     looks["full"] = Look(color="black", marker="*", ls="--", label="full", ms=6)
-    places = {name: i for i, name in enumerate(sets)}
+    positions = {name: i for i, name in enumerate(sets)}
     for axis, test, metric in panels:
-        own = numbers[(numbers["test"] == test) & numbers["set"].isin(sets) & numbers["main"]]
+        rows = numbers[(numbers["test"] == test) & numbers["set"].isin(sets) & numbers["main"]]
         for i, config in enumerate(configs):
-            line = own[own["config"] == config]
-            dodge = 0.2 * (i / max(len(configs) - 1, 1) - 0.5)  # keeps the bars apart
-            line = line.assign(place=line["set"].map(places) + dodge).sort_values("place")
-            mean_line(axis, line, "place", metric, looks[config], band=False)
+            line = rows[rows["config"] == config]
+            dodge = 0.2 * (i / max(len(configs) - 1, 1) - 0.5)  # so that the bars do not overlap
+            line = line.assign(position=line["set"].map(positions) + dodge).sort_values("position")
+            mean_line(axis, line, "position", metric, looks[config], band=False)
         axis.set_xticks(range(len(sets)), [set_label(name) for name in sets])
         axis.set_xlim(-0.3, len(sets) - 0.7)
         at_least_a_point(axis)
@@ -247,16 +247,16 @@ def learning_rates(
       metric: "exact_match" or "rougeL".
       width: of the picture in inches.
     """
-    own = numbers[(numbers["set"] == name) & (numbers["variant"] == "")]
-    lora = sorted(own["rank"].dropna().unique())
-    columns = [*lora, *(["full"] if (own["method"] == "full").any() else [])]
-    rates = sorted(own["learning_rate"].unique())
+    cells = numbers[(numbers["set"] == name) & (numbers["variant"] == "")]
+    lora = sorted(cells["rank"].dropna().unique())
+    columns = [*lora, *(["full"] if (cells["method"] == "full").any() else [])]
+    rates = sorted(cells["learning_rate"].unique())
     shape, size = (1, 2) if width > 5 else (2, 1), 6 if len(columns) < 9 else 5
     figure, axes = panels(width, *shape, 0.2 * len(rates) + 0.75, sharex=True)
     for axis, test in zip(axes.flat, TESTS, strict=True):
         values = np.full((len(rates), len(columns)), np.nan)
         words = {}
-        for row in own[own["test"] == test].to_dict("records"):
+        for row in cells[cells["test"] == test].to_dict("records"):
             column = columns.index("full" if row["method"] == "full" else row["rank"])
             at = rates.index(row["learning_rate"]), column
             values[at] = row[metric]

@@ -25,7 +25,7 @@ from jax_lora.study.tables import tex_set
 P = ParamSpec("P")
 T = TypeVar("T")
 TEXT, COLUMN = 7.0, 3.4
-# Okabe and Ito's colours, told apart with any colour vision; markers tell them apart without.
+# Okabe and Ito's colours, distinct with any colour vision; markers are distinct without colour.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 TITLES = {"seen": "Seen tasks", "unseen": "Unseen tasks"}
@@ -92,8 +92,8 @@ def score_panels(width: float) -> tuple[Figure, list[tuple[Axes, str, str]]]:
 
 def main_rates(numbers: Frame, test: str, name: str, variant: str | None = "") -> Frame:
     """The rows of one set and test set at the main learning rates; None takes all variants."""
-    own = numbers[(numbers["test"] == test) & (numbers["set"] == name) & numbers["main"]]
-    return own if variant is None else own[own["variant"] == variant]
+    rows = numbers[(numbers["test"] == test) & (numbers["set"] == name) & numbers["main"]]
+    return rows if variant is None else rows[rows["variant"] == variant]
 
 
 def mean_line(axis: Axes, rows: Frame, x: str, metric: str, look: Look, band: bool = True) -> None:
@@ -129,7 +129,7 @@ def hollow_markers(
 
 
 def lines_over_ranks(axis: Axes, rows: Frame, metric: str, look: Look) -> None:
-    """LoRA's line over the ranks; full fine-tuning dashed across, with its spread over rounds."""
+    """LoRA's line over the ranks; full fine-tuning as a dashed line; spreads over rounds."""
     mean_line(axis, rows[rows["method"] == "lora"], "rank", metric, look)
     full = rows[(rows["method"] == "full") & rows[metric].notna()]
     for mean, spread in zip(full[metric], full[f"{metric}_std"], strict=True):
@@ -178,7 +178,7 @@ def power(value: float, _: object) -> str:
 
 
 def legend(figure: Figure, handles: list[Line2D], width: float) -> None:
-    """Above the panels, in as few rows as about 13 letters an inch allow."""
+    """Above the panels, in as few rows as about 13 letters per inch allow."""
     if any(line.get_label() == FEW for axis in figure.axes for line in axis.lines):
         handles = [*handles, legend_handle("black", "", "o", "rounds missing")]
         handles[-1].set_markerfacecolor("white")

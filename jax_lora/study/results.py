@@ -61,15 +61,15 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
     Args:
       cell: which one.
       folder: its own.
-      shared: folder of the files of all rounds, made if need be.
+      shared: folder of the files of all rounds, created if it does not exist.
     """
     shared.mkdir(parents=True, exist_ok=True)
     for test in TESTS:
-        own, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
+        path, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
         with suppress(FileExistsError):
-            os.link(own, one)
-        if not own.samefile(one) and filecmp.cmp(own, one, shallow=False):
-            with fresh_file(own) as fresh:
+            os.link(path, one)
+        if not path.samefile(one) and filecmp.cmp(path, one, shallow=False):
+            with fresh_file(path) as fresh:
                 os.link(one, fresh)
 
 
@@ -122,20 +122,24 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
 
     lines = []
     for test in TESTS:
-        files = {name: own / "eval" / test / "predictions.jsonl" for name, own in models.items()}
+        files = {
+            name: model / "eval" / test / "predictions.jsonl" for name, model in models.items()
+        }
         answers = {
             name: {(p["task"], p["id"]): p["prediction"] for p in read_jsonl(path)}
             for name, path in files.items()
         }
         shown: set[str] = set()
         for example in read_jsonl(next(iter(files.values())).with_name("examples.jsonl")):
-            own = {name: by_id[example["task"], example["id"]] for name, by_id in answers.items()}
-            if example["task"] in shown or len(set(map(normalize, own.values()))) < 2:
+            by_model = {
+                name: by_id[example["task"], example["id"]] for name, by_id in answers.items()
+            }
+            if example["task"] in shown or len(set(map(normalize, by_model.values()))) < 2:
                 continue
             shown.add(example["task"])
             case = {name: example[name] for name in ("task", "input", "references")}
             case["task"] += f", {test}: trained on {largest}, round {first}"
-            lines.append(json.dumps(case | {"answers": own}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(case | {"answers": by_model}, ensure_ascii=False) + "\n")
     with fresh_file(folder / "cases.jsonl") as fresh:
         fresh.write_text("".join(lines), encoding="utf-8")
 

@@ -42,11 +42,11 @@ def write_tasks(
     Args:
       folder: must be new or empty.
       instances: of each task.
-      outside: categories of train tasks that are kept out of the grid.
+      outside: categories of train tasks that are excluded from the grid.
       unseen: train tasks that become test tasks of both.
 
     Raises:
-      ValueError: a category that no train task has, or all of them; a task that is no train task.
+      ConfigError: a category that no train task has, or all of them; a task that is no train task.
     """
     trained = [task for task in TASKS if task.split == "train"]
     categories = {task.category for task in trained}
@@ -64,8 +64,10 @@ def write_tasks(
     with fresh_folder(folder) as partial:
         for name in CHECKOUTS:
             splits = write_checkout(partial / name, instances_per_task=instances) / "splits"
-            own = [t.name for t in left if (t.category in outside) == (name == "outside")]
-            for split, names in (("train", own), ("test", tested)):
+            names_of_checkout = [
+                t.name for t in left if (t.category in outside) == (name == "outside")
+            ]
+            for split, names in (("train", names_of_checkout), ("test", tested)):
                 lines = "".join(f"{task}\n" for task in names)
                 (splits / "default" / f"{split}_tasks.txt").write_text(lines, encoding="utf-8")
 

@@ -23,17 +23,17 @@ TOY = "toy"  # the name of the training that makes the toy base, beside the cell
 
 def run_config(config: StudyConfig, workdir: Path, cell: Cell) -> RunConfig:
     """The config of a cell's run."""
-    own: dict[str, object] = {
+    axes: dict[str, object] = {
         "data": {"set": cell.set},
         "round": cell.round,
         "optim": {"learning_rate": cell.learning_rate},
     }
     if cell.rank:
-        own["lora"] = {"rank": cell.rank}
+        axes["lora"] = {"rank": cell.rank}
     return config.run_with(
         config.full if cell.method == FULL else {},
         config.variants[cell.variant] if cell.variant else {},
-        own,
+        axes,
         _toy_paths(workdir, "toy-llama", "grid") if config.toy.instances else {},
     )
 
@@ -138,7 +138,7 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str
 
 
 def train_tokens(run: RunConfig) -> int:
-    """Tokens of a whole training, without padding."""
+    """Tokens of a complete training, without padding."""
     taskset = inputs.training_set(run)
     rows = inputs.training_rows(inputs.encoder(run), taskset, run.data.answer, run.seed)
     batches, steps = prepare.batches_of(run, rows)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import PyTree
 
 
 class Spectrum(NamedTuple):
@@ -31,7 +30,7 @@ class Spectrum(NamedTuple):
     outputs: np.ndarray
 
 
-def spectra(adapters: PyTree) -> dict[str, Spectrum]:
+def spectra(adapters: Mapping[str, Mapping]) -> dict[str, Spectrum]:
     """The spectrum of every adapted module, by its name.
 
     Args:

@@ -48,8 +48,8 @@ def summary(study: Study, *, seed: int = 0) -> Frame:
     frame = study.grid.merge(pd.DataFrame({"test": TESTS}), how="cross")
     frame = frame.merge(means.join(over_tasks).reset_index(), on=["cell", "test"], how="left")
     frame = frame.merge(cells.drop(columns=["set", "round"]), on="cell", how="left")
-    kept = ["config", "main", "method", "variant", "rank", "learning_rate", "set", "test"]
-    groups = frame.groupby(kept, dropna=False, sort=False)
+    by = ["config", "main", "method", "variant", "rank", "learning_rate", "set", "test"]
+    groups = frame.groupby(by, dropna=False, sort=False)
     found = groups.agg(rounds=("exact_match", "count"), expected_rounds=("cell", "size"))
     counts = ["set_tasks", "train_examples", "train_tokens", "train_operations"]
     ratios = ["trainable_percent", "relative_operations"]
@@ -121,10 +121,10 @@ def _add_intervals(study: Study, found: Frame, seed: int) -> None:
     for metric in METRICS:
         low, high = np.full(len(found), np.nan), np.full(len(found), np.nan)
         for (name, test), group in found.groupby(["set", "test"]):
-            wanted = {place: {config: 1} for place, config in group["config"].items()}
+            wanted = {row: {config: 1} for row, config in group["config"].items()}
             scores = study.scores(name, test, metric)
-            for place, one in contrasts(scores, wanted, seed=seed).items():
-                low[place], high[place] = one.low, one.high
+            for row, one in contrasts(scores, wanted, seed=seed).items():
+                low[row], high[row] = one.low, one.high
         found[f"{metric}_low"], found[f"{metric}_high"] = low, high
 
 

@@ -75,8 +75,8 @@ def scores_table(
       name: of the files.
       title: the caption's first words.
     """
-    own = numbers[(numbers["test"] == test) & numbers["set"].isin(sets)]
-    main = own[own["main"]]
+    shown = numbers[(numbers["test"] == test) & numbers["set"].isin(sets)]
+    main = shown[shown["main"]]
     papers = main["exact_match_paper"].notna().any()
     rows = []
     for config in study.configs():
@@ -99,30 +99,30 @@ def scores_table(
     columns = [("", "Method"), ("", "Rank"), ("", "Trainable"), ("", "Operations")]
     columns += [(name_of_set, label) for name_of_set in sets for label in METRICS.values()]
     rates = main.drop_duplicates(["method", "learning_rate"])
-    said = "; ".join(f"{r['method']} {r['learning_rate']:g}" for _, r in rates.iterrows())
+    rates_text = "; ".join(f"{r['method']} {r['learning_rate']:g}" for _, r in rates.iterrows())
     caption = (
         f"{title}: exact match (EM) and Rouge-L (R-L) on the {test} test set, {study.model}. Means "
         "over examples, ± the standard deviation over rounds. (2/3): two of three planned rounds "
         f"are there; {MISSING}: none is. Trainable: of all parameters. Operations: of training, "
-        f"analytic, relative to full fine-tuning. Learning rates: {said}."
+        f"analytic, relative to full fine-tuning. Learning rates: {rates_text}."
     )
     if papers:
         rates = "; ".join(f"{k} {v:g}" for k, v in paper()["learning_rate"].items())
         caption += (
             f" Below each row the paper's figures (ours less the paper's; its rates: {rates})."
         )
-    return Table(name, caption, columns, rows, own)
+    return Table(name, caption, columns, rows, shown)
 
 
 def behaviour_table(study: Study, test: str, name_of_set: str) -> Table:
     """What the answers of the models of one set are like; the CSV has all sets and tests."""
     data = behaviour(study)
-    own = data[(data["test"] == test) & (data["set"] == name_of_set)].set_index("config")
+    cells = data[(data["test"] == test) & (data["set"] == name_of_set)].set_index("config")
     planned = study.grid[study.grid["set"] == name_of_set].groupby("config").size()
     rows = []
     for config in study.configs():
         if config in planned.index:
-            cell = own.loc[config] if config in own.index else None
+            cell = cells.loc[config] if config in cells.index else None
             rounds = 0 if cell is None else cell["rounds"]
             few = f" ({rounds}/{planned[config]})" if 0 < rounds < planned[config] else ""
             values = [
@@ -150,8 +150,8 @@ def comparison_table(study: Study, data: Frame, test: str, metric: str) -> Table
       test: "seen" or "unseen".
       metric: "exact_match" or "rougeL".
     """
-    own = data[(data["test"] == test) & (data["metric"] == metric)]
-    found = own.set_index(["config", "set"]).to_dict("index")
+    compared = data[(data["test"] == test) & (data["metric"] == metric)]
+    found = compared.set_index(["config", "set"]).to_dict("index")
     planned = study.grid.groupby(["config", "set"]).size()
     rows = []
     for config in study.configs("lora"):
@@ -164,7 +164,7 @@ def comparison_table(study: Study, data: Frame, test: str, metric: str) -> Table
         f"{MARGIN:g} point; no mark: undecided, or fewer than {FEWEST_TASKS} tasks."
     )
     columns = [("", "Model")] + [(name, "") for name in study.sets]
-    return Table(f"lora_against_full_{test}_{metric}", caption, columns, rows, own)
+    return Table(f"lora_against_full_{test}_{metric}", caption, columns, rows, compared)
 
 
 def tex_set(name: str) -> str:

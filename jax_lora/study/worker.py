@@ -111,13 +111,13 @@ class Worker:
         run, folder = spec.run_of(self.config, self.workdir, spec.TOY)
         self._train(spec.TOY)
         shape, params = Run.open(run, folder).weights()
-        made = self.workdir / "toy" / "toy-llama"
-        hf.save(made, shape, params, load_tokenizer(run.model), run.dtype)
+        path = self.workdir / "toy" / "toy-llama"
+        hf.save(path, shape, params, load_tokenizer(run.model), run.dtype)
 
     def _run_cell(self, cell: Cell, folder: Path) -> dict[str, object]:
         """Train and score a cell, or resume it; what its done.json holds."""
         if not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
-            rmtree(folder, ignore_errors=True)  # answers of a model that is gone
+            rmtree(folder, ignore_errors=True)  # answers of a model that was deleted
         began = time.perf_counter()
         with _faults():
             training = self._train(cell.id, study.TESTS)

@@ -94,11 +94,11 @@ def test_findings_by_hand(written):
     assert helps[0] == (
         "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] a "
         "doubling, up in 4 of 4 steps; R-L +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 "
-        "[+2.00, +2.00] a doubling, up in 4 of 4 steps (8 tasks, 3 rounds)."
+        "[+2.00, +2.00] per doubling, up in 4 of 4 steps (8 tasks, 3 rounds)."
     )
     assert helps[1].endswith("(8 tasks, 2 rounds).")  # T4 lacks a round of rank 8
     assert capacity[2] == (
-        "- T8: yes, the larger ranks bring more. EM +0.00 [+0.00, +0.00] a doubling up to rank "
+        "- T8: yes, the larger ranks bring more. EM +0.00 [+0.00, +0.00] per doubling up to rank "
         "16, +5.00 [+5.00, +5.00] above; difference +5.00 [+5.00, +5.00], p = 0.008 (8 tasks, 3 "
         "rounds). On seen tasks +2.00 [+2.00, +2.00] and +2.00 [+2.00, +2.00]."
     )
