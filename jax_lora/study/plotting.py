@@ -192,18 +192,22 @@ def legend(figure: Figure, handles: list[Line2D], width: float) -> None:
 
 
 def legend_handle(colour: ColorType, style: LineStyleType, marker: str, label: str) -> Line2D:
+    """One entry of a legend."""
     size = 8 if marker == "*" and not style else None
     return Line2D([], [], color=colour, ls=style, marker=marker, label=label, markersize=size)
 
 
 def set_handles(sets: Sequence[str]) -> list[Line2D]:
+    """An entry of a legend per set, in the colours and markers of the sets' lines."""
     labels = enumerate(map(set_label, sets))
     return [legend_handle(COLOURS[i % 6], "-", MARKERS[i % 6], label) for i, label in labels]
 
 
 def set_label(name: str) -> str:
+    """The name of a set as matplotlib sets it: T*100 as mathematics."""
     return tex_set(name) if set_order(name)[1] < np.inf or name == "Tall" else without_math(name)
 
 
 def without_math(text: str) -> str:
-    return text.replace("$", r"\$")  # no mathematics
+    """A text of which matplotlib sets nothing as mathematics."""
+    return text.replace("$", r"\$")
