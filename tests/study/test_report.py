@@ -92,7 +92,7 @@ def test_findings_by_hand(written):
     assert list(said)[-1] == "More tasks, or more examples of each, T*2 to T*8?"
     helps, capacity, form, reach, more = said.values()
     assert helps[0] == (
-        "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] a "
+        "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] per "
         "doubling, up in 4 of 4 steps; R-L +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 "
         "[+2.00, +2.00] per doubling, up in 4 of 4 steps (8 tasks, 3 rounds)."
     )
