@@ -20,6 +20,9 @@ _SETS = flags.DEFINE_list("sets", ["seen", "unseen"], "test sets: seen, unseen")
 _ADAPTER = flags.DEFINE_string(
     "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
 )
+_METRICS = flags.DEFINE_list(
+    "metrics", None, "in place of the config's, such as exact_match,rougeL,token_f1"
+)
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "make answers that are there again")
 _DEVICES_PER_COPY = flags.DEFINE_integer(
     "devices_per_copy",
@@ -50,6 +53,7 @@ def main(_):
         given = {
             "max_new_tokens": _MAX_NEW_TOKENS.value,
             "devices_per_copy": _DEVICES_PER_COPY.value,
+            "metrics": _METRICS.value,
         }
         options: Any = {key: value for key, value in given.items() if value is not None}
         run = Run.open(None, _WORKDIR.value, say=functools.partial(print, flush=True))

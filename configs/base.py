@@ -13,12 +13,12 @@ from jax_lora.config import RunConfig
 
 
 def get_config() -> Any:  # a ConfigDict, whose attributes have no types
-    return ConfigDict(_tuples(RunConfig().to_dict()))
+    return ConfigDict(tuples(RunConfig().to_dict()))
 
 
-def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    # ml_collections reads --config.data.buckets=(128,256) into a tuple, not into a list.
-    kinds = {dict: _tuples, list: tuple}
+def tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts with tuples for lists: --config.data.buckets=(128,256) is read into a tuple."""
+    kinds = {dict: tuples, list: tuple}
     return {key: kinds.get(type(value), lambda x: x)(value) for key, value in tree.items()}
 
 

@@ -107,8 +107,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Greedy decoding of the test sets."""
+    """Greedy decoding of the test sets, and the metrics of the answers."""
 
+    metrics: tuple[str, ...] = ("exact_match", "rougeL")  # names in evaluation/metrics.py
     max_new_tokens: int = 128
     buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1024)  # prompt lengths
     batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
@@ -159,14 +160,13 @@ class RunConfig:
           ConfigError: an unknown key (a renamed one with its new name), a value of another type,
             or one outside of its domain.
         """
-        made = _typed(cls, config, "")
-        assert isinstance(made, cls)
+        made: RunConfig = read_typed(cls, config, "")
         made.validate()
         return made
 
     def to_dict(self) -> dict[str, object]:
         """Nested dicts of plain values, tuples as lists: what config.json holds."""
-        return _plain(self)
+        return to_plain(self)
 
     def replace(self, **changes: object) -> RunConfig:
         """A copy with other values, by dotted key: `replace(**{"lora.rank": 8, "seed": 1})`.
@@ -200,7 +200,7 @@ class RunConfig:
             for number in value if isinstance(value, list) else [value]:
                 if not isinstance(number, int | float) or not low <= number <= high:
                     raise ConfigError(f"config.{key}: found {value!r}, expected {note}")
-        for key in ("data.buckets", "eval.buckets", "lora.targets"):
+        for key in ("data.buckets", "eval.buckets", "eval.metrics", "lora.targets"):
             if not values[key]:
                 raise ConfigError(f"config.{key}: found none, expected at least one")
         for key in dict.fromkeys(key for keys in OPTIMIZER_KEYS.values() for key in keys):
@@ -303,37 +303,55 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _renamed(key: str) -> str:
-    return f"; it is called {RENAMED[key]} now" if key in RENAMED else ""
+    for old, new in RENAMED.items():
+        if f".{key}".endswith(f".{old}"):  # a study has the keys of a run below others
+            return f"; it is called {key.removesuffix(old)}{new} now"
+    return ""
 
 
-def _plain(value: object) -> typing.Any:
+def to_plain(value: object) -> typing.Any:
+    """Dataclasses as nested dicts, tuples as lists."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_plain(one) for name, one in value.items()}
+    return [to_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
-def _typed(kind: typing.Any, value: object, key: str) -> object:
-    """`value` as a field of that type: a dataclass, a tuple or a plain value."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            if not hasattr(value, "items"):  # a ConfigDict is no Mapping
-                raise ConfigError(f"config.{key}: found {value!r}, expected a group of keys")
-        given = dict(typing.cast(Mapping, value).items())
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+def read_typed(kind: typing.Any, value: object, key: str) -> typing.Any:
+    """`value` as a field of that type: a dataclass, a tuple, a mapping or a plain value.
+
+    Raises:
+      ConfigError: an unknown key, a renamed one with its new name, or a value of another type.
+    """
+    if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):  # a ConfigDict is none
+            raise ConfigError(f"config.{key}: found {value!r}, expected a group of keys")
+        given = {str(k): v for k, v in typing.cast(Mapping, value).items()}
+        names = {name: f"{key}.{name}" if key else name for name in given}
+        if not dataclasses.is_dataclass(kind):
+            inner = typing.get_args(kind)[1]
+            return {name: read_typed(inner, one, names[name]) for name, one in given.items()}
         hints = typing.get_type_hints(kind)
         for name in given:
             if name not in hints:
-                dotted = f"{key}.{name}" if key else str(name)
-                raise ConfigError(f"config.{dotted}: no such key{_renamed(dotted)}")
-        made = {n: _typed(hints[n], v, f"{key}.{n}" if key else n) for n, v in given.items()}
+                raise ConfigError(f"config.{names[name]}: no such key{_renamed(names[name])}")
+        made = {name: read_typed(hints[name], one, names[name]) for name, one in given.items()}
         return typing.cast(typing.Any, kind)(**made)
     if isinstance(kind, types.GenericAlias):
         (inner, *_) = typing.get_args(kind)
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"config.{key}: found {value!r}, expected a list")
-        return tuple(_typed(inner, one, key) for one in value)
+        return tuple(read_typed(inner, one, key) for one in value)
+    if kind is object:  # of any type: what a key of another config is given
+        return read_typed(Mapping[str, object], value, key) if hasattr(value, "items") else value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-        raise ConfigError(f"config.{key}: found {value!r}, expected {names[kind]}")
+    kinds = typing.get_args(kind) or (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(_WORDS[one] for one in kinds)
+        raise ConfigError(f"config.{key}: found {value!r}, expected {expected}")
     return value

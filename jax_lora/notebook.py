@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
+from numpy.typing import ArrayLike
 
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model.arch import ATTENTION
@@ -41,13 +42,13 @@ class LoadedModel:
     """
 
     config: LlamaConfig
-    base: dict[str, Any]
-    adapters: dict[str, Any] | None
-    tokenizer: Any
-    dtype: Any
+    base: PyTree
+    adapters: PyTree | None
+    tokenizer: Any  # the types of transformers allow what no tokenizer returns
+    dtype: jnp.dtype
 
     @property
-    def variables(self) -> dict[str, Any]:
+    def variables(self) -> dict[str, PyTree]:
         """What the module is applied to."""
         lora_part = {} if self.adapters is None else {"lora": self.adapters}
         return {"params": self.base, **lora_part}
@@ -61,7 +62,7 @@ class LoadedModel:
     def _unstacked(self) -> greedy.Weights:
         return greedy.unstack_layers(self.variables)
 
-    def logits(self, tokens: Any) -> Float[Array, "B T V"]:
+    def logits(self, tokens: ArrayLike) -> Float[Array, "B T V"]:
         """Logits (B, T, V), float32, of token ids (B, T), one row or several of equal length.
 
         Raises:
@@ -99,7 +100,7 @@ class LoadedModel:
         rows = [row[:-1] if row and row[-1] == end else row for row in rows]
         if not all(rows):
             raise ValueError("prompts: found an empty one, expected at least one token each")
-        # A power of two, so that a session compiles a few shapes and not one a prompt.
+        # A power of two, so that a session compiles a few shapes and not one per prompt.
         width = 1 << (max(map(len, rows), default=1) - 1).bit_length()
         ended = scheduler.answers(
             self.module,
@@ -164,7 +165,7 @@ def parameter_table(
       targets: the adapted linear layers.
 
     Returns:
-      A row a leaf (stacked over the layers): module, shape, frozen, trainable.
+      One row per leaf (stacked over the layers): module, shape, frozen, trainable.
 
     Raises:
       ValueError: a rank below 1, an unknown target.

@@ -1,28 +1,88 @@
-"""Tables in plain text, for terminals."""
+"""Tables as text: for terminals, as GitHub's Markdown, and as LaTeX."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Literal
+
+Style = Literal["plain", "markdown", "latex"]
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
+    "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "−": "$-$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+}  # fmt: skip
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table: the first column to the left, the others to the right, floats to one place."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    style: Style = "plain",
+    groups: Sequence[str] = (),
+) -> str:
+    """A table: the first column to the left, the others to the right, floats to one place.
 
-    def text(cell: object) -> str:
-        if cell is None:
-            return "-"
-        if isinstance(cell, float):
-            return f"{cell:.1f}"
-        return f"{cell:,}" if isinstance(cell, int) else str(cell)
+    Args:
+      header: a name per column.
+      rows: cells; None is a dash.
+      style: "plain" for terminals, "markdown", or "latex", a `tabular` of the package booktabs.
+      groups: in LaTeX, what stands above each column; neighbours of one group share it.
 
-    cells = [list(header), *([text(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
+    Returns:
+      Lines, all but plain ones with a newline at the end.
+    """
+    cells = [[_text(cell) for cell in row] for row in rows]
+    if style == "plain":
+        return "\n".join(_aligned(header, cells))
+    if style == "markdown":
+        rule = ["---"] + ["---:"] * (len(header) - 1)
+        lines = [[*map(markdown, header)], rule, *([*map(markdown, row)] for row in cells)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    body = "".join(" & ".join(map(tex, row)) + " \\\\\n" for row in cells)
+    return (
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\toprule\n{_tex_groups(groups)}"
+        f"{' & '.join(map(tex, header))} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
+def markdown(text: str) -> str:
+    """A text for Markdown: T*100 and T*500 frame no emphasis, a bar ends no cell."""
+    return re.sub(r"([*|])", r"\\\1", text)
+
+
+def tex(text: str) -> str:
+    """A text for LaTeX."""
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:.1f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def _aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *cells):
+        first, *others = zip(row, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _tex_groups(groups: Sequence[str]) -> str:
+    """The line of groups above a header, each with a rule below it; they are LaTeX already."""
+    spans: list[tuple[str, int, int]] = []  # group, first column, number of columns
+    for i, group in enumerate(groups, 1):
+        if spans and spans[-1][0] == group:
+            spans[-1] = (group, spans[-1][1], spans[-1][2] + 1)
+        else:
+            spans.append((group, i, 1))
+    if not spans:
+        return ""
+    top = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{group}}}" for group, _, n in spans)
+    rules = " ".join(rf"\cmidrule(lr){{{i}-{i + n - 1}}}" for group, i, n in spans if group)
+    return f"{top} \\\\\n{rules}\n"

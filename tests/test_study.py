@@ -143,7 +143,7 @@ def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
     assert "error: process 1 ended before it began" in errors[0]
-    assert "error: sets: found 'T3'" in errors[1]
+    assert "error: config.sets: found 'T3'" in errors[1]
     assert not (tmp_path / "s").exists()
 
 

@@ -1,1 +1,1 @@
-"""Scoring: the official metrics, how often a model leaves the options, and whole evaluations."""
+"""Scoring: the official metrics, how often answers are out of options, and evaluations."""

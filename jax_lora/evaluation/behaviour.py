@@ -6,7 +6,6 @@ Everything here is a function of the data and the predictions; percentages are t
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from jax_lora.evaluation.metrics import exact_match, normalize
 
@@ -93,7 +92,7 @@ def exact_match_given_valid(
     references: Sequence[Sequence[str]],
     options: Collection[str],
 ) -> float | None:
-    """Exact match of those predictions that are one of the options: content apart from form.
+    """Exact match of those predictions that are one of the options: content without form.
 
     Args:
         predictions: decoded answers of one closed-label task.
@@ -169,7 +168,7 @@ def empty_share(predictions: Iterable[str | None]) -> float:
 
 
 def copy_share(predictions: Iterable[str | None], inputs: Iterable[str]) -> float:
-    """The share of predictions that repeat the whole input, normalized; empty ones do not count.
+    """The share of predictions that repeat the complete input, normalized; empty ones do not count.
 
     Args:
         predictions: decoded answers.
@@ -226,12 +225,12 @@ def majority_baseline(counts: Mapping[str, int], references: Iterable[Sequence[s
 
 
 def describe(
-    rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int] | None = None
+    rows: Sequence[Mapping], counts: Mapping[str, int] | None = None
 ) -> dict[str, bool | float | None]:
-    """What the answers to one task are like, apart from their score.
+    """What the answers to one task are like beyond their score.
 
     Args:
-        rows: one an example: `prediction` (None where it is missing), `references`, `input` and
+        rows: one per example: `prediction` (None where it is missing), `references`, `input` and
             `finished`.
         counts: what `label_counts` returns for the task; None where it has too many labels.
 

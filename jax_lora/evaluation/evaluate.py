@@ -5,7 +5,7 @@
     <folder>/labels.json        task → normalised label → count, of its closed-label tasks
 
 Predictions are appended as they are made to `predictions.jsonl.partial`, which is renamed when it
-is complete; `settings.json` beside it says what made them, and a file made otherwise is redone.
+is complete; `settings.json` says what made them, and a file that other settings made is redone.
 Scores are a function of these files alone: they need neither a model nor an accelerator.
 """
 
@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -78,7 +77,7 @@ def predict(
 
 
 def write_examples(folder: Path, rows: Sequence[tuple[Example, Row]]) -> None:
-    """Write `examples.jsonl`, whole."""
+    """Write `examples.jsonl`."""
     fields = ("task", "category", "id", "input")
     lines = [
         {key: getattr(example, key) for key in fields}
@@ -102,7 +101,7 @@ def write_predictions(
     folder: Path,
     rows: Sequence[tuple[Example, Row]],
     answer: Callable[[Sequence[tuple[Example, Row]]], Iterator[list[Prediction]]],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     *,
     overwrite: bool = False,
 ) -> int:
@@ -120,12 +119,12 @@ def write_predictions(
       How many answers an earlier call had left.
     """
     final, partial = folder / "predictions.jsonl", folder / "predictions.jsonl.partial"
-    said = folder / "settings.json"
+    saved = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    if overwrite or not said.is_file() or said.read_bytes() != text.encode():
+    if overwrite or not saved.is_file() or saved.read_bytes() != text.encode():
         for stale in (final, partial, folder / "scores.json"):
             stale.unlink(missing_ok=True)
-        write_text(said, text)
+        write_text(saved, text)
     wanted = {(example.task, example.id) for example, _ in rows}
     done = {(p["task"], p["id"]): p for p in read_jsonl(final if final.is_file() else partial)}
     done = {key: p for key, p in done.items() if key in wanted}
@@ -145,17 +144,21 @@ def write_predictions(
     return len(done)
 
 
-def score(folder: Path) -> dict[str, Any]:
+def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, object]:
     """Score a test set's folder from its files.
+
+    Args:
+      folder: of the test set.
+      names: of the metrics, see `metrics.METRICS`.
 
     Returns:
       `metrics`: the official keys (see `metrics.aggregate`); `tasks`: by task its category, number
-      of examples, exact match, Rouge-L and, where it is closed-label, `majority_baseline` and
-      `out_of_options` (all percentages); `closed_label`: the means of exact match, baseline and
-      out-of-options over those tasks, absent where there are none; `truncated` and `unfinished`:
-      percentages of all answers.
+      of examples, every metric and, where it is closed-label, `majority_baseline` and
+      `out_of_options` (all percentages); `closed_label`: the means of all of these over those
+      tasks, absent where there are none; `truncated` and `unfinished`: percentages of all answers.
 
     Raises:
+      ConfigError: an unknown metric.
       MissingFileError: the examples or the finished predictions are not there.
       DataError: a file with something else in it.
     """
@@ -171,43 +174,52 @@ def score(folder: Path) -> dict[str, Any]:
             path = folder / "labels.json"
             raise DataError(f"{path}: {task}: found {counts!r:.60}, expected labels and counts")
     answers = {key: p["prediction"] for key, p in predictions.items()}
-    rows: list[dict[str, Any]] = [
-        e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples
-    ]
+    rows = [e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples]
     with tqdm(total=len(rows), unit="answer", desc=f"{folder.name}: scores", delay=1) as bar:
-        official = metrics.aggregate(rows, metrics.score_all(rows, progress=bar.update))
-    tasks: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == name]
-        tasks[name] = {
-            "category": own[0]["category"],
-            "examples": len(own),
-            "exact_match": official[f"exact_match_for_{name}"],
-            "rougeL": official[f"rougeL_for_{name}"],
-        }
-        if name in labels:
-            base = behaviour.majority_baseline(labels[name], [row["references"] for row in own])
-            out = behaviour.out_of_options_share(
-                [row["prediction"] for row in own], behaviour.options(labels[name])
-            )
-            tasks[name] |= {"majority_baseline": 100 * base, "out_of_options": 100 * out}
-    result: dict[str, Any] = {"metrics": official, "tasks": tasks}
+        scored = metrics.score_all(rows, names, progress=bar.update)
+    official = metrics.aggregate(rows, scored, names)
+    tasks = {
+        task: _score_task([row for row in rows if row["task"] == task], official, names, labels)
+        for task in dict.fromkeys(row["task"] for row in rows)
+    }
+    result: dict[str, object] = {"metrics": official, "tasks": tasks}
     if closed := [task for task in tasks.values() if "majority_baseline" in task]:
         result["closed_label"] = {
-            key: float(np.mean([task[key] for task in closed]))
-            for key in ("exact_match", "majority_baseline", "out_of_options")
+            key: float(np.mean([float(task[key]) for task in closed]))
+            for key in (*names, "majority_baseline", "out_of_options")
         } | {"tasks": len(closed)}
-    said = list(predictions.values())
-    result["truncated"] = 100 * float(np.mean([p["truncated"] for p in said]))
-    result["unfinished"] = 100 * float(np.mean([not p["finished"] for p in said]))
+    truncated = [p["truncated"] for p in predictions.values()]
+    unfinished = [not p["finished"] for p in predictions.values()]
+    result["truncated"] = 100 * float(np.mean(truncated))
+    result["unfinished"] = 100 * float(np.mean(unfinished))
     return result
+
+
+def _score_task(
+    rows: Sequence[dict],
+    official: Mapping[str, float],
+    names: Sequence[str],
+    labels: Mapping[str, Mapping[str, int]],
+) -> dict[str, float | str]:
+    """The entry of one task, of which `rows` are all examples with their predictions."""
+    name = rows[0]["task"]
+    entry: dict[str, float | str] = {"category": rows[0]["category"], "examples": len(rows)}
+    entry |= {metric: official[f"{metric}_for_{name}"] for metric in names}
+    if name in labels:
+        references = [row["references"] for row in rows]
+        baseline = behaviour.majority_baseline(labels[name], references)
+        out = behaviour.out_of_options_share(
+            [row["prediction"] for row in rows], behaviour.options(labels[name])
+        )
+        entry |= {"majority_baseline": 100 * baseline, "out_of_options": 100 * out}
+    return entry
 
 
 _EXAMPLE = {"task": str, "category": str, "id": str, "references": list}
 _PREDICTION = {"task": str, "id": str, "prediction": str, "truncated": bool, "finished": bool}
 
 
-def _read_rows(path: Path, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
+def _read_rows(path: Path, kinds: Mapping[str, type]) -> list[dict]:
     """`read_jsonl`, of rows that have these fields; a list is one of texts, at least one."""
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):

@@ -1,29 +1,29 @@
-"""Exact match and Rouge-L as Natural Instructions defines them; needs neither a model nor JAX."""
+"""Exact match, Rouge-L and further metrics by name; needs neither a model nor JAX.
+
+Exact match and Rouge-L are those of Super-NaturalInstructions. A new metric is one function from a
+prediction and its references to [0, 1], one row of METRICS, and its name in `config.eval.metrics`.
+"""
 
 import math
-import os
-import pickle
-import signal
 import string
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
+
+from jax_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-Pair = tuple[str, list[str]]  # a prediction and its references
-Score = tuple[float, float]  # exact match and Rouge-L, each in [0, 1]
+T = TypeVar("T")
+Metric = Callable[[str, Sequence[str]], float]
+Score = tuple[float, ...]  # of one prediction, by metric, each in [0, 1]
 
+OFFICIAL = ("exact_match", "rougeL")  # of Super-NaturalInstructions' evaluation code
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CHUNK = 500  # pairs that are scored between two signs of progress
-_WORTH_A_PROCESS = 4.0  # seconds of scoring; starting a process, with its imports, costs one or two
-_WORKER = "from jax_lora.evaluation.metrics import _work; _work()"
+_PROGRESS_EVERY = 500  # rows
 
 
 def normalize(text: str) -> str:
@@ -81,57 +81,106 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     )
 
 
+def token_f1(prediction: str, references: Sequence[str]) -> float:
+    """F1 of the normalized words, in any order, the best over the references.
+
+    Source: SQuAD's evaluation code, with the normalization of `exact_match`, which keeps articles.
+
+    Args:
+        prediction: the decoded answer.
+        references: every accepted answer, at least one.
+
+    Returns:
+        A number in [0, 1]; 1 where both sides have no word, 0 where one has none.
+
+    Raises:
+        ValueError: as `exact_match`.
+    """
+    _check(prediction, references)
+    found = Counter(normalize(prediction).split())
+
+    def f1(reference: str) -> float:
+        wanted = Counter(normalize(reference).split())
+        words = found.total() + wanted.total()
+        return 2 * (found & wanted).total() / words if words else 1.0
+
+    return max(map(f1, references))
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "rougeL": rouge_l,
+    "token_f1": token_f1,
+}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Make sure that METRICS has every name.
+
+    Args:
+        names: `config.eval.metrics`.
+
+    Raises:
+        ConfigError: none, one twice, or one that is unknown.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"config.eval.metrics: found {', '.join(names) or 'none'}, expected some of "
+            f"{', '.join(METRICS)}, none twice"
+        )
+
+
 def score_all(
-    rows: Iterable[Any],
-    processes: int | None = None,
+    rows: Iterable[object],
+    names: Sequence[str] = OFFICIAL,
     progress: Callable[[int], object] | None = None,
 ) -> list[Score]:
-    """Exact match and Rouge-L of many predictions, the same numbers in any number of processes.
+    """Score many predictions.
 
     Args:
         rows: mappings or objects with `prediction` (None where it is missing, which counts as the
             empty text) and `references`.
-        processes: how many share the work; None takes as many as are free and pay for their
-            start, which for few or short rows is this one alone.
+        names: of METRICS.
         progress: called with the number of newly scored rows, time and again.
 
     Returns:
-        Of each row, in order, what `exact_match` and `rouge_l` return.
+        Of each row, in order, what each metric returns.
 
     Raises:
-        ValueError: a row that lacks a field or has a bad one, or no process at all.
-        ChildProcessError: a process was killed.
+        ConfigError: see `check_names`.
+        ValueError: a row that lacks a field or has a bad one, or a metric outside of [0, 1].
     """
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes: found {processes}, expected at least 1")
+    check_names(names)
     pairs = _each(rows, _pair)
-    if processes is None:
-        processes = max(1, min(_cpus(), int(sum(map(_seconds, pairs)) / _WORTH_A_PROCESS)))
-    size = max(1, min(_CHUNK, math.ceil(len(pairs) / processes)))
-    chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    processes = min(processes, len(chunks))
     scores: list[Score] = []
-    for chunk in _in_processes(chunks, processes) if processes > 1 else map(_score, chunks):
-        scores += chunk
+    for start in range(0, len(pairs), _PROGRESS_EVERY):
+        chunk = pairs[start : start + _PROGRESS_EVERY]
+        scores += [tuple(_score(name, *pair) for name in names) for pair in chunk]
         if progress is not None:
             progress(len(chunk))
     return scores
 
 
-def aggregate(rows: Iterable[Any], scores: Sequence[Score] | None = None) -> dict[str, float]:
-    """The official report over scored instances: both metrics, overall and by group.
+def aggregate(
+    rows: Iterable[object],
+    scores: Sequence[Score] | None = None,
+    names: Sequence[str] = OFFICIAL,
+) -> dict[str, float]:
+    """The official report over scored instances: every metric, overall and by group.
 
     Args:
         rows: as of `score_all`, with `task` and `category` besides.
         scores: what `score_all` returns for the rows; None scores them here.
+        names: of METRICS, those that were scored.
 
     Returns:
-        Percentages rounded to 4 places: `exact_match` and `rougeL`, means over instances;
-        `exact_match_over_tasks` and `rougeL_over_tasks`, means of the tasks' means; then
-        `{metric}_for_{task}` and `{metric}_for_{category}`, the category lower-cased with
-        underscores for its white space.
+        Percentages rounded to 4 places, by metric: `{metric}`, the mean over instances;
+        `{metric}_over_tasks`, the mean of the tasks' means; then `{metric}_for_{task}` and
+        `{metric}_for_{category}`, the category lower-cased with underscores for its white space.
 
     Raises:
+        ConfigError: see `check_names`.
         ValueError: no rows, a row that lacks a field or has a bad one, more or fewer scores than
             rows, or a task whose name equals a category's, so that their keys could not be told
             apart.
@@ -139,25 +188,30 @@ def aggregate(rows: Iterable[Any], scores: Sequence[Score] | None = None) -> dic
     rows = list(rows)
     if not rows:
         raise ValueError("no rows to score: expected at least one prediction with its references")
-    groups = _each(rows, lambda row: (_field(row, "task"), _field(row, "category")))
-    scores = score_all(rows) if scores is None else scores
+    groups = _each(rows, lambda row: (_text(row, "task"), _text(row, "category")))
+    scores = score_all(rows, names) if scores is None else scores
     if len(scores) != len(rows):
-        raise ValueError(f"scores: found {len(scores)} of {len(rows)} rows, expected one of each")
+        raise ValueError(f"scores: found {len(scores)} of {len(rows)} rows, expected one per row")
     tasks: dict[str, list[Score]] = {}
     categories: dict[str, list[Score]] = {}
     for (task, category), score in zip(groups, scores, strict=True):
         tasks.setdefault(task, []).append(score)
-        categories.setdefault("_".join(category.lower().split()), []).append(score)
+        categories.setdefault(category_key(category), []).append(score)
     if both := sorted(tasks.keys() & categories.keys()):
         raise ValueError(
-            f"{both[0]!r} names both a task and a category, so exact_match_for_{both[0]} would "
+            f"{both[0]!r} names both a task and a category, so {names[0]}_for_{both[0]} would "
             "mean two things: expected tasks and categories with different names"
         )
-    report = _percentages(scores, "")
-    report |= _percentages([_means(own) for own in tasks.values()], "_over_tasks")
-    for name, own in sorted(tasks.items()) + sorted(categories.items()):
-        report |= _percentages(own, f"_for_{name}")
+    report = _percentages(scores, names, "")
+    report |= _percentages([_means(group) for group in tasks.values()], names, "_over_tasks")
+    for name, group in sorted(tasks.items()) + sorted(categories.items()):
+        report |= _percentages(group, names, f"_for_{name}")
     return report
+
+
+def category_key(category: str) -> str:
+    """A category as the keys of the report have it: "Word Analogy" is "word_analogy"."""
+    return "_".join(category.lower().split())
 
 
 @cache
@@ -179,76 +233,29 @@ def _scorer() -> "RougeScorer":
     return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=tokenize))
 
 
-def _score(pairs: Sequence[Pair]) -> list[Score]:
-    return [(exact_match(*pair), rouge_l(*pair)) for pair in pairs]
+def _score(name: str, prediction: str, references: Sequence[str]) -> float:
+    value = METRICS[name](prediction, references)
+    if not 0 <= value <= 1:  # NaN too
+        raise ValueError(f"metric {name}: found {value!r}, expected a number in [0, 1]")
+    return value
 
 
-def _in_processes(chunks: Sequence[Sequence[Pair]], count: int) -> Iterator[list[Score]]:
-    """`map(_score, chunks)` by programs of their own, each given every count-th chunk.
-
-    Not by multiprocessing: a fork beside JAX's threads may hang, and its other ways run the
-    caller's script, with JAX and all, once more in each child.
-    """
-    with ExitStack() as stack:
-        programs: list[subprocess.Popen[bytes]] = []
-        for first in range(count):
-            with tempfile.TemporaryFile() as share:
-                pickle.dump(chunks[first::count], share)
-                share.seek(0)
-                program = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _WORKER],
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-                    stdin=share,
-                    stdout=subprocess.PIPE,
-                )
-            programs.append(stack.enter_context(program))
-            stack.callback(program.kill)
-        for index in range(len(chunks)):
-            program = programs[index % count]
-            assert program.stdout is not None
-            try:
-                scores = pickle.load(program.stdout)
-            except (EOFError, pickle.UnpicklingError):
-                status = program.wait()
-                raise ChildProcessError(
-                    f"a scoring process ended with exit status {status} before its work was done"
-                ) from None
-            yield scores
-
-
-def _work() -> None:
-    """What each of those programs does: chunks of pairs from stdin, their scores to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent ends it without a word
-    for chunk in pickle.load(sys.stdin.buffer):
-        pickle.dump(_score(chunk), sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-
-
-def _seconds(pair: Pair) -> float:
-    """About what a pair costs: a part of its own, and the table of its words against words."""
-    prediction, references = pair
-    return 3e-5 + 7e-9 * len(prediction) * sum(map(len, references))
-
-
-def _cpus() -> int:
-    # Those that this process may use, where the system tells.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check(prediction: object, references: object) -> None:
+def _check(prediction: object, references: object) -> tuple[str, list[str]]:
+    """The same two, as a text and a list of texts."""
     if not isinstance(prediction, str):
         raise ValueError(f"prediction: found {prediction!r}, expected a str")
     if isinstance(references, str) or not isinstance(references, Collection):
-        # A bare string would be taken apart into characters, each of them a reference.
+        # A bare string would be split into characters, each of them a reference.
         raise ValueError(f"references: found {references!r}, expected a list of str")
     if len(references) == 0:
         raise ValueError("references: found an empty list, expected at least one answer")
     for reference in references:
         if not isinstance(reference, str):
             raise ValueError(f"references: found {reference!r} in the list, expected a str")
+    return prediction, list(references)
 
 
-def _each(rows: Iterable[Any], read: Callable[[Any], Any]) -> list[Any]:
+def _each(rows: Iterable[object], read: Callable[[object], T]) -> list[T]:
     found = []
     for index, row in enumerate(rows):
         try:
@@ -258,21 +265,24 @@ def _each(rows: Iterable[Any], read: Callable[[Any], Any]) -> list[Any]:
     return found
 
 
-def _pair(row: Any) -> Pair:
+def _pair(row: object) -> tuple[str, list[str]]:
     prediction, references = _field(row, "prediction"), _field(row, "references")
     prediction = "" if prediction is None else prediction
-    _check(prediction, references)
-    return prediction, list(references)
+    return _check(prediction, references)
 
 
-def _field(row: Any, name: str) -> Any:
+def _field(row: object, name: str) -> object:
     try:
-        value = row[name] if isinstance(row, Mapping) else getattr(row, name)
+        return row[name] if isinstance(row, Mapping) else getattr(row, name)
     except (KeyError, AttributeError):
         raise ValueError(
             f"no {name!r}: expected prediction, references, task and category"
         ) from None
-    if name in ("task", "category") and not isinstance(value, str):
+
+
+def _text(row: object, name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, str):
         raise ValueError(f"{name}: found {value!r}, expected a str")
     return value
 
@@ -280,10 +290,9 @@ def _field(row: Any, name: str) -> Any:
 def _means(scores: Sequence[Score], of: float = 1.0) -> Score:
     # fsum: the same in any order and every version of Python, which sum is not. The official code
     # multiplies first, which decides some ties of the rounding.
-    em, rouge = (of * math.fsum(values) / len(scores) for values in zip(*scores, strict=True))
-    return em, rouge
+    return tuple(of * math.fsum(values) / len(scores) for values in zip(*scores, strict=True))
 
 
-def _percentages(scores: Sequence[Score], suffix: str) -> dict[str, float]:
-    em, rouge = _means(scores, of=100.0)
-    return {f"exact_match{suffix}": round(em, 4), f"rougeL{suffix}": round(rouge, 4)}
+def _percentages(scores: Sequence[Score], names: Sequence[str], suffix: str) -> dict[str, float]:
+    means = zip(names, _means(scores, of=100.0), strict=True)
+    return {f"{name}{suffix}": round(mean, 4) for name, mean in means}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import operator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from jax_lora import sharding
 from jax_lora.model import kv_cache
@@ -25,10 +25,10 @@ Caches = tuple[kv_cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
-    """The variables, as `unstack_layers` leaves them: outside its layers, and of each layer."""
+    """The variables as `unstack_layers` returns them: non-layer parameters, and each layer's."""
 
-    non_layer: Any
-    layers: tuple[Any, ...]
+    non_layer: PyTree
+    layers: tuple[PyTree, ...]
 
 
 class Rows(NamedTuple):
@@ -47,10 +47,10 @@ class Rows(NamedTuple):
 
 
 def unstack_layers(
-    variables: Any, mesh: Mesh | None = None, platform: str | None = None
+    variables: PyTree, mesh: Mesh | None = None, platform: str | None = None
 ) -> Weights:
     """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
-    slices inside the loop would copy the whole model once per token. On a CPU kernels are stored
+    slices inside the loop would copy the model once per token. On a CPU kernels are stored
     transposed, (out, in).
 
     Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
@@ -74,7 +74,7 @@ def unstack_layers(
 
 
 @partial(jax.jit, static_argnames="platform")
-def _transpose_kernels(tree: Any, platform: str) -> Any:
+def _transpose_kernels(tree: PyTree, platform: str) -> PyTree:
     if platform != "cpu":
         return tree
     return jax.tree_util.tree_map_with_path(
@@ -109,7 +109,7 @@ def prefill_prefix(
 def copy_prefix(rows: Rows, prefix: Caches, into: Int[Array, " A"]) -> Rows:
     """Copy the caches of `prefill_prefix` into those of the rows `into`; B and more are dropped."""
     put = jax.tree.map(
-        lambda whole, one: whole.at[into].set(one, unique_indices=True), rows.caches, prefix
+        lambda rows, prefix: rows.at[into].set(prefix, unique_indices=True), rows.caches, prefix
     )
     return rows._replace(caches=put)
 
@@ -141,12 +141,14 @@ def admit(
       end_ids: any of these ends an answer, and is its last token.
       chunk: tokens per row that are prefilled at a time, until all are done; divides P.
     """
-    own = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
-    last, own = _prefill(model, weights, own, starts, tokens, lengths, chunk)
+    caches = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
+    last, caches = _prefill(model, weights, caches, starts, tokens, lengths, chunk)
     first = _argmax_token(model, weights, last)
     return Rows(
         jax.tree.map(
-            lambda whole, part: whole.at[into].set(part, unique_indices=True), rows.caches, own
+            lambda rows, admitted: rows.at[into].set(admitted, unique_indices=True),
+            rows.caches,
+            caches,
         ),
         rows.prompt.at[into].set(starts + lengths),
         rows.new.at[into, 0].set(first),
@@ -219,10 +221,10 @@ def _prefill(
 
     def step(state: tuple) -> tuple:
         done, last, caches = state
-        text, *part = (
+        text, cos, sin = (
             jax.lax.dynamic_slice_in_dim(x, done, chunk, axis=1) for x in (tokens, *rope)
         )
-        hidden, caches = _forward(model, weights, caches, starts + done, tuple(part), text)
+        hidden, caches = _forward(model, weights, caches, starts + done, (cos, sin), text)
         at = lengths - 1 - done
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
         last = jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)
@@ -235,7 +237,12 @@ def _prefill(
 
 
 def _forward(
-    model: Llama, weights: Weights, caches: Caches, starts: Array, rope: Any, tokens: Array
+    model: Llama,
+    weights: Weights,
+    caches: Caches,
+    starts: Array,
+    rope: tuple[Array, Array],
+    tokens: Array,
 ) -> tuple[Array, Caches]:
     """The states (B, T, D) of tokens, the first at position `starts` (B,), and the caches after."""
     positions = Positions(rope, None)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,12 +21,14 @@ from jax_lora.generation import greedy
 from jax_lora.model.transformer import Llama
 
 Ids = Sequence[int] | np.ndarray
-SHORTEST_PREFIX = 16  # tokens; to read less apart does not pay
+Answers = Iterator[list[tuple[int, np.ndarray]]]  # a prompt's index and its answer's ids
+Generate = Callable[..., Answers]  # `answers`, all but the prompts and their groups bound
+SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
 
 
 class ChunkSizes(NamedTuple):
     """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
-    is alone in its batch, and the fewest rows of a batch (still fewer are no faster)."""
+    is the only row of its batch, and the fewest rows of a batch (still fewer are no faster)."""
 
     chunk: int
     prefix_chunk: int
@@ -38,7 +40,7 @@ CPU, ACCELERATOR = ChunkSizes(32, 64, 8), ChunkSizes(128, 512, 32)
 
 class Request(NamedTuple):
     """A prompt in the queue: its index, the bucket that it is padded to, and how many of its first
-    tokens those beside it have too."""
+    tokens the others of its group and bucket have too."""
 
     prompt: int
     bucket: int
@@ -56,14 +58,14 @@ def answers(
     buckets: Sequence[int],
     batch_tokens: int,
     max_batch: int,
-) -> Iterator[list[tuple[int, np.ndarray]]]:
+) -> Answers:
     """Greedy answers, as they end.
 
     Args:
       model: the module.
       weights: see `greedy.unstack_layers`.
       prompts: ids, at least one each.
-      groups: one label a prompt; those of a label are expected to begin alike. By default all
+      groups: one label per prompt; those of a label are expected to begin alike. By default all
         prompts are one group.
       max_new_tokens: where to stop an answer that does not end.
       end_ids: any of these ends an answer, and is its last token.
@@ -106,10 +108,10 @@ def answers(
         yield ended
 
 
-def round_robin(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+def round_robin(devices: Sequence[Generate]) -> Generate:
     """`answers` of several devices as one.
 
-    Every device has the whole model and answers its share of the prompts of each group, driven by a
+    Every device has all weights and answers its share of the prompts of each group, driven by a
     thread of its own.
 
     Args:
@@ -119,15 +121,17 @@ def round_robin(devices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
         return devices[0]
 
     def answer_all(
-        prompts: Sequence[Ids], groups: Sequence[Hashable] | None = None, **options: Any
-    ) -> Iterator[list[tuple[int, np.ndarray]]]:
-        found: SimpleQueue[Any] = SimpleQueue()
+        prompts: Sequence[Ids],
+        groups: Sequence[Hashable] | None = None,
+        **options: int | tuple[int, ...],
+    ) -> Answers:
+        found: SimpleQueue[list[tuple[int, np.ndarray]] | Exception | None] = SimpleQueue()
 
-        def work(one: Callable[..., Any], own: Sequence[int]) -> None:
+        def work(one: Generate, share: Sequence[int]) -> None:
             try:
-                labels = None if groups is None else [groups[i] for i in own]
-                for ended in one([prompts[i] for i in own], labels, **options):
-                    found.put([(own[i], ids) for i, ids in ended])
+                labels = None if groups is None else [groups[i] for i in share]
+                for ended in one([prompts[i] for i in share], labels, **options):
+                    found.put([(share[i], ids) for i, ids in ended])
                 found.put(None)
             except Exception as error:
                 found.put(error)
@@ -158,7 +162,8 @@ class _Batch:
         self.model, self.weights, self.prompts = model, weights, prompts
         self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
         self.requests: list[Request | None] = []
-        self.bucket, self.rows = 0, None
+        self.bucket = 0
+        self.rows: greedy.Rows | None = None
         self.chunk_sizes = CPU if model.platform == "cpu" else ACCELERATOR
         self.prefix, self.prefix_caches = (), None  # of the last `greedy.prefill_prefix`
 
@@ -192,7 +197,7 @@ class _Batch:
         self.requests = [self.requests[row] for row in busy] + [None] * (size - len(busy))
 
     def admit(self, requests: Sequence[Request]) -> None:
-        """Let prompts into free rows: what they share first, once, then the rest of each."""
+        """Prefill prompts into free rows: what they share first, once, then the rest of each."""
         count, size = self.at_once, len(self.requests)
         into = self.free_rows[: len(requests)]
         for row, request in zip(into, requests, strict=True):
@@ -206,9 +211,9 @@ class _Batch:
                     self.model, self.weights, *text, slots=self.slots, chunk=chunk
                 )
                 self.prefix = prefix
-            own = [row for row, b in zip(into, prefixes, strict=True) if b == prefix]
+            sharing = [row for row, b in zip(into, prefixes, strict=True) if b == prefix]
             self.rows = greedy.copy_prefix(
-                self.rows, self.prefix_caches, _row_ids(own, count, size)
+                self.rows, self.prefix_caches, _row_ids(sharing, count, size)
             )
         chunk = self.chunk_sizes.chunk
         texts = [self.prompts[r.prompt][r.shared :] for r in requests]
@@ -231,7 +236,8 @@ class _Batch:
 
     def pop_finished(self) -> list[tuple[int, np.ndarray]]:
         """Wait for the device; the answers that have ended, whose rows are free from now on."""
-        rows: Any = self.rows
+        assert self.rows is not None  # `fit` came first
+        rows = self.rows
         new, count, running = jax.device_get((rows.new, rows.count, rows.running))
         ended = []
         for row in self.busy:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
+from jax_lora.evaluation import metrics
 from jax_lora.files import read_jsonl
 from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
@@ -70,6 +71,7 @@ class Run:
         elif not isinstance(config, RunConfig):
             config = RunConfig.from_config_dict(config)
         config.validate()
+        metrics.check_names(config.eval.metrics)
         return cls(config, path, say)
 
     def train(
@@ -125,7 +127,7 @@ class Run:
         *,
         overwrite: bool = False,
         base_on_host: bool = True,
-        **eval_options: int,
+        **eval_options: object,
     ) -> pd.DataFrame:
         """Answer test sets greedily and score the answers.
 
@@ -135,10 +137,10 @@ class Run:
           overwrite: make answers again that are there already.
           base_on_host: the host keeps the base, and a device holds it once; False leaves it on the
             device, where several runs of a process share it.
-          **eval_options: other values of `config.eval`, such as max_new_tokens.
+          **eval_options: other values of `config.eval`, such as max_new_tokens or metrics.
 
         Returns:
-          One row per set and task: examples, exact_match, rougeL and more, in percent.
+          One row per set and task: examples, each of `config.eval.metrics` and more, in percent.
 
         Raises:
           ConfigError, DataError, OSError: wrong input, before any compute.
@@ -151,7 +153,7 @@ class Run:
         )
         return scoring.score_frame(self.workdir, sets, adapter)
 
-    def check(self, adapter: str = "last", prompts: int = 64, **eval_options: int) -> bool:
+    def check(self, adapter: str = "last", prompts: int = 64, **eval_options: object) -> bool:
         """Say what changes when answers and updates are batched otherwise.
 
         Args:
@@ -216,7 +218,7 @@ class Run:
             params = merge.merge(params, scored.variables["lora"])
         return scored.shape, params
 
-    def _with_eval(self, options: Mapping[str, int]) -> RunConfig:
+    def _with_eval(self, options: Mapping[str, object]) -> RunConfig:
         return self.config.replace(**{f"eval.{key}": value for key, value in options.items()})
 
 

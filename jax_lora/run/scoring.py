@@ -21,7 +21,7 @@ from jax_lora import sharding
 from jax_lora.config import RunConfig
 from jax_lora.data.packing import bucket_for
 from jax_lora.errors import ConfigError, DataError
-from jax_lora.evaluation import evaluate
+from jax_lora.evaluation import evaluate, metrics
 from jax_lora.files import read_json, write_json
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
@@ -203,6 +203,7 @@ def score(
       ConfigError, DataError, OSError: before any compute.
       RunFailed: a fault while running.
     """
+    metrics.check_names(config.eval.metrics)
     meshes = copies(config)
     if config.eval.devices_per_copy > 1:
         place = on_host
@@ -242,12 +243,13 @@ def score(
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
 
     def finish(name: str) -> None:
-        scores = evaluate.score(results / name)
+        scores = evaluate.score(results / name, config.eval.metrics)
         write_json(results / name / "scores.json", scores)
         before = None
         if adapter != "none":
             before = untuned_scores(workdir / "eval-none" / name, settings)
-        say(f"\n{name}: {origin}\n{score_table(scores, before)}\n{results / name / 'scores.json'}")
+        text = score_table(scores, before, config.eval.metrics)
+        say(f"\n{name}: {origin}\n{text}\n{results / name / 'scores.json'}")
 
     safe = "rerun the same command to resume from the answers that are written"
     with running(lambda _: safe), ThreadPoolExecutor(1) as beside:
@@ -284,37 +286,47 @@ def score_frame(workdir: Path, names: Sequence[str], adapter: str = "last") -> p
     )
 
 
-def score_table(scores: dict, before: dict | None) -> str:
-    """Scores by task and over all, the untuned base's beside them where it was scored."""
-    header = ["task", "n", "EM", "Rouge-L", "majority EM", "out of options %"]
-    header += ["untuned EM", "untuned R-L"] if before else []
-    rows: list[list] = []
-    for name, task in scores["tasks"].items():
-        row = [name[:44], task["examples"], task["exact_match"], task["rougeL"]]
-        row += [task.get("majority_baseline"), task.get("out_of_options")]
-        if before:
-            row += [before["tasks"][name][key] for key in ("exact_match", "rougeL")]
-        rows.append(row)
-    official = scores["metrics"]
-    for category in sorted({task["category"] for task in scores["tasks"].values()}):
-        key = "_".join(category.lower().split())
-        own = [t["examples"] for t in scores["tasks"].values() if t["category"] == category]
-        row = [f"category {category}"[:44], sum(own)]
-        row += [official[f"exact_match_for_{key}"], official[f"rougeL_for_{key}"], None, None]
-        if before:
-            row += [before["metrics"][f"{m}_for_{key}"] for m in ("exact_match", "rougeL")]
-        rows.append(row)
-    count = sum(t["examples"] for t in scores["tasks"].values())
-    for label, suffix in (("mean over examples", ""), ("mean over tasks", "_over_tasks")):
-        row = [label, count, official[f"exact_match{suffix}"], official[f"rougeL{suffix}"]]
-        row += [None, None]
-        if before:
-            row += [before["metrics"][f"{key}{suffix}"] for key in ("exact_match", "rougeL")]
-        rows.append(row)
+LABELS = {"exact_match": "EM", "rougeL": "Rouge-L"}  # of metrics whose name is not their label
+
+
+def score_table(
+    scores: Mapping, before: Mapping | None = None, names: Sequence[str] = metrics.OFFICIAL
+) -> str:
+    """Scores by task, by category and over all, the untuned base's beside them.
+
+    Args:
+      scores: what `evaluate.score` returns.
+      before: the same of the untuned base, None where it was not scored.
+      names: of the metrics.
+    """
+    labels = [LABELS.get(name, name) for name in names]
+    header = ["task", "n", *labels, "majority EM", "out of options %"]
+    header += [f"untuned {label}" for label in labels] if before else []
+
+    def row(
+        label: str, examples: int | None, find: Callable[[Mapping, str], float | None]
+    ) -> list[object]:
+        """A row of the table; `find` looks a key up in scores, or in `before`."""
+        keys = (*names, "majority_baseline", "out_of_options")
+        untuned = [find(before, name) for name in names] if before else []
+        return [label, examples, *(find(scores, key) for key in keys), *untuned]
+
+    tasks, rows = scores["tasks"], []
+    for name, task in tasks.items():
+        rows.append(row(name[:44], task["examples"], lambda s, key, n=name: s["tasks"][n].get(key)))
+    for category in sorted({task["category"] for task in tasks.values()}):
+        suffix = f"_for_{metrics.category_key(category)}"
+        examples = sum(t["examples"] for t in tasks.values() if t["category"] == category)
+        rows.append(row(f"category {category}"[:44], examples, _official(suffix)))
+    examples = sum(task["examples"] for task in tasks.values())
+    rows.append(row("mean over examples", examples, _official("")))
+    rows.append(row("mean over tasks", examples, _official("_over_tasks")))
     if closed := scores.get("closed_label"):
-        row = [f"{closed['tasks']} closed-label tasks", None, closed["exact_match"], None]
-        row += [closed["majority_baseline"], closed["out_of_options"]]
-        if before:
-            row += [before["closed_label"]["exact_match"], None]
-        rows.append(row)
+        label = f"{closed['tasks']} closed-label tasks"
+        rows.append(row(label, None, lambda s, key: s.get("closed_label", {}).get(key)))
     return table(header, rows)
+
+
+def _official(suffix: str) -> Callable[[Mapping, str], float | None]:
+    """Finds a metric under its official key; baselines have none."""
+    return lambda scores, key: scores["metrics"].get(f"{key}{suffix}")

@@ -52,7 +52,7 @@ def read(path: str | Path) -> Frame:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no whole parquet file, or a column is missing.
+      ValueError: it is not a complete parquet file, or a column is missing.
     """
     if not Path(path).is_file():
         text = "no such file, expected a study's results.parquet"
@@ -67,7 +67,7 @@ def read(path: str | Path) -> Frame:
 
 
 @cache
-def paper() -> dict[str, Any]:
+def paper() -> dict:
     """The paper's numbers: paper.json of this package."""
     return json.loads(resources.files("jax_lora.study").joinpath("paper.json").read_text("utf-8"))
 
@@ -103,6 +103,7 @@ def check(results: Frame, expected: Frame) -> None:
 class Study:
     """Checked results and grid, each with a column `config`: a configuration's name.
 
+    `rows` keep columns beyond COLUMNS, such as further metrics of `config.run.eval.metrics`.
     `grid` also says in `main` whether a cell has its configuration's main learning rate: the one
     that most cells of the grid have; of several the paper's, else the lowest.
     """
@@ -114,7 +115,7 @@ class Study:
     def of(cls, results: Frame, expected: Frame) -> Study:
         """Check a study (see `check`, which raises) and name its configurations."""
         check(results, expected)
-        rows, grid = results[list(COLUMNS)].copy(), expected[GRID].copy()
+        rows, grid = results.copy(), expected[GRID].copy()
         for frame in (rows, grid):
             frame["rank"] = frame["rank"].astype("Int64")
         grid["main"] = _main_rates(grid)
@@ -141,10 +142,10 @@ class Study:
 
     def configs(self, method: str | None = None, variant: str | None = None) -> list[str]:
         """The configurations at their main rates: the paper's recipe first, ranks rising."""
-        own = self.grid[self.grid["main"]]
+        cells = self.grid[self.grid["main"]]
         for name, value in (("method", method), ("variant", variant)):
-            own = own if value is None else own[own[name] == value]
-        keys = own.sort_values(["variant", "rank"], na_position="last")
+            cells = cells if value is None else cells[cells[name] == value]
+        keys = cells.sort_values(["variant", "rank"], na_position="last")
         return list(dict.fromkeys(keys["config"]))
 
     def scores(self, set_name: str, test: str, metric: str, closed: bool = False) -> Frame:
@@ -195,8 +196,8 @@ def _allowed(rows: Frame, name: str, kind: str) -> tuple[np.ndarray, str]:
     numbers = np.asarray(pd.to_numeric(column, errors="coerce"), float)
     if kind == "rank":
         full = (rows["method"] == "full").to_numpy()
-        whole = (numbers >= 1) & (numbers % 1 == 0)
-        return np.where(full, null, whole), "a whole number, or null where the method is full"
+        valid = (numbers >= 1) & (numbers % 1 == 0)
+        return np.where(full, null, valid), "a whole number, or null where the method is full"
     if kind == "flag":
         return np.isin(numbers, [0.0, 1.0]), "true or false"
     least = 1 if kind == "count" else 0
@@ -211,19 +212,19 @@ def _allowed(rows: Frame, name: str, kind: str) -> tuple[np.ndarray, str]:
 
 def _check_cells(rows: Frame, grid: Frame) -> None:
     """A cell is one thing, in the results as in the grid, and no two cells are the same thing."""
-    whole = rows[["cell", *OF_A_CELL]].drop_duplicates()
-    if (doubled := whole["cell"][whole["cell"].duplicated()]).size:
+    distinct = rows[["cell", *OF_A_CELL]].drop_duplicates()
+    if (doubled := distinct["cell"][distinct["cell"].duplicated()]).size:
         cell = doubled.iloc[0]
-        own = whole[whole["cell"] == cell]
-        name = next(n for n in OF_A_CELL if own[n].nunique(dropna=False) > 1)
-        found = " and ".join(map(str, own[name].iloc[:2]))
+        rows_of_cell = distinct[distinct["cell"] == cell]
+        name = next(n for n in OF_A_CELL if rows_of_cell[n].nunique(dropna=False) > 1)
+        found = " and ".join(map(str, rows_of_cell[name].iloc[:2]))
         raise DataError(f"results, cell {cell}: {name} is {found}, expected one value")
     for what, keys in (("cell", ["cell"]), ("configuration, set and round", GRID[1:])):
         if grid.duplicated(keys).any():
             names = ", ".join(grid["cell"][grid.duplicated(keys, keep=False)].iloc[:2])
             raise DataError(f"expected cells {names}: the same {what}, expected different ones")
     planned = grid.set_index("cell")[GRID[1:]].to_dict("index")
-    for row in whole.to_dict("records"):
+    for row in distinct.to_dict("records"):
         cell = row["cell"]
         if cell not in planned:
             raise DataError(f"results: cell {cell} is not in the grid, expected cells of it only")
@@ -247,17 +248,17 @@ def _check_tasks(rows: Frame) -> None:
                 f"results, round {round_}, {test}, {task}: {name} differs between cells, "
                 "expected the same test examples for all cells of a round"
             )
-    whole = rows.groupby(["round", "test"])["task"].nunique()
+    expected = rows.groupby(["round", "test"])["task"].nunique()
     counts = rows.groupby(["round", "test", "cell"]).size()
     for (round_, test, cell), found in counts.items():
-        if found != whole[round_, test]:
+        if found != expected[round_, test]:
             raise DataError(
                 f"results, cell {cell}, {test}: {found} tasks where round {round_} has "
-                f"{whole[round_, test]}; expected the same ones in all its cells"
+                f"{expected[round_, test]}; expected the same ones in all its cells"
             )
 
 
-def _main_rates(grid: Frame) -> Any:
+def _main_rates(grid: Frame) -> Frame:
     keys, rates = ["method", "variant", "rank"], paper()["learning_rate"]
     counts = grid.groupby([*keys, "learning_rate"], dropna=False).size().reset_index(name="cells")
     counts["paper"] = counts["learning_rate"] == counts["method"].map(rates)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -18,6 +16,7 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import RunFailed
 from jax_lora.run.training import running
 from jax_lora.study import costs, grid, slurm, spec
+from jax_lora.study.config import StudyConfig
 from jax_lora.study.team import Team
 from jax_lora.study.worker import Worker
 from jax_lora.text import table
@@ -30,7 +29,7 @@ class Command:
     """A study's config and folder, and what can be done with them.
 
     Args:
-      config: of the study, a ConfigDict like that of configs/study_base.py.
+      config: of the study.
       workdir: the study's folder.
       only: an expression that chooses cells, see `grid.choose`; all by default.
       say: gets tables and results.
@@ -42,7 +41,7 @@ class Command:
 
     def __init__(
         self,
-        config: Any,
+        config: StudyConfig,
         workdir: Path,
         only: str | None,
         say: Callable[[str], None],
@@ -51,17 +50,16 @@ class Command:
         self._config, self._workdir, self._only = config, workdir, only
         self._say, self._train = say, train
 
-    def _check(self) -> tuple[list[grid.Cell], dict[str, Any]]:
-        """The cells that are chosen, and what study.json is to hold."""
+    def _check(self) -> tuple[list[grid.Cell], str]:
+        """The cells that are chosen, and the fingerprint of the data."""
         config, path = self._config, self._workdir / "study.json"
         cells = grid.cells_of(config)
         chosen = grid.choose(cells, self._only) if self._only else cells
-        resolved = {"config": json.loads(config.to_json_best_effort())}
-        spec.check_same_study(path, resolved)
+        spec.check_same_study(path, config)
         with spec.inputs_of(config, self._workdir) as folder:
-            resolved["data_fingerprint"] = spec.check_input(config, folder, chosen)
-        spec.check_same_study(path, resolved)
-        return chosen, resolved
+            fingerprint = spec.check_input(config, folder, chosen)
+        spec.check_same_study(path, config, fingerprint)
+        return chosen, fingerprint
 
     def dry_run(self, target: str | None, tokens_per_second: float | None) -> None:
         """Say what the cells cost, see `costs.dry_run`."""
@@ -93,14 +91,14 @@ class Command:
         """
         store = distributed.key_value_store()
         with Team(store, jax.process_index(), jax.process_count()) if store else Team() as team:
-            cells, resolved = self._check()  # one that fails here lets the other processes end
+            cells, fingerprint = self._check()  # one that fails here lets the other processes end
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _stopped if team.leads else lambda *_: team.stop())
             worker = Worker(self._config, self._workdir, team, self._train, logger.info)
             if not team.leads:
                 worker.follow()
                 return
-            worker.prepare(resolved)
+            worker.prepare(fingerprint)
             with running(lambda _: RESUME):
                 state, failed = worker.run(cells, retry_failed)
         self._say(f"{state}\npython study.py --workdir={self._workdir} --report   # the report")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_lora.config import RunConfig
 from jax_lora.files import read_json
@@ -14,6 +13,7 @@ from jax_lora.planning.steps import PlannedStep, planned, planned_steps
 from jax_lora.planning.targets import target as hardware
 from jax_lora.run import inputs
 from jax_lora.study import grid, results, spec
+from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.weights import base as base_weights
 
@@ -55,7 +55,7 @@ def estimate(run: RunConfig) -> float:
     return min(examples, limit) * operations_per_token(run)[0]
 
 
-def facts(run: RunConfig, folder: Path) -> dict[str, Any]:
+def facts(run: RunConfig, folder: Path) -> dict[str, object]:
     """The columns of the results that are the same in all rows of a trained cell."""
     parameters, tasks = read_json(folder / "parameters.json"), inputs.training_set(run)
     tokens, (training, forward) = spec.train_tokens(run), operations_per_token(run)
@@ -72,13 +72,13 @@ def facts(run: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def dry_run(
-    config: Any,
+    config: StudyConfig,
     folder: Path,
     workdir: Path,
     cells: Sequence[Cell],
     target: str | None = None,
     tokens_per_second: float | None = None,
-) -> tuple[tuple[str, ...], list[tuple[Any, ...]], str]:
+) -> tuple[tuple[str, ...], list[tuple[object, ...]], str]:
     """The cells with their tokens, operations, hours and memory.
 
     Args:
@@ -100,7 +100,7 @@ def dry_run(
         name: tuple(planned_steps(run, base_weights.known_or_read_config(run.model), where))
         for name, run in runs.items()
     }
-    peaks = {own: max(memory(one).peak for one in own) for own in set(steps.values())}
+    peaks = {of_run: max(memory(step).peak for step in of_run) for of_run in set(steps.values())}
 
     estimated = {name: estimate(run) for name, run in runs.items()}
     took = results.finished(workdir, estimated)
@@ -119,7 +119,7 @@ def dry_run(
     else:
         source = "give --tokens-per-second or --target, or finish a cell"
 
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[object, ...]] = []
     for name in (cell.id for cell in grid.cheap_first(cells, estimated)):
         peak = peaks[steps[name]]
         hours = f"{seconds[name] / 3600:.2f}" if seconds else None

@@ -1,20 +1,17 @@
-"""The cells of a study: rank × variant × set × round × learning rate; what they cost; filters."""
+"""The cells of a study: rank × variant × set × round × learning rate; their order; filters."""
 
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
-from typing import Any
 
 import pandas as pd
 
 from jax_lora.errors import ConfigError
 from jax_lora.study import GRID, Frame
-
-FULL = "full"  # among ranks: full fine-tuning
+from jax_lora.study.config import FULL, Changes, StudyConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def cells(
     sets: Sequence[str],
     rounds: Sequence[int],
     learning_rates: Mapping[str, Sequence[float]],
-    variants: Mapping[str, Mapping[str, Any]],
+    variants: Mapping[str, Changes],
 ) -> list[Cell]:
     """Every cell of a grid.
 
@@ -50,24 +47,7 @@ def cells(
       learning_rates: by method, "lora" and "full".
       variants: name → what it changes in a run's config; the plain recipe is there without being
         named. One that changes `lora` alone has no full fine-tuning.
-
-    Raises:
-      ValueError: an axis that is empty, has a value twice or one of the wrong kind.
     """
-    methods = {FULL if rank == FULL else "lora" for rank in ranks}
-    axes = {"ranks": ranks, "sets": sets, "rounds": rounds}
-    axes |= {f"learning_rates.{m}": learning_rates[m] for m in sorted(methods)}
-    for name, values in axes.items():
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name}: found {tuple(values)}, expected at least one, none twice")
-    for name, values, least in (("ranks", ranks, 1), ("rounds", rounds, 0)):
-        for value in values:
-            if (name, value) != ("ranks", FULL) and not (type(value) is int and value >= least):
-                raise ConfigError(f"{name}: found {value!r}, expected numbers of at least {least}")
-    for name in variants:
-        if not re.fullmatch(r"[\w.]+", name):
-            raise ConfigError(f"variants: found {name!r}, expected a name of letters and digits")
-
     found = []
     for rank, variant, name, round_ in product(ranks, ["", *variants], sets, rounds):
         method = FULL if rank == FULL else "lora"
@@ -82,10 +62,10 @@ def cells(
     return found
 
 
-def cells_of(config: Mapping[str, Any]) -> list[Cell]:
-    """All cells of a study, from its config or from what study.json says of it."""
-    axes = ("ranks", "sets", "rounds", "learning_rates", "variants")
-    return cells(*(config[name] for name in axes))
+def cells_of(config: StudyConfig) -> list[Cell]:
+    """All cells of a study."""
+    rates = {"lora": config.learning_rates.lora, FULL: config.learning_rates.full}
+    return cells(config.ranks, config.sets, config.rounds, rates, config.variants)
 
 
 def frame(cells: Iterable[Cell]) -> Frame:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
+from matplotlib.figure import Figure
 
-from jax_lora.files import read_json
-from jax_lora.study import METRICS, TESTS, Frame, Study, figures, grid, read, set_order, tables
-from jax_lora.study.statistics import (
-    FEWEST_TASKS,
-    LEVEL,
-    MARGIN,
-    Estimate,
-    comparisons,
-    contrasts,
-    lead,
-    signed,
-    slope,
-    summary,
-    verdict,
-)
-from jax_lora.study.tables import markdown
+from jax_lora.errors import DataError
+from jax_lora.files import read_json, read_jsonl
+from jax_lora.study import METRICS, TESTS, Frame, Study, figures, grid, plotting, read, set_order
+from jax_lora.study.case_studies import case_studies
+from jax_lora.study.config import AXES, read_axes
+from jax_lora.study.estimates import LEVEL, MARGIN
+from jax_lora.study.findings import findings, fixed_size_sets, plain_sets
+from jax_lora.study.statistics import comparisons, summary
+from jax_lora.study.tables import Table, behaviour_table, comparison_table, scores_table
+from jax_lora.text import markdown
 
 _CAPTIONS = {
     "figure1": "Figure 1. Scores against the rank; bands: ± the standard deviation over rounds.",
@@ -54,7 +46,7 @@ def report(
     expected: Frame,
     folder: str | Path,
     *,
-    cases: Sequence[Mapping[str, Any]] = (),
+    cases: Sequence[Mapping] = (),
     seed: int = 0,
 ) -> Path:
     """Write a study's tables, figures, case studies and findings.
@@ -68,304 +60,120 @@ def report(
       results: `jax_lora.study.COLUMNS`.
       expected: the grid's cells, `jax_lora.study.GRID`.
       folder: made where it is missing; files of the same names are replaced.
-      cases: see `tables.case_studies`.
+      cases: see `case_studies`.
       seed: of the bootstrap and the sign flips; the same one gives the same files.
 
     Returns:
       The path of report.md.
 
     Raises:
-      ValueError: damaged results (see `jax_lora.study.check`) or cases.
+      DataError: damaged results (see `jax_lora.study.check`) or cases.
     """
-    own = Study.of(results, expected)
-    page = tables.case_studies(cases) if cases else ""
-    numbers, compared = summary(own, seed=seed), comparisons(own, seed=seed)
-    words = findings(own, numbers, compared, seed=seed)
-    folder, plain, fixed = Path(folder), _plain_sets(own), _fixed_size_sets(own)
-    there = set(own.rows["set"])
-    largest = max(there, key=lambda name: (name in plain, set_order(name)))
-
-    written = []
-    for number, test in enumerate(TESTS, 1):
-        name, title = f"table{number}", f"Table {number}"
-        written.append(tables.scores_table(own, numbers, test, plain, name, title))
-    for test in TESTS:
-        if fixed:
-            name, title = f"table3_{test}", "As many examples of more and more tasks"
-            written.append(tables.scores_table(own, numbers, test, fixed, name, title))
-        written.append(tables.behaviour_table(own, test, largest))
-        written += [tables.comparison_table(own, compared, test, metric) for metric in METRICS]
-    for table in written:
-        table.write(folder / "tables")
-    numbers.to_csv(folder / "tables" / "summary.csv", index=False, lineterminator="\n")
-
-    pictures = {"figure1": partial(figures.scaling, own, numbers)}
-    if not own.scores(largest, "unseen", "exact_match", closed=True).empty:
-        pictures["figure4"] = partial(figures.categories, own, "unseen", largest)
-    if fixed:
-        pictures["figure5"] = partial(figures.fixed_size, own, numbers, fixed)
-    pictures["costs"] = partial(figures.costs, own, numbers)
-    for name in _sets_with_rates(own):
-        draw = partial(figures.learning_rates, own, numbers, name)
-        pictures[f"learning_rates_{name.replace('*', 'x')}"] = draw
-    for name, draw in pictures.items():
-        figures.save(draw(width=figures.TEXT), folder / "figures" / name)
-        figures.save(draw(width=figures.COLUMN), folder / "figures" / f"{name}_column")
+    study, folder = Study.of(results, expected), Path(folder)
+    page = case_studies(cases) if cases else ""
+    numbers, compared = summary(study, seed=seed), comparisons(study, seed=seed)
+    sections = [
+        _head(study),
+        "## Findings",
+        *findings(study, numbers, compared, seed=seed),
+        "## Tables",
+        _write_tables(study, numbers, compared, folder / "tables"),
+        "## Figures",
+        _write_figures(study, numbers, folder / "figures"),
+    ]
     if page:
         (folder / "case_studies.html").write_text(page, encoding="utf-8")
-
-    tests = own.rows.groupby("cell")["test"].nunique()
-    finished = own.grid["cell"].isin(tests.index[tests == len(TESTS)])
-    parts = [
-        f"# Rank × task set × round: {own.model}",
-        f"{finished.sum()} of {len(finished)} cells are there"
-        + (", the end lists what is missing." if not finished.all() else "."),
-        "## Findings",
-        *words,
-        "## Tables",
-        *(table.markdown() for table in written),
-        "All numbers, in full precision: `tables/summary.csv`.",
-        "## Figures",
-    ]
-    for name in pictures:
-        caption = _CAPTIONS.get(name, _CAPTIONS["learning_rates"])
-        parts.append(f"![{name}](figures/{name}.png)\n\n{caption}")
-    parts += ["[Case studies](case_studies.html)"] if page else []
-    parts += ["## Missing cells", _missing(own), _METHOD]
+        sections.append("[Case studies](case_studies.html)")
+    sections += ["## Missing cells", _missing(study), _METHOD]
     path = folder / "report.md"
-    path.write_text("\n\n".join(part.rstrip() for part in parts) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(part.rstrip() for part in sections) + "\n", encoding="utf-8")
     return path
 
 
 def write(workdir: Path) -> Path:
     """Write the report of a study from its results.parquet, study.json and cases.jsonl alone."""
-    from jax_lora.evaluation.evaluate import read_jsonl  # imports jax, which `report` needs not
-
-    study_json, cases = read_json(workdir / "study.json"), workdir / "cases.jsonl"
-    cells = grid.frame(grid.cells_of(study_json["config"]))
+    saved, cases = read_json(workdir / "study.json", dict), workdir / "cases.jsonl"
+    axes = saved.get("config")
+    if not isinstance(axes, dict) or not axes.keys() >= {*AXES}:
+        raise DataError(f"{workdir / 'study.json'}: expected a config with {', '.join(AXES)}")
+    cells = grid.frame(grid.cells_of(read_axes(axes)))
     answers = read_jsonl(cases) if cases.is_file() else []
     found = read(workdir / "results.parquet")
     return report(found, cells, workdir / "report", cases=answers)
 
 
-def findings(own: Study, numbers: Frame, compared: Frame, *, seed: int = 0) -> list[str]:
-    """What a study says to the paper's questions, for and against, as paragraphs of Markdown.
+def _head(study: Study) -> str:
+    tests = study.rows.groupby("cell")["test"].nunique()
+    finished = study.grid["cell"].isin(tests.index[tests == len(TESTS)])
+    end = "." if finished.all() else ", the end lists what is missing."
+    return (
+        f"# Rank × task set × round: {study.model}\n\n"
+        f"{finished.sum()} of {len(finished)} cells are there{end}"
+    )
 
-    Args:
-      own: checked rows and grid.
-      numbers: `statistics.summary`.
-      compared: `statistics.comparisons`.
-      seed: of the bootstrap and the sign flips.
-    """
-    sets, fixed = _plain_sets(own), _fixed_size_sets(own)
-    answers = {
-        "Does more rank help on seen tasks?": [_rank_helps(own, s, seed) for s in sets],
-        "Do unseen tasks need capacity?": [_capacity(own, s, seed) for s in sets],
-        "Do out-of-options answers fall before accuracy rises?": [
-            _form_first(own, s, seed) for s in sets
-        ],
-        "Does LoRA reach full fine-tuning?": [
-            _reaches(own, compared, s, test) for test in TESTS for s in sets
-        ],
+
+def _largest_set(study: Study) -> str:
+    """The largest set that has results, one without a star if there is one."""
+    plain = plain_sets(study)
+    return max(study.rows["set"].unique(), key=lambda name: (name in plain, set_order(name)))
+
+
+def _write_tables(study: Study, numbers: Frame, compared: Frame, folder: Path) -> str:
+    """Write all tables; those of the report as Markdown."""
+    plain, fixed, largest = plain_sets(study), fixed_size_sets(study), _largest_set(study)
+    written: list[Table] = []
+    for number, test in enumerate(TESTS, 1):
+        name, title = f"table{number}", f"Table {number}"
+        written.append(scores_table(study, numbers, test, plain, name, title))
+    for test in TESTS:
+        if fixed:
+            name, title = f"table3_{test}", "As many examples of more and more tasks"
+            written.append(scores_table(study, numbers, test, fixed, name, title))
+        written.append(behaviour_table(study, test, largest))
+        written += [comparison_table(study, compared, test, metric) for metric in METRICS]
+    for table in written:
+        table.write(folder)
+    numbers.to_csv(folder / "summary.csv", index=False, lineterminator="\n")
+    texts = [table.markdown().rstrip() for table in written]
+    return "\n\n".join([*texts, "All numbers, in full precision: `tables/summary.csv`."])
+
+
+def _write_figures(study: Study, numbers: Frame, folder: Path) -> str:
+    """Draw all figures, at both widths; their images and captions as Markdown."""
+    largest, fixed = _largest_set(study), fixed_size_sets(study)
+    pictures: dict[str, Callable[..., Figure]] = {
+        "figure1": partial(figures.scaling, study, numbers)
     }
-    if len(fixed) > 1:
-        question = f"More tasks, or more examples of each, {fixed[0]} to {fixed[-1]}?"
-        answers[question] = [_diversity(own, c, fixed, seed) for c in own.configs(variant="")]
-    if numbers["exact_match_difference"].notna().any():
-        answers["How far from the paper?"] = _from_paper(numbers)
-    return [
-        f"**{markdown(question)}**\n\n" + "\n".join(f"- {markdown(s)}" for s in lines if s)
-        for question, lines in answers.items()
-    ]
+    if not study.scores(largest, "unseen", "exact_match", closed=True).empty:
+        pictures["figure4"] = partial(figures.categories, study, "unseen", largest)
+    if fixed:
+        pictures["figure5"] = partial(figures.fixed_size, study, numbers, fixed)
+    pictures["costs"] = partial(figures.costs, study, numbers)
+    for name in _sets_with_rates(study):
+        draw = partial(figures.learning_rates, study, numbers, name)
+        pictures[f"learning_rates_{name.replace('*', 'x')}"] = draw
+    texts = []
+    for name, draw in pictures.items():
+        plotting.save(draw(width=plotting.TEXT), folder / name)
+        plotting.save(draw(width=plotting.COLUMN), folder / f"{name}_column")
+        caption = _CAPTIONS.get(name, _CAPTIONS["learning_rates"])
+        texts.append(f"![{name}](figures/{name}.png)\n\n{caption}")
+    return "\n\n".join(texts)
 
 
-def _plain_sets(own: Study) -> list[str]:
-    return [name for name in own.sets if "*" not in name]
-
-
-def _fixed_size_sets(own: Study) -> list[str]:
-    """T*100, T250 and T*500: the starred sets have as many examples as the one between them."""
-    starred = sorted(set_order(name)[1:] for name in own.sets if "*" in name)
-    if not starred:
-        return []
-    between = [
-        key for key in map(set_order, _plain_sets(own)) if starred[0][0] < key[1] < starred[-1][0]
-    ]
-    return [name for _, name in sorted([*starred, *(key[1:] for key in between)])]
-
-
-def _sets_with_rates(own: Study) -> list[str]:
-    recipe = own.grid[own.grid["variant"] == ""]
+def _sets_with_rates(study: Study) -> list[str]:
+    recipe = study.grid[study.grid["variant"] == ""]
     rates = recipe.groupby(["set", "method", "rank"], dropna=False)["learning_rate"].nunique()
     varied = rates.groupby("set").max()
-    return [name for name in own.sets if varied.get(name, 0) > 1]
+    return [name for name in study.sets if varied.get(name, 0) > 1]
 
 
-def _ranks(own: Study, scores: Frame) -> dict[str, int]:
-    """Rank by configuration of the paper's recipe, of those that have scores."""
-    ranks = own.grid.drop_duplicates("config").set_index("config")["rank"]
-    return {c: int(ranks[c]) for c in own.configs("lora", "") if c in scores}
-
-
-def _rank_helps(own: Study, name: str, seed: int) -> str:
-    said, answer, count = [], "", ""
-    for metric, label in METRICS.items():
-        scores = own.scores(name, "seen", metric)
-        ranks = _ranks(own, scores)
-        if len(ranks) < 2:
-            return f"{name}: cannot be said, fewer than two ranks are there."
-        configs = list(ranks)
-        steps = {i: {b: 1, a: -1} for i, (a, b) in enumerate(pairwise(configs))}
-        whole = {"whole": {configs[-1]: 1, configs[0]: -1}, "slope": slope(ranks)}
-        found = contrasts(scores, steps | whole, seed=seed)
-        if "slope" not in found:
-            return f"{name}: cannot be said, the ranks have no round in common."
-        rises = sum(found[i].value > 0 for i in steps if i in found)
-        said.append(
-            f"{label} {found['whole'].points} from {configs[0]} to {configs[-1]}, "
-            f"{found['slope'].points} a doubling, up in {rises} of {len(steps)} steps"
-        )
-        answer = answer or _yes_or_no(found["slope"])
-        count = found["slope"].count
-    return f"{name}: {answer}. {'; '.join(said)} {count}."
-
-
-def _capacity(own: Study, name: str, seed: int) -> str:
-    said = {}
-    for test in TESTS:
-        scores = own.scores(name, test, "exact_match")
-        ranks = _ranks(own, scores)
-        if len(ranks) < 3:
-            return f"{name}: cannot be said, fewer than three ranks are there."
-        configs, middle = list(ranks), len(ranks) // 2
-        low = slope({c: ranks[c] for c in configs[: middle + 1]})
-        high = slope({c: ranks[c] for c in configs[middle:]})
-        more = {c: high.get(c, 0.0) - low.get(c, 0.0) for c in configs}
-        wanted = {"low": low, "high": high, "more": more, "all": slope(ranks)}
-        said[test] = contrasts(scores, wanted, seed=seed)
-        if len(said[test]) < len(wanted):
-            return f"{name}: cannot be said, the ranks have no round in common."
-    seen, unseen = said["seen"], said["unseen"]
-    if verdict(unseen["all"]) != "higher":
-        answer = f"more rank is not shown to help at all ({unseen['all'].points} a doubling)"
-    else:
-        kind = {"higher": "yes, the larger ranks bring more", "lower": "no, the smaller bring more"}
-        answer = kind.get(verdict(unseen["more"]), "undecided whether the larger ranks bring more")
-    return (
-        f"{name}: {answer}. EM {unseen['low'].points} a doubling up to {configs[middle]}, "
-        f"{unseen['high'].points} above; difference {unseen['more']}. On seen tasks "
-        f"{seen['low'].points} and {seen['high'].points}."
-    )
-
-
-def _form_first(own: Study, name: str, seed: int) -> str:
-    wanted = ("out_of_options", "exact_match", "majority_baseline", "top_answer_share")
-    scores = {metric: own.scores(name, "unseen", metric, closed=True) for metric in wanted}
-    ranks = _ranks(own, scores["out_of_options"])
-    if len(ranks) < 3:
-        return f"{name}: cannot be said, fewer than three ranks have closed-label tasks."
-    configs = list(ranks)
-    ends = {"change": {configs[-1]: 1, configs[0]: -1}}
-    found = {
-        metric: contrasts(table, {c: {c: 1} for c in [*configs, "full"]} | ends, seed=seed)
-        for metric, table in scores.items()
-    }
-    out, right = found["out_of_options"], found["exact_match"]
-    if "change" not in out:
-        return f"{name}: cannot be said, the first and the last rank have no round in common."
-    ahead = lead(scores["out_of_options"], scores["exact_match"], configs, seed=seed)
-    if ahead is None:
-        answer = "cannot be said, one of the two may not change, or a rank has no round in common"
-    elif out["change"].value > 0 or right["change"].value < 0:
-        answer = "no, out-of-options answers do not fall while accuracy rises"
-    elif ahead.tasks < FEWEST_TASKS:
-        answer = "too few tasks to tell"
-    else:
-        kind = "yes" if ahead.low > 0 else "no, after it" if ahead.high < 0 else "not shown"
-        interval = f"[{signed(ahead.low)}, {signed(ahead.high)}]"
-        answer = f"{kind}: they are ahead by {signed(ahead.value)} {interval} of the whole way"
-        answer += f", half of it done by {_halfway(out, configs)} and {_halfway(right, configs)}"
-    text = (
-        f"{name}: {answer}. From {configs[0]} to {configs[-1]} out of options "
-        f"{out['change'].points}, EM {right['change'].points} {out['change'].count}. "
-    )
-    planned = own.grid[own.grid["set"] == name].groupby("config").size()
-    levels = []
-    for c in (configs[0], configs[-1], "full"):
-        if c in out:
-            few = f" ({out[c].rounds} of {planned[c]} rounds)" * bool(out[c].rounds < planned[c])
-            levels.append(
-                f"{c}{few} {out[c].value:.1f}% out of options, EM {right[c].value:.1f}, most "
-                f"frequent answer {found['top_answer_share'][c].value:.1f}%"
-            )
-    label = found["majority_baseline"][configs[0]].value
-    return f"{text}Levels: {'; '.join(levels)}. Always the majority label: EM {label:.1f}."
-
-
-def _reaches(own: Study, compared: Frame, name: str, test: str) -> str:
-    there = compared[(compared["set"] == name) & (compared["test"] == test)]
-    if there.empty:
-        return f"{name}, {test}: cannot be said, LoRA and full fine-tuning have no round in common."
-    said = []
-    for metric, label in METRICS.items():
-        by_verdict = there[there["metric"] == metric].groupby("verdict", sort=False)["config"]
-        groups = (
-            f"{kind} at {', '.join(config.removeprefix('rank ') for config in configs)}"
-            for kind, configs in by_verdict
-        )
-        said.append(f"{label} {', '.join(groups)}")
-    statements = there[there["metric"] == "exact_match"].set_index("config")["statement"]
-    said += [statements[c] for c in own.configs("lora", "") if c in statements][-1:]
-    return f"{name}, {test}: {'; '.join(said)}."
-
-
-def _diversity(own: Study, config: str, fixed: Sequence[str], seed: int) -> str:
-    said = []
-    for test in TESTS:
-        both = [own.scores(name, test, "exact_match") for name in (fixed[0], fixed[-1])]
-        if all(config in scores for scores in both):
-            few, many = (scores[config] for scores in both)
-            pair = pd.concat({"few": few, "many": many}, axis=1)
-            if one := contrasts(pair, {0: {"many": 1, "few": -1}}, seed=seed):
-                said.append(f"{test} EM {one[0]}")
-    return f"{config}: {'; '.join(said)}." if said else ""
-
-
-def _from_paper(numbers: Frame) -> list[str]:
+def _missing(study: Study) -> str:
+    there = {test: set(study.rows[study.rows["test"] == test]["cell"]) for test in TESTS}
     lines = []
-    own = numbers[numbers["exact_match_difference"].notna()]
-    for test, group in own.groupby("test"):
-        said = []
-        for metric, label in METRICS.items():
-            full = group[group["method"] == "full"].set_index("set")[[metric, f"{metric}_paper"]]
-            lora = group[group["method"] == "lora"].join(full.add_suffix("_full"), on="set")
-            lora = lora.dropna(subset=f"{metric}_full")
-            ours = lora[metric] >= lora[f"{metric}_full"]
-            papers = lora[f"{metric}_paper"] >= lora[f"{metric}_paper_full"]
-            said.append(
-                f"{label} {group[f'{metric}_difference'].abs().mean():.2f} points away on average, "
-                f"{(ours == papers).sum()} of {len(lora)} orders of LoRA and full as in the paper"
-            )
-        lines.append(f"{test}: {'; '.join(said)}.")
-    return lines
-
-
-def _missing(own: Study) -> str:
-    there = {test: set(own.rows[own.rows["test"] == test]["cell"]) for test in TESTS}
-    lines = []
-    for name in own.sets:
-        cells = own.grid[own.grid["set"] == name]["cell"]
+    for name in study.sets:
+        cells = study.grid[study.grid["set"] == name]["cell"]
         for test in TESTS:
             if absent := [cell for cell in cells if cell not in there[test]]:
                 lines.append(f"- {markdown(f'{name}, {test}: ' + ', '.join(absent))}")
     return "\n".join(lines) or "None."
-
-
-def _yes_or_no(one: Estimate) -> str:
-    kinds = {"higher": "yes", "lower": "no, it harms", "too few tasks": "too few tasks to tell"}
-    return kinds.get(verdict(one), "not shown")
-
-
-def _halfway(curve: Mapping[str, Estimate], configs: Sequence[str]) -> str:
-    start, end = (curve[configs[i]].value for i in (0, -1))
-    return next(c for c in configs if (curve[c].value - start) / (end - start) >= 0.5)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,30 +23,35 @@ from jax_lora.study.runner import cell_folder
 _TYPES = {"text": "str", "rank": "Int64", "count": "int64", "flag": "bool"}  # others are floats
 
 
-def rows(cell: Cell, folder: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows(
+    cell: Cell, folder: Path, facts: Mapping[str, object], metrics: Sequence[str]
+) -> list[dict[str, object]]:
     """The rows of a scored cell, from the files of its evaluation.
 
     Args:
       cell: which one.
       folder: its own.
       facts: the other columns that are the same in all of its rows.
+      metrics: that were scored, `config.run.eval.metrics`.
 
     Returns:
-      One row per test set × task, with the keys of `COLUMNS` and values that JSON can hold.
+      One row per test set × task, with the keys of `COLUMNS`, then the metrics that are not among
+      these, and values that JSON can hold.
     """
     found = []
+    columns = dict.fromkeys((*COLUMNS, *metrics))
     for test in TESTS:
         there = folder / "eval" / test
         answers = {(p["task"], p["id"]): p for p in read_jsonl(there / "predictions.jsonl")}
         labels = read_json(there / "labels.json")
-        by_task: dict[str, list[dict[str, Any]]] = {}
+        by_task: dict[str, list[dict]] = {}
         for example in read_jsonl(there / "examples.jsonl"):
             answer = answers[example["task"], example["id"]]
             by_task.setdefault(example["task"], []).append(example | answer)
         for task, scores in read_json(there / "scores.json")["tasks"].items():
             row = asdict(cell) | {**facts} | {"cell": cell.id, "test": test, "task": task} | scores
             row |= behaviour.describe(by_task[task], labels.get(task))
-            found.append({name: row[name] for name in COLUMNS})
+            found.append({name: row[name] for name in columns})
     return found
 
 
@@ -57,15 +61,15 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
     Args:
       cell: which one.
       folder: its own.
-      shared: folder of the files of all rounds, made if need be.
+      shared: folder of the files of all rounds, created if it does not exist.
     """
     shared.mkdir(parents=True, exist_ok=True)
     for test in TESTS:
-        own, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
+        path, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
         with suppress(FileExistsError):
-            os.link(own, one)
-        if not own.samefile(one) and filecmp.cmp(own, one, shallow=False):
-            with fresh_file(own) as fresh:
+            os.link(path, one)
+        if not path.samefile(one) and filecmp.cmp(path, one, shallow=False):
+            with fresh_file(path) as fresh:
                 os.link(one, fresh)
 
 
@@ -83,11 +87,11 @@ def gather(cells: Sequence[Cell], folder: Path) -> None:
     # Another process may finish a cell, and write these files, while we do.
     while found.keys() != (now := done()).keys():
         found = now
-        said = {name: read_json(path) for name, path in found.items()}
-        results = pd.DataFrame([row for one in said.values() for row in one["rows"]])
+        saved = {name: read_json(path) for name, path in found.items()}
+        results = pd.DataFrame([row for one in saved.values() for row in one["rows"]])
         kinds = COLUMNS | {"round": "count"}
         types = {name: _TYPES.get(kind, "float64") for name, kind in kinds.items()}
-        timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in said.items()])
+        timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in saved.items()])
         for name, table in (("results", results.astype(types)), ("timings", timings)):
             with fresh_file(folder / f"{name}.parquet") as fresh:
                 table.to_parquet(fresh, index=False)
@@ -118,20 +122,24 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
 
     lines = []
     for test in TESTS:
-        files = {name: own / "eval" / test / "predictions.jsonl" for name, own in models.items()}
+        files = {
+            name: model / "eval" / test / "predictions.jsonl" for name, model in models.items()
+        }
         answers = {
             name: {(p["task"], p["id"]): p["prediction"] for p in read_jsonl(path)}
             for name, path in files.items()
         }
         shown: set[str] = set()
         for example in read_jsonl(next(iter(files.values())).with_name("examples.jsonl")):
-            own = {name: by_id[example["task"], example["id"]] for name, by_id in answers.items()}
-            if example["task"] in shown or len(set(map(normalize, own.values()))) < 2:
+            by_model = {
+                name: by_id[example["task"], example["id"]] for name, by_id in answers.items()
+            }
+            if example["task"] in shown or len(set(map(normalize, by_model.values()))) < 2:
                 continue
             shown.add(example["task"])
             case = {name: example[name] for name in ("task", "input", "references")}
             case["task"] += f", {test}: trained on {largest}, round {first}"
-            lines.append(json.dumps(case | {"answers": own}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(case | {"answers": by_model}, ensure_ascii=False) + "\n")
     with fresh_file(folder / "cases.jsonl") as fresh:
         fresh.write_text("".join(lines), encoding="utf-8")
 

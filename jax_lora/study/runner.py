@@ -5,7 +5,7 @@
              cells/<id>/failed.json  why a cell could not be finished
              locks/                  who works on what (see `locks`)
 
-A cell is over with either of the two files, which appear whole or not at all.
+A cell is over with either of the two files, which appear complete or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_lora.files import write_json
 from jax_lora.study import locks
@@ -25,7 +24,7 @@ from jax_lora.study.grid import Cell
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[Cell, Path], dict[str, Any]]
+Run = Callable[[Cell, Path], dict[str, object]]
 OnChange = Callable[[Cell, str], None]
 STATES = ("done", "failed", "running", "waiting")
 
@@ -104,26 +103,26 @@ def run_cells(
             sleep(beat / 3)
 
 
-def _attempt(cell: Cell, own: Path, run: Run, on_change: OnChange) -> None:
+def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange) -> None:
     on_change(cell, "begins")
     try:
-        found = run(cell, own)
+        found = run(cell, folder)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        fail(own, reason, traceback.format_exc())
+        fail(folder, reason, traceback.format_exc())
         on_change(cell, f"failed: {reason}")
         return
-    own.mkdir(parents=True, exist_ok=True)
-    write_json(own / "done.json", found)
-    (own / "failed.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "done.json", found)
+    (folder / "failed.json").unlink(missing_ok=True)
     on_change(cell, "done")
 
 
-def fail(own: Path, reason: str, trace: str = "") -> None:
+def fail(folder: Path, reason: str, trace: str = "") -> None:
     """Write down in a cell's folder why it could not be finished."""
-    own.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found = locks.owner() | {"reason": reason, "traceback": trace}
-    write_json(own / "failed.json", found)
+    write_json(folder / "failed.json", found)
 
 
 def _drop_damaged(cells: Sequence[Cell], folder: Path) -> None:

@@ -24,7 +24,7 @@ def script(
       hosts: nodes of a worker; on several, srun starts its processes.
 
     Raises:
-      ValueError: fewer than one worker or host, or an option that is none.
+      ConfigError: fewer than one worker or host, or an option that is none.
     """
     for name, value in (("workers", workers), ("hosts", hosts)):
         if value < 1:
@@ -34,10 +34,10 @@ def script(
             raise ConfigError(
                 f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1"
             )
-    own = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
-    own += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
-    own += [f"--nodes={hosts}"] if hosts > 1 else []
-    lines = [f"#SBATCH {shlex.quote(option)}" for option in [*own, *options]]
+    named = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
+    named += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
+    named += [f"--nodes={hosts}"] if hosts > 1 else []
+    lines = [f"#SBATCH {shlex.quote(option)}" for option in [*named, *options]]
     start = ["srun", *command] if hosts > 1 else command
     # exec: the signals of SLURM reach the worker itself.
     return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(start)}", ""])
@@ -47,8 +47,8 @@ def submit(text: str, folder: Path) -> str:
     """Hand a batch script to SLURM; the array's job number.
 
     Raises:
-      FileNotFoundError: there is no sbatch here.
-      ValueError: sbatch refuses the script.
+      MissingFileError: there is no sbatch here.
+      ConfigError: sbatch refuses the script.
     """
     (folder / "slurm").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     try:

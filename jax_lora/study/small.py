@@ -9,8 +9,9 @@ starts as a random LLaMA with a vocabulary of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,11 @@ from jax_lora.errors import ConfigError
 from jax_lora.files import fresh_folder
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
+from jax_lora.study.config import ToyShape
 from jax_lora.weights import hf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 END = "<|end|>"
 CHECKOUTS = ("grid", "outside")
@@ -37,33 +42,38 @@ def write_tasks(
     Args:
       folder: must be new or empty.
       instances: of each task.
-      outside: categories of train tasks that are kept out of the grid.
+      outside: categories of train tasks that are excluded from the grid.
       unseen: train tasks that become test tasks of both.
 
     Raises:
-      ValueError: a category that no train task has, or all of them; a task that is no train task.
+      ConfigError: a category that no train task has, or all of them; a task that is no train task.
     """
     trained = [task for task in TASKS if task.split == "train"]
     categories = {task.category for task in trained}
     if not set(outside) < categories or not outside:
         raise ConfigError(
-            f"toy.outside: found {tuple(outside)}, expected some of {', '.join(sorted(categories))}"
+            f"config.toy.outside: found {tuple(outside)}, "
+            f"expected some of {', '.join(sorted(categories))}"
         )
     if unknown := sorted(set(unseen) - {task.name for task in trained}):
-        raise ConfigError(f"toy.unseen: found {', '.join(unknown)}, expected toy train tasks")
+        raise ConfigError(
+            f"config.toy.unseen: found {', '.join(unknown)}, expected toy train tasks"
+        )
     left = [task for task in trained if task.name not in unseen]
     tested = [*(task.name for task in TASKS if task.split == "test"), *unseen]
     with fresh_folder(folder) as partial:
         for name in CHECKOUTS:
             splits = write_checkout(partial / name, instances_per_task=instances) / "splits"
-            own = [t.name for t in left if (t.category in outside) == (name == "outside")]
-            for split, names in (("train", own), ("test", tested)):
+            names_of_checkout = [
+                t.name for t in left if (t.category in outside) == (name == "outside")
+            ]
+            for split, names in (("train", names_of_checkout), ("test", tested)):
                 lines = "".join(f"{task}\n" for task in names)
                 (splits / "default" / f"{split}_tasks.txt").write_text(lines, encoding="utf-8")
 
 
 def write_base(
-    folder: Path, tasks: Path, template: str, vocabulary: int, seed: int, **shape: Any
+    folder: Path, tasks: Path, template: str, vocabulary: int, seed: int, shape: ToyShape
 ) -> None:
     """Write a LLaMA with random weights as a Hugging Face folder.
 
@@ -73,7 +83,7 @@ def write_base(
       template: of these prompts, see `jax_lora.data.prompts`.
       vocabulary: tokens, at least 257.
       seed: of the weights.
-      **shape: fields of `LlamaConfig`.
+      shape: of the model.
     """
 
     def texts() -> Iterable[str]:
@@ -83,13 +93,13 @@ def write_base(
                     yield TEMPLATES[template](task.definition, one.input) + one.outputs[0]
 
     tokenizer = _tokenizer(texts(), vocabulary)
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **asdict(shape))
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = Llama(config, dtype=jnp.dtype("float32")).init(jax.random.key(seed), tokens)["params"]
     hf.save(folder, config, jax.device_get(params), tokenizer, "float32")
 
 
-def _tokenizer(texts: Iterable[str], size: int) -> Any:
+def _tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, words cut as GPT-2 cuts them."""
     from transformers import PreTrainedTokenizerFast
 

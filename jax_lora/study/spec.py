@@ -3,61 +3,57 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jax_lora.config import SPEED, RunConfig, flatten
+from jax_lora.config import SPEED, RunConfig, flatten, read_typed
 from jax_lora.errors import ConfigError
 from jax_lora.files import read_json
 from jax_lora.run import inputs, prepare
 from jax_lora.study import runner, small
+from jax_lora.study.config import FULL, Changes, StudyConfig
 from jax_lora.study.grid import Cell, cells_of
 from jax_lora.weights import base as base_weights
 
 TOY = "toy"  # the name of the training that makes the toy base, beside the cells' ids
 
 
-def run_config(config: Any, workdir: Path, cell: Cell) -> RunConfig:
-    """The config of a cell's run.
-
-    Raises:
-      ConfigError: a key or a value that no run has.
-    """
-    run = config.run.copy_and_resolve_references()
-    try:
-        if cell.method == "full":
-            run.update(config.full)
-        if cell.variant:
-            run.update(config.variants[cell.variant])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{cell.id}, what it changes in run: {error.args[0]}") from None
+def run_config(config: StudyConfig, workdir: Path, cell: Cell) -> RunConfig:
+    """The config of a cell's run."""
+    axes: dict[str, object] = {
+        "data": {"set": cell.set},
+        "round": cell.round,
+        "optim": {"learning_rate": cell.learning_rate},
+    }
     if cell.rank:
-        run.lora.rank = cell.rank
-    run.data.set, run.round, run.optim.learning_rate = cell.set, cell.round, cell.learning_rate
-    if config.toy.instances:
-        run.model = str(workdir / "toy" / "toy-llama")
-        run.data.path = str(workdir / "toy" / "tasks" / "grid")
-    return RunConfig.from_config_dict(run)
+        axes["lora"] = {"rank": cell.rank}
+    return config.run_with(
+        config.full if cell.method == FULL else {},
+        config.variants[cell.variant] if cell.variant else {},
+        axes,
+        _toy_paths(workdir, "toy-llama", "grid") if config.toy.instances else {},
+    )
 
 
-def run_of(config: Any, workdir: Path, name: str) -> tuple[RunConfig, Path]:
+def run_of(config: StudyConfig, workdir: Path, name: str) -> tuple[RunConfig, Path]:
     """The config and the folder of what is trained under a name: a cell's id, or TOY."""
     if name != TOY:
         (cell,) = (cell for cell in cells_of(config) if cell.id == name)
         return run_config(config, workdir, cell), runner.cell_folder(workdir, cell)
-    run, toy = config.run.copy_and_resolve_references(), workdir / "toy"
-    run.update(config.full)
-    run.update(config.toy.run)
-    run.model, run.data.path = str(toy / "untrained"), str(toy / "tasks" / "outside")
-    return RunConfig.from_config_dict(run), toy / "run"
+    paths = _toy_paths(workdir, "untrained", "outside")
+    return config.run_with(config.full, config.toy.run, paths), workdir / "toy" / "run"
+
+
+def _toy_paths(workdir: Path, base: str, tasks: str) -> Changes:
+    toy = workdir / "toy"
+    return {"model": str(toy / base), "data": {"path": str(toy / "tasks" / tasks)}}
 
 
 @contextmanager
-def inputs_of(config: Any, workdir: Path) -> Iterator[Path]:
+def inputs_of(config: StudyConfig, workdir: Path) -> Iterator[Path]:
     """The folder with the toy tasks and base; before they are made, a temporary one with a base
     of the same shape."""
     if not config.toy.instances or (workdir / "toy" / "toy-llama").is_dir():
@@ -68,48 +64,61 @@ def inputs_of(config: Any, workdir: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def write_start(config: Any, workdir: Path, name: str) -> None:
+def write_start(config: StudyConfig, workdir: Path, name: str) -> None:
     """Write the toy tasks, and a base of random weights under a name."""
     c, toy = config.toy, workdir / "toy"
     if not (toy / "tasks").is_dir():
         small.write_tasks(toy / "tasks", c.instances, c.outside, c.unseen)
     if not (toy / name).is_dir():
-        template, shape = config.run.data.template, c.shape.to_dict()
-        small.write_base(
-            toy / name, toy / "tasks", template, c.vocabulary, config.run.seed, **shape
-        )
+        template, seed = config.run.data.template, config.run.seed
+        small.write_base(toy / name, toy / "tasks", template, c.vocabulary, seed, c.shape)
 
 
-def check_same_study(path: Path, resolved: Mapping[str, Any]) -> None:
+def check_same_study(path: Path, config: StudyConfig, data_fingerprint: str = "") -> None:
     """Make sure that a study's folder is new or belongs to the same study.
 
-    What changes no result of a run, such as its micro-batch or its mesh, may differ.
+    What changes no result of a run, such as its micro-batch or its mesh, may differ. A key that
+    study.json lacks, because an older version wrote it, has its default there.
 
     Args:
       path: of study.json.
-      resolved: "config" and, once it is known, "data_fingerprint".
+      config: of the study.
+      data_fingerprint: of its data, where it is known.
 
     Raises:
-      ConfigError: the first key that differs.
+      ConfigError: the first key that differs, or one that study.json has under an old name.
     """
     if not path.is_file():
         return
     saved = read_json(path, dict)
-    there, here = (dict(flatten(dict(one))) for one in (saved, resolved))
-    keys = [key for key in there if key.startswith("config.")]
-    for key in dict.fromkeys((*here, *keys)):
-        name = key.removeprefix("config.run.")
-        if name.startswith("mesh.") or (name in SPEED and name != key):
-            continue
-        found, wanted = (repr(one[key]) if key in one else "not set" for one in (there, here))
-        if found != wanted:
+    try:
+        there: StudyConfig = read_typed(StudyConfig, saved["config"], "")
+    except ConfigError as error:
+        raise ConfigError(f"{path} belongs to another version: {error}") from None
+    found, wanted = dict(_identity(there)), dict(_identity(config))
+    if data_fingerprint:
+        found["data_fingerprint"] = saved.get("data_fingerprint")
+        wanted["data_fingerprint"] = data_fingerprint
+    for key in dict.fromkeys((*wanted, *found)):
+        one, other = (
+            repr(values[key]) if key in values else "not set" for values in (found, wanted)
+        )
+        if one != other:
             raise ConfigError(
-                f"{path} belongs to another study: {key} is {found} there and {wanted} here; "
+                f"{path} belongs to another study: {key} is {one} there and {other} here; "
                 "expected the same config, or an empty --workdir"
             )
 
 
-def check_input(config: Any, folder: Path, cells: Sequence[Cell]) -> str:
+def _identity(config: StudyConfig) -> Iterator[tuple[str, object]]:
+    """The keys that decide a study's results, and their values."""
+    for key, value in flatten(config.to_dict()):
+        name = key.removeprefix("run.")
+        if name == key or not (name.startswith("mesh.") or name in SPEED):
+            yield f"config.{key}", value
+
+
+def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str:
     """The fingerprint of the data, where every cell finds its base and its task set.
 
     Raises:
@@ -121,13 +130,15 @@ def check_input(config: Any, folder: Path, cells: Sequence[Cell]) -> str:
             if not value:
                 raise ConfigError(f"--config.run.{key}: found none, expected a folder or a hub id")
         if cell.set not in (sets := inputs.task_sets(run)):
-            raise ConfigError(f"sets: found {cell.set!r}, expected some of {', '.join(sets)}")
+            raise ConfigError(
+                f"config.sets: found {cell.set!r}, expected some of {', '.join(sets)}"
+            )
     base_weights.read_config(run.model)
     return inputs.open_checkout(run.data.path, run.data.categories).fingerprint
 
 
 def train_tokens(run: RunConfig) -> int:
-    """Tokens of a whole training, without padding."""
+    """Tokens of a complete training, without padding."""
     taskset = inputs.training_set(run)
     rows = inputs.training_rows(inputs.encoder(run), taskset, run.data.answer, run.seed)
     batches, steps = prepare.batches_of(run, rows)

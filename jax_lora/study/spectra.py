@@ -11,7 +11,7 @@ rank its values are zero and their directions mean nothing. DoRA's magnitudes ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Spectrum(NamedTuple):
     outputs: np.ndarray
 
 
-def spectra(adapters: Mapping[str, Any]) -> dict[str, Spectrum]:
+def spectra(adapters: Mapping[str, Mapping]) -> dict[str, Spectrum]:
     """The spectrum of every adapted module, by its name.
 
     Args:

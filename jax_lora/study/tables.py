@@ -1,31 +1,20 @@
-"""Tables of a study as Markdown, LaTeX and CSV, and case studies as a page of HTML.
+"""Tables of a study as Markdown, LaTeX and CSV.
 
 Tables 1 and 2 have the paper's layout. A mean of fewer rounds than the grid plans says so: (2/3).
 """
 
 from __future__ import annotations
 
-import difflib
-import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from jax_lora.errors import ConfigError
-from jax_lora.evaluation.metrics import exact_match, normalize
 from jax_lora.study import METRICS, Frame, Study, paper
-from jax_lora.study.statistics import (
-    ALL_TASKS,
-    CLOSED_LABEL,
-    FEWEST_TASKS,
-    MARGIN,
-    behaviour,
-    signed,
-)
+from jax_lora.study.estimates import FEWEST_TASKS, MARGIN, signed
+from jax_lora.study.statistics import ALL_TASKS, CLOSED_LABEL, behaviour
+from jax_lora.text import markdown, table, tex
 
 MISSING = "–"
 MARKS = {"higher": " ↑", "lower": " ↓", "undecided": "", "too few tasks": ""}  # else equal
@@ -33,11 +22,6 @@ LABELS = {
     "out_of_options": "out of options", "exact_match": "EM",
     "exact_match_given_valid": "EM if valid", "majority_baseline": "majority label",
     "top_answer_share": "top answer", "answer_entropy": "entropy (bits)",
-}  # fmt: skip
-_TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
-    "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "−": "$-$",
-    "↑": r"$\uparrow$", "↓": r"$\downarrow$",
 }  # fmt: skip
 
 
@@ -58,29 +42,15 @@ class Table:
     def markdown(self) -> str:
         """The table as GitHub's Markdown, its caption above it."""
         header = [f"{group} {name}".strip() for group, name in self.columns]
-        rule = ["---"] + ["---:"] * (len(header) - 1)
-        lines = [header, rule, *self.rows]
-        text = "".join(f"| {' | '.join(map(markdown, line))} |\n" for line in lines)
-        return f"{markdown(self.caption)}\n\n{text}"
+        return f"{markdown(self.caption)}\n\n{table(header, self.rows, 'markdown')}"
 
     def latex(self) -> str:
         """The table as a `table*` environment; it needs the packages booktabs and adjustbox."""
-        groups: list[tuple[str, int, int]] = []  # text, first column, number of columns
-        for i, (group, _) in enumerate(self.columns):
-            if groups and groups[-1][0] == group:
-                groups[-1] = (group, groups[-1][1], groups[-1][2] + 1)
-            else:
-                groups.append((group, i + 1, 1))
-        top = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex_set(g)}}}" for g, _, n in groups)
-        rules = " ".join(rf"\cmidrule(lr){{{i}-{i + n - 1}}}" for g, i, n in groups if g)
-        body = "".join(" & ".join(map(tex, row)) + " \\\\\n" for row in self.rows)
+        groups = [tex_set(group) for group, _ in self.columns]
+        tabular = table([name for _, name in self.columns], self.rows, "latex", groups)
         return (
             "\\begin{table*}\n\\centering\\small\n\\begin{adjustbox}{max width=\\textwidth}\n"
-            f"\\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}\n\\toprule\n"
-            f"{top} \\\\\n{rules}\n"
-            f"{' & '.join(tex(name) for _, name in self.columns)} \\\\\n\\midrule\n{body}"
-            "\\bottomrule\n\\end{tabular}\n\\end{adjustbox}\n"
-            f"\\caption{{{tex(self.caption)}}}\n"
+            f"{tabular}\\end{{adjustbox}}\n\\caption{{{tex(self.caption)}}}\n"
             f"\\label{{tab:{self.name}}}\n\\end{{table*}}\n"
         )
 
@@ -105,8 +75,8 @@ def scores_table(
       name: of the files.
       title: the caption's first words.
     """
-    own = numbers[(numbers["test"] == test) & numbers["set"].isin(sets)]
-    main = own[own["main"]]
+    shown = numbers[(numbers["test"] == test) & numbers["set"].isin(sets)]
+    main = shown[shown["main"]]
     papers = main["exact_match_paper"].notna().any()
     rows = []
     for config in study.configs():
@@ -129,30 +99,30 @@ def scores_table(
     columns = [("", "Method"), ("", "Rank"), ("", "Trainable"), ("", "Operations")]
     columns += [(name_of_set, label) for name_of_set in sets for label in METRICS.values()]
     rates = main.drop_duplicates(["method", "learning_rate"])
-    said = "; ".join(f"{r['method']} {r['learning_rate']:g}" for _, r in rates.iterrows())
+    rates_text = "; ".join(f"{r['method']} {r['learning_rate']:g}" for _, r in rates.iterrows())
     caption = (
         f"{title}: exact match (EM) and Rouge-L (R-L) on the {test} test set, {study.model}. Means "
         "over examples, ± the standard deviation over rounds. (2/3): two of three planned rounds "
         f"are there; {MISSING}: none is. Trainable: of all parameters. Operations: of training, "
-        f"analytic, relative to full fine-tuning. Learning rates: {said}."
+        f"analytic, relative to full fine-tuning. Learning rates: {rates_text}."
     )
     if papers:
         rates = "; ".join(f"{k} {v:g}" for k, v in paper()["learning_rate"].items())
         caption += (
             f" Below each row the paper's figures (ours less the paper's; its rates: {rates})."
         )
-    return Table(name, caption, columns, rows, own)
+    return Table(name, caption, columns, rows, shown)
 
 
 def behaviour_table(study: Study, test: str, name_of_set: str) -> Table:
     """What the answers of the models of one set are like; the CSV has all sets and tests."""
     data = behaviour(study)
-    own = data[(data["test"] == test) & (data["set"] == name_of_set)].set_index("config")
+    cells = data[(data["test"] == test) & (data["set"] == name_of_set)].set_index("config")
     planned = study.grid[study.grid["set"] == name_of_set].groupby("config").size()
     rows = []
     for config in study.configs():
         if config in planned.index:
-            cell = own.loc[config] if config in own.index else None
+            cell = cells.loc[config] if config in cells.index else None
             rounds = 0 if cell is None else cell["rounds"]
             few = f" ({rounds}/{planned[config]})" if 0 < rounds < planned[config] else ""
             values = [
@@ -180,8 +150,8 @@ def comparison_table(study: Study, data: Frame, test: str, metric: str) -> Table
       test: "seen" or "unseen".
       metric: "exact_match" or "rougeL".
     """
-    own = data[(data["test"] == test) & (data["metric"] == metric)]
-    found = own.set_index(["config", "set"]).to_dict("index")
+    compared = data[(data["test"] == test) & (data["metric"] == metric)]
+    found = compared.set_index(["config", "set"]).to_dict("index")
     planned = study.grid.groupby(["config", "set"]).size()
     rows = []
     for config in study.configs("lora"):
@@ -194,60 +164,7 @@ def comparison_table(study: Study, data: Frame, test: str, metric: str) -> Table
         f"{MARGIN:g} point; no mark: undecided, or fewer than {FEWEST_TASKS} tasks."
     )
     columns = [("", "Model")] + [(name, "") for name in study.sets]
-    return Table(f"lora_against_full_{test}_{metric}", caption, columns, rows, own)
-
-
-def case_studies(cases: Sequence[Mapping[str, Any]], title: str = "Case studies") -> str:
-    """Figure 3: the same inputs answered by several models, side by side, as one HTML page.
-
-    Words of an answer that its nearest reference has in the same order are plain, the others are
-    underlined in red; a mark says whether the answer is an exact match.
-
-    Args:
-      cases: each with `task`, `input`, `references` and `answers`, the last by cell.
-      title: of the page.
-
-    Returns:
-      A page that needs nothing else: no script, no other file.
-
-    Raises:
-      ValueError: a case without one of these, or without references.
-    """
-    cells = list(dict.fromkeys(cell for case in cases for cell in case.get("answers", ())))
-    body = []
-    for index, case in enumerate(cases):
-        if absent := sorted({"task", "input", "references", "answers"} - case.keys()):
-            raise ConfigError(
-                f"case {index}: no {', '.join(absent)}; expected task, input, references, answers"
-            )
-        answers = []
-        for cell in cells:
-            answer = case["answers"].get(cell)
-            if answer is None:
-                answers.append('<td class="none">– (missing)</td>')
-                continue
-            right = exact_match(answer, case["references"]) == 1
-            mark = '<b class="yes">✓</b>' if right else '<b class="no">✗</b>'
-            text = html.escape(answer) if right else _marked(answer, case["references"])
-            answers.append(f"<td>{mark} {text if answer.strip() else '<i>(nothing)</i>'}</td>")
-        references = "<br>".join(map(html.escape, case["references"]))
-        body.append(
-            f"<section><h2>{html.escape(case['task'])}</h2>"
-            f"<pre>{html.escape(case['input'])}</pre><div><table>"
-            f"<tr><th>reference</th>{''.join(f'<th>{html.escape(cell)}</th>' for cell in cells)}"
-            f"</tr><tr><td>{references}</td>{''.join(answers)}</tr></table></div></section>"
-        )
-    return _PAGE.format(title=html.escape(title), body="\n".join(body))
-
-
-def markdown(text: str) -> str:
-    """A text for Markdown: T*100 and T*500 frame no emphasis, a bar ends no cell."""
-    return re.sub(r"([*|])", r"\\\1", text)
-
-
-def tex(text: str) -> str:
-    """A text for LaTeX."""
-    return "".join(_TEX.get(letter, letter) for letter in text)
+    return Table(f"lora_against_full_{test}_{metric}", caption, columns, rows, compared)
 
 
 def tex_set(name: str) -> str:
@@ -258,7 +175,7 @@ def tex_set(name: str) -> str:
     return f"$T{star}_{{\\mathrm{{{tex(rest)}}}}}$"
 
 
-def _method(row: Mapping[str, Any]) -> str:
+def _method(row: Mapping) -> str:
     name = "LoRA" if row["method"] == "lora" else "Full fine-tuning"
     return f"{name}, {row['variant']}" if row["variant"] else name
 
@@ -267,7 +184,7 @@ def _number(value: float, form: str, unit: str = "") -> str:
     return MISSING if pd.isna(value) else f"{value:{form}}{unit}"
 
 
-def _score(cell: Mapping[str, Any] | None, metric: str) -> str:
+def _score(cell: Mapping | None, metric: str) -> str:
     """Empty where the grid plans nothing, a dash where it does and nothing is there."""
     if cell is None:
         return ""
@@ -279,21 +196,21 @@ def _score(cell: Mapping[str, Any] | None, metric: str) -> str:
     return text
 
 
-def _beside(cell: Mapping[str, Any] | None, metric: str) -> str:
+def _beside(cell: Mapping | None, metric: str) -> str:
     if cell is None or pd.isna(there := cell[f"{metric}_paper"]):
         return ""
     difference = cell[f"{metric}_difference"]
     return f"{there:.2f}" + ("" if pd.isna(difference) else f" ({signed(difference)})")
 
 
-def _papers_share(row: Mapping[str, Any]) -> str:
+def _papers_share(row: Mapping) -> str:
     for known in paper()["rows"]:
         if known["method"] == row["method"] == "lora" and known["rank"] == row["rank"]:
             return f"{known['trainable_percent']:.3f}%"
     return ""
 
 
-def _difference(found: Mapping[str, Any] | None, planned: int | None) -> str:
+def _difference(found: Mapping | None, planned: int | None) -> str:
     if not planned:
         return ""
     if found is None:
@@ -301,48 +218,3 @@ def _difference(found: Mapping[str, Any] | None, planned: int | None) -> str:
     few = f" ({found['rounds']}/{planned})" if found["rounds"] < planned else ""
     interval = f"[{signed(found['low'])}, {signed(found['high'])}]"
     return f"{signed(found['difference'])} {interval}{MARKS.get(found['verdict'], ' =')}{few}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; background: #f4f4f4;
-  padding: .6rem .8rem; margin: 0 0 .5rem }}
-div {{ overflow-x: auto }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem; border: 1px solid #ccc;
-  min-width: 7rem; overflow-wrap: anywhere; white-space: pre-wrap }}
-th {{ background: #eaf1f7 }}
-mark {{ background: none; color: #b02a00; text-decoration: underline }}
-.yes {{ color: #00684a }} .no {{ color: #b02a00 }} .none, i {{ color: #5c5c5c }}
-</style></head>
-<body>
-<h1>{title}</h1>
-<p>✓ exact match, ✗ none. <mark>Underlined</mark>: words that the nearest reference has not, or not
-in this order.</p>
-{body}
-</body>
-</html>
-"""
-
-
-def _marked(answer: str, references: Sequence[str]) -> str:
-    """The answer's words as HTML, those marked that its nearest reference does not have."""
-    pieces = re.split(r"(\s+)", answer)  # words at even places, what is between them at odd ones
-    words = [normalize(word) for word in pieces[::2]]
-    matchers = [
-        difflib.SequenceMatcher(None, words, normalize(reference).split(), autojunk=False)
-        for reference in references
-    ]
-    nearest = max(matchers, key=lambda matcher: matcher.ratio())
-    shared = {block.a + i for block in nearest.get_matching_blocks() for i in range(block.size)}
-    for place in range(len(words)):
-        piece = html.escape(pieces[2 * place])
-        plain = place in shared or not piece
-        pieces[2 * place] = piece if plain else f"<mark>{piece}</mark>"
-    return "".join(pieces)

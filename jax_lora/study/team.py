@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax_lora.errors import ConfigError, Stopped
 from jax_lora.study.locks import SILENCE
@@ -39,16 +39,16 @@ class Store(Protocol):
 
 
 class Team:
-    """This process among those of its worker; inside of a `with`. Alone, it is a leader of none.
+    """This process among those of its worker; inside of a `with`. A single process leads no others.
 
     Args:
-      store: that all processes see; None for a process that is alone.
+      store: that all processes see; None for a single process.
       process, processes: which one this is, from 0, and how many there are.
       beat: seconds between two looks into the store.
       patience: seconds that all have to end a training once one has failed in it. Longer than JAX
         takes to notice that a process died: those that are left then wait for each other.
       farewell: seconds that the others have to end once the leader does.
-      leave: ends this process at once, with an exit code.
+      exit_process: ends this process at once, with an exit code.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Team:
         beat: float = 0.5,
         patience: float = SILENCE,
         farewell: float = 10.0,
-        leave: Callable[[int], Any] = os._exit,
+        exit_process: Callable[[int], object] = os._exit,
     ):
         self._store, self._process, self._processes = store, process, processes
         self._beat, self._patience, self._farewell = beat, patience, farewell
-        self._leave = leave
+        self._exit_process = exit_process
         self._count = 0  # of what was trained
         self._lost: Callable[[str], None] = lambda reason: None
         self._over = threading.Event()
@@ -96,7 +96,7 @@ class Team:
                 time.sleep(self._beat)
             # They wait for this one in a collective; JAX ends them with it.
             logger.critical("the other processes of this worker did not follow; it ends at once")
-            self._leave(1)
+            self._exit_process(1)
 
     # ---------------------------------------------------------------- the leader
 
@@ -104,11 +104,13 @@ class Team:
         """Wait until the others are ready.
 
         Raises:
-          ValueError: one of them ends instead.
+          ConfigError: one of them ended.
         """
         while self._store and len(self._get("ready")) < self._processes - 1:
-            if gone := self._get("left"):
-                raise ConfigError(f"process {min(gone)} ended before it began: its output says why")
+            if ended := self._get("left"):
+                raise ConfigError(
+                    f"process {min(ended)} ended before it began: its output says why"
+                )
             time.sleep(self._beat)
 
     @contextmanager
@@ -159,7 +161,7 @@ class Team:
             since = since or time.monotonic()
             if time.monotonic() - since > self._patience:
                 self._lost(_reasons(ends))
-                self._leave(1)
+                self._exit_process(1)
                 return
 
     # ---------------------------------------------------------------- the others
@@ -204,7 +206,7 @@ class Team:
         self._store.key_value_set(f"team/{key}", value, allow_overwrite=True)
 
     def _get(self, folder: str) -> dict[str, str]:
-        """What was said below a key, by the rest of the key."""
+        """The values below a key, by the rest of the key."""
         assert self._store
         start = f"team/{folder}/"
         return {k.removeprefix(start): v for k, v in self._store.key_value_dir_get(start)}

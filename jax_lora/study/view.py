@@ -50,8 +50,8 @@ def look(
         elif state == "running":
             host = locks.holder(folder / "locks", name).get("host")
             step = _last_step(folder / "cells" / name / "metrics.jsonl")
-            said = (f"on {host}" if host else "", f"step {step}" if step else "", note)
-            note = ", ".join(filter(None, said))
+            parts = (f"on {host}" if host else "", f"step {step}" if step else "", note)
+            note = ", ".join(filter(None, parts))
         rows.append((name, state, note))
 
     by_state = {kind: [name for name in states if states[name] == kind] for kind in runner.STATES}
@@ -102,8 +102,8 @@ def draw(head: str, rows: Sequence[Row], now: str, width: int, height: int) -> l
         # Lines are also for head, count and now, and one is where the cursor stands.
         spare = max(0, len(shown) - max(1, height - 4))
         same = [row for row in shown if row[1] == state]
-        gone = same[:spare] if state == "done" else same[max(0, len(same) - spare) :]
-        shown = [row for row in shown if row not in gone]
+        hidden = same[:spare] if state == "done" else same[max(0, len(same) - spare) :]
+        shown = [row for row in shown if row not in hidden]
     name_width = max((len(name) for name, _, _ in shown), default=0)
     lines = [head[: width - 1]]
     for name, state, note in shown:
@@ -148,8 +148,8 @@ class Live(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Keep its last line that says something."""
-        said = [line for line in re.split(r"[\r\n]", text) if line.strip()]
-        self._now = said[-1] if said else self._now
+        lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]
+        self._now = lines[-1] if lines else self._now
         return len(text)
 
     def fileno(self) -> int:

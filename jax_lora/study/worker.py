@@ -10,13 +10,13 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 from jax_lora import study
 from jax_lora.config import RunConfig
 from jax_lora.files import read_json, write_json
 from jax_lora.run import Run
 from jax_lora.study import costs, grid, locks, results, runner, spec, view
+from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
 from jax_lora.weights import hf
@@ -35,7 +35,7 @@ class Worker:
       say: shows a line of progress.
     """
 
-    config: Any
+    config: StudyConfig
     workdir: Path
     team: Team
     train: Callable[[RunConfig, Path], None]
@@ -45,12 +45,13 @@ class Worker:
         """Train what the leader of this worker trains, until it ends."""
         self.team.follow(lambda name: self.train(*spec.run_of(self.config, self.workdir, name)))
 
-    def prepare(self, resolved: dict[str, Any]) -> None:
+    def prepare(self, data_fingerprint: str) -> None:
         """Write study.json and, where the study has one, the toy base."""
         self.team.gather()
         if not (self.workdir / "study.json").is_file():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            write_json(self.workdir / "study.json", resolved)
+            saved = {"config": self.config.to_dict(), "data_fingerprint": data_fingerprint}
+            write_json(self.workdir / "study.json", saved)
         if self.config.toy.instances:
             is_made = (self.workdir / "toy" / "toy-llama").is_dir
             runner.once(self.workdir, spec.TOY, is_made, self._make_base)
@@ -110,20 +111,21 @@ class Worker:
         run, folder = spec.run_of(self.config, self.workdir, spec.TOY)
         self._train(spec.TOY)
         shape, params = Run.open(run, folder).weights()
-        made = self.workdir / "toy" / "toy-llama"
-        hf.save(made, shape, params, load_tokenizer(run.model), run.dtype)
+        path = self.workdir / "toy" / "toy-llama"
+        hf.save(path, shape, params, load_tokenizer(run.model), run.dtype)
 
-    def _run_cell(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def _run_cell(self, cell: Cell, folder: Path) -> dict[str, object]:
         """Train and score a cell, or resume it; what its done.json holds."""
         if not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
-            rmtree(folder, ignore_errors=True)  # answers of a model that is gone
+            rmtree(folder, ignore_errors=True)  # answers of a model that was deleted
         began = time.perf_counter()
         with _faults():
             training = self._train(cell.id, study.TESTS)
         timings = {"training": training, "scoring": time.perf_counter() - began - training}
         results.share_examples(cell, folder, self.workdir / "examples")
-        facts = costs.facts(spec.run_config(self.config, self.workdir, cell), folder)
-        return {"timings": locks.owner() | timings, "rows": results.rows(cell, folder, facts)}
+        run = spec.run_config(self.config, self.workdir, cell)
+        rows = results.rows(cell, folder, costs.facts(run, folder), run.eval.metrics)
+        return {"timings": locks.owner() | timings, "rows": rows}
 
 
 def print_line(text: str) -> None:

@@ -10,7 +10,7 @@ from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder
 from jax_lora.data.tasksets import draw
 from jax_lora.data.toy import write_checkout
-from jax_lora.evaluation import evaluate
+from jax_lora.evaluation import evaluate, metrics
 from jax_lora.files import read_jsonl
 from jax_lora.weights.tokenizers import load_tokenizer
 
@@ -115,6 +115,24 @@ def test_other_weights_or_another_version_redo_the_answers(setting, tmp_path):
     assert evaluate.write_predictions(tmp_path, rows, right, settings, overwrite=True) == 0
     answers = read_jsonl(tmp_path / "predictions.jsonl")
     assert len(answers) == len(rows) and "wrong" not in {a["prediction"] for a in answers}
+
+
+def test_every_metric_goes_by_task_by_category_and_overall(setting, tmp_path, monkeypatch):
+    checkout, tasks, encoder, rows = setting
+    monkeypatch.setitem(metrics.METRICS, "is_short", lambda answer, references: len(answer) < 6)
+    evaluate.write_examples(tmp_path, rows)
+    evaluate.write_labels(tmp_path, checkout, tasks)
+    wrong = oracle(encoder, rows, right=lambda e: False)  # "wrong" is short
+    evaluate.write_predictions(tmp_path, rows, wrong, {})
+    official = evaluate.score(tmp_path)
+    scores = evaluate.score(tmp_path, (*metrics.OFFICIAL, "is_short"))
+    keys = ["is_short", "is_short_over_tasks", *(f"is_short_for_{task}" for task in tasks)]
+    keys += [f"is_short_for_{metrics.category_key(e.category)}" for e, _ in rows]
+    assert {scores["metrics"][key] for key in keys} == {100.0}
+    assert {task["is_short"] for task in scores["tasks"].values()} == {100.0}
+    assert scores["closed_label"]["is_short"] == 100.0
+    assert official["metrics"].items() <= scores["metrics"].items()
+    assert not {"is_short"} & official["tasks"][tasks[0]].keys()
 
 
 def test_a_folder_without_predictions_is_refused(tmp_path):

@@ -1,18 +1,15 @@
-"""The rules of exact match and Rouge-L on any text, and that many processes score as one does."""
+"""The rules of exact match and Rouge-L on any text, one by one and many at once."""
 
 import random
 import string
-import sys
 from functools import cache
 
-import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from jax_lora.evaluation import metrics
 from jax_lora.evaluation.metrics import exact_match, normalize, rouge_l, score_all
 
 OFFICIAL = RougeScorer(["rougeL"], use_stemmer=True)
@@ -179,58 +176,22 @@ def one_by_one(rows: list[dict]) -> list[tuple[float, float]]:
     return [(exact_match(*pair), official(*pair)) for pair in pairs]
 
 
-def test_processes_score_as_one_by_one(monkeypatch, tmp_path):
-    rows, seen = some_rows(60), []
-    jnp.ones(2).sum().block_until_ready()  # a fork beside its threads would warn
-    (tmp_path / "jax.py").write_text("raise ImportError('a scoring process imports jax')")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(metrics, "_CHUNK", 7)
-    expected = one_by_one(rows)
-    for processes in (1, 3):
-        assert score_all(rows, processes, seen.append) == expected
-    assert seen == 2 * [7, 7, 7, 7, 7, 7, 7, 7, 4]
-
-
-def test_few_rows_are_scored_without_starting_a_process(monkeypatch):
-    monkeypatch.setattr(metrics.subprocess, "Popen", None)
+def test_many_are_scored_as_one_by_one():
     rows, seen = some_rows(1200), []
     assert score_all(rows, progress=seen.append) == one_by_one(rows)
     assert seen == [500, 500, 200]
-    assert score_all(rows[:1], processes=4) == one_by_one(rows[:1])
     assert score_all([]) == []
 
 
-def test_as_many_processes_as_pay_for_their_start(monkeypatch):
-    asked = []
-
-    def record(chunks, count):
-        asked.append(count)
-        return map(metrics._score, chunks)
-
-    monkeypatch.setattr(metrics, "_in_processes", record)
-    monkeypatch.setattr(metrics, "_cpus", lambda: 8)
-    monkeypatch.setattr(metrics, "_seconds", lambda pair: metrics._WORTH_A_PROCESS / 32)
-    for rows in (63, 64, 160, 640):
-        score_all(some_rows(rows))
-    assert asked == [2, 5, 8]  # the 63 are scored here
-
-
-def test_a_process_that_ends_early_is_an_error(monkeypatch):
-    monkeypatch.setattr(metrics, "_WORKER", "raise SystemExit(3)")
-    with pytest.raises(ChildProcessError, match="exit status 3 before its work was done"):
-        score_all(some_rows(10), processes=2)
-
-
 @pytest.mark.parametrize(
-    ("rows", "processes", "message"),
+    ("rows", "message"),
     [
-        ([{"prediction": "a", "references": ["a"]}], 0, "processes: found 0"),
-        ([{"prediction": "a", "references": ["a"]}, {"prediction": "a"}], 2, "row 1: no 'ref"),
-        ([{"prediction": 1, "references": ["a"]}], None, "row 0: prediction: found 1"),
+        ([{"prediction": "a", "references": ["a"]}, {"prediction": "a"}], "row 1: no 'ref"),
+        ([{"prediction": 1, "references": ["a"]}], "row 0: prediction: found 1"),
     ],
 )
-def test_score_all_refuses_before_it_scores(rows, processes, message, monkeypatch):
-    monkeypatch.setattr(metrics, "_score", None)
+def test_score_all_refuses_before_it_scores(rows, message):
+    seen = []
     with pytest.raises(ValueError, match=message) as caught:
-        score_all(rows, processes)
-    assert "\n" not in str(caught.value)
+        score_all(rows, progress=seen.append)
+    assert "\n" not in str(caught.value) and not seen

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from jax_lora.evaluation.metrics import aggregate, exact_match, normalize, rouge_l, score_all
+from jax_lora.errors import ConfigError
+from jax_lora.evaluation import metrics
+from jax_lora.evaluation.metrics import (
+    METRICS,
+    aggregate,
+    exact_match,
+    normalize,
+    rouge_l,
+    score_all,
+    token_f1,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDENS = json.loads((REPOSITORY / "tests/recorded/metric_goldens.json").read_text("utf-8"))
@@ -59,7 +69,7 @@ def test_table_of_the_protocol(prediction, accepted, em, rouge):
     assert round(rouge_l(prediction, accepted), 4) == rouge
 
 
-@pytest.mark.parametrize("metric", [exact_match, rouge_l])
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 @pytest.mark.parametrize(
     ("prediction", "accepted", "found"),
     [
@@ -139,6 +149,55 @@ def test_aggregate_refuses(rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         aggregate(rows)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "accepted", "f1"),
+    [
+        ("the cat sat", ["cat"], 0.5),  # one word of three, one of one
+        ("gunman the police killed the", ["The gunman killed the police."], 1.0),  # in any order
+        ("a a a", ["a b"], 0.4),  # a word counts as often as the other side has it
+        ("well-known", ["well known"], 0.0),  # normalized as exact match has it
+        ("3.5", ["no", "35"], 1.0),
+        ("", [""], 1.0),
+        ("", ["yes"], 0.0),
+        ("yes", ["..."], 0.0),
+    ],
+)
+def test_token_f1_by_hand(prediction, accepted, f1):
+    assert token_f1(prediction, accepted) == pytest.approx(f1, rel=0, abs=1e-12)
+
+
+def test_a_metric_is_a_function_and_its_name(monkeypatch):
+    monkeypatch.setitem(METRICS, "length", lambda prediction, references: len(prediction) / 10)
+    rows = [row("abcd", ["x"], "t1", "Word Analogy"), row(None, ["x"], "t2", "c")]
+    assert score_all(rows, ("length", "exact_match")) == [(0.4, 0.0), (0.0, 0.0)]
+    report = aggregate(rows, names=("length",))
+    assert report == {
+        "length": 20.0,
+        "length_over_tasks": 20.0,
+        "length_for_t1": 40.0,
+        "length_for_t2": 0.0,
+        "length_for_word_analogy": 40.0,
+        "length_for_c": 0.0,
+    }
+    # The official keys are the same beside it.
+    both = aggregate(rows, names=("exact_match", "length", "rougeL"))
+    official = aggregate(rows)
+    assert {key: both[key] for key in official} == official and len(both) == 18
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_metric_outside_of_its_range_is_named(monkeypatch, value):
+    monkeypatch.setitem(METRICS, "odd", lambda prediction, references: value)
+    with pytest.raises(ValueError, match="metric odd: found .*, expected a number in"):
+        score_all([row("a", ["a"], "t", "c")], ("odd",))
+
+
+@pytest.mark.parametrize("names", [(), ("rouge1",), ("rougeL", "rougeL")])
+def test_unknown_metrics_are_refused_by_name(names):
+    with pytest.raises(ConfigError, match="config.eval.metrics: .* expected some of exact_match"):
+        metrics.check_names(names)
 
 
 def test_scores_of_other_rows_are_refused():

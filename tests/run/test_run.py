@@ -17,6 +17,7 @@ import jax_lora
 from jax_lora import distributed
 from jax_lora.data.toy import write_checkout
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
+from jax_lora.evaluation import metrics
 from jax_lora.files import read_jsonl
 from jax_lora.model import lora
 from jax_lora.run import folder, inputs, prepare, scoring, training
@@ -103,25 +104,46 @@ def test_another_base_is_another_run(run, config, tmp_path):
         jax_lora.Run.open(config.replace(model=str(changed)), run.workdir).train()
 
 
+def test_a_metric_of_ones_own_is_a_function_and_a_config_line(run, config, monkeypatch):
+    own = config.replace(**{"eval.metrics": ("exact_match", "rougeL", "is_empty")})
+    with pytest.raises(ConfigError, match="config.eval.metrics: found .*is_empty, expected some"):
+        jax_lora.Run.open(own, run.workdir)
+    monkeypatch.setitem(metrics.METRICS, "is_empty", lambda answer, references: not answer)
+    texts = []
+    scores = jax_lora.Run.open(own, run.workdir, say=texts.append).score(["unseen"])
+    folder = run.workdir / "eval" / "unseen"
+    answers = [row["prediction"] for row in read_jsonl(folder / "predictions.jsonl")]
+    share = 100 * sum(not answer for answer in answers) / len(answers)
+    saved = json.loads((folder / "scores.json").read_text())["metrics"]
+    assert saved["is_empty"] == pytest.approx(share, abs=1e-4)
+    assert (scores.is_empty * scores.examples).sum() / len(answers) == pytest.approx(share)
+    (header,) = (line for line in texts[-1].splitlines() if line.startswith("task "))
+    assert header.split()[2:5] == ["EM", "Rouge-L", "is_empty"]
+    before = (folder / "predictions.jsonl").stat().st_mtime_ns  # the answers are not made again
+    again = jax_lora.Run.open(config, run.workdir).score(["unseen"])
+    assert "is_empty" not in again.columns and list(again.rougeL) == list(scores.rougeL)
+    assert (folder / "predictions.jsonl").stat().st_mtime_ns == before
+
+
 def test_answers_of_other_weights_or_another_version_are_made_again(run, monkeypatch):
     run.score(["unseen"])
     path = run.workdir / "eval" / "unseen" / "predictions.jsonl"
-    content, before = path.read_bytes(), path.stat().st_ino
+    content, before = path.read_bytes(), path.stat().st_mtime_ns
     run.score(["unseen"])
-    assert path.stat().st_ino == before
+    assert path.stat().st_mtime_ns == before
     run.score(["unseen"], overwrite=True)
-    assert path.stat().st_ino != before and sorted(read_jsonl(path), key=str) == sorted(
+    assert path.stat().st_mtime_ns != before and sorted(read_jsonl(path), key=str) == sorted(
         map(json.loads, content.decode().splitlines()), key=str
     )
     for place, name, value in (
         (folder, "package_version", lambda: "other"),
         (scoring, "digest", lambda tree: "other"),
     ):
-        before = path.stat().st_ino
+        before = path.stat().st_mtime_ns
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
             run.score(["unseen"])
-        assert path.stat().st_ino != before, name
+        assert path.stat().st_mtime_ns != before, name
 
 
 def test_too_little_memory_says_what_to_lower(config, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from jax_lora.study import Study, figures
+from jax_lora.study import Study, figures, plotting
 from jax_lora.study.statistics import summary
 from tests.study.test_tables import PAPER_RANKS, grid, linear, results
 
@@ -84,7 +84,7 @@ def texts(figure: Figure) -> list[Text]:
     return [text for text in found if isinstance(text, Text) and text.get_text().strip()]
 
 
-@pytest.mark.parametrize("width", [figures.TEXT, figures.COLUMN], ids=["text", "column"])
+@pytest.mark.parametrize("width", [plotting.TEXT, plotting.COLUMN], ids=["text", "column"])
 @pytest.mark.parametrize("name", ["scaling", "categories", "fixed_size", "costs", "rates"])
 def test_nothing_is_cut_and_no_words_overlap(drawn, rates, name, width):
     before = dict(matplotlib.rcParams)
@@ -139,7 +139,7 @@ def test_scaling_shows_the_means_the_gaps_and_the_holes(drawn):
         np.testing.assert_allclose(lines[0][0].get_ydata(), expected)
         gap = np.asarray(lines[2][0].get_ydata(), float)
         assert np.isnan(gap[2]) and np.isfinite(np.delete(gap, 2)).all()
-        lora, full = named(axis, figures.FEW)
+        lora, full = named(axis, plotting.FEW)
         assert list(lora.get_xdata()) == [64] and list(full.get_xdata()) == [0.98]
         assert lora.get_markerfacecolor() == full.get_markerfacecolor() == "white"
         dashed = named(axis, "_full")
@@ -186,7 +186,7 @@ def test_costs_are_shares_and_operations(drawn):
     assert line.get_xdata()[-1] == pytest.approx(38.927, abs=1e-3)
     (star,) = named(share, "Tall, full")
     assert list(star.get_xdata()) == [100.0] and list(star.get_ydata()) == [33.0]
-    assert [list(line.get_xdata()) for line in named(share, figures.FEW)][1] == [100.0]
+    assert [list(line.get_xdata()) for line in named(share, plotting.FEW)][1] == [100.0]
     (line,) = named(operations, "Tall")
     assert line.get_xdata()[0] == pytest.approx(75_600 * (4 * 6738415616 + 6 * 4 * 32 * 4 * 8192))
 
@@ -241,7 +241,7 @@ def test_variants_have_lines_of_their_own():
 
 def test_files_are_the_same_bytes_for_the_same_picture(rates, tmp_path):
     for folder in ("a", "b"):
-        figures.save(figures.learning_rates(*rates, "T100"), tmp_path / folder / "rates.x")
+        plotting.save(figures.learning_rates(*rates, "T100"), tmp_path / folder / "rates.x")
     for name, start in (("rates.x.png", b"\x89PNG"), ("rates.x.pdf", b"%PDF")):
         content = (tmp_path / "a" / name).read_bytes()
         assert content.startswith(start) and len(content) > 5000

@@ -41,26 +41,6 @@ def test_rates_and_variants_are_axes():
     assert found[6:] == ["full-T2-round0", "full-answers-T2-round0"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"ranks": ()}, "ranks: found ()"),
-        ({"ranks": (4, 4)}, "none twice"),
-        ({"ranks": (0,)}, "ranks: found 0"),
-        ({"ranks": (4.0,)}, "ranks: found 4.0"),
-        ({"ranks": ("all",)}, "ranks: found 'all'"),
-        ({"rounds": (-1,)}, "rounds: found -1"),
-        ({"learning_rates": {"lora": (), "full": (1e-5,)}}, "learning_rates.lora: found ()"),
-        ({"variants": {"a/b": {}}}, "variants: found 'a/b'"),
-    ],
-)
-def test_refused_axes(changed, words):
-    axes = {"ranks": (4,), "sets": ("T2",), "rounds": (0,), "learning_rates": RATES, "variants": {}}
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        cells(**(axes | changed))
-    assert "\n" not in str(caught.value)
-
-
 def test_a_report_takes_the_grid_as_what_it_expects():
     def values(*_):
         return {}

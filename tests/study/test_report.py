@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 
 from jax_lora.study import Study, read
-from jax_lora.study.report import findings, report
-from jax_lora.study.statistics import Estimate, comparisons, summary, verdict
-from jax_lora.study.tables import case_studies, comparison_table
+from jax_lora.study.case_studies import case_studies
+from jax_lora.study.estimates import Estimate, verdict
+from jax_lora.study.findings import findings
+from jax_lora.study.report import report
+from jax_lora.study.statistics import comparisons, summary
+from jax_lora.study.tables import comparison_table
 from tests.study.test_tables import PAPER_SETS, cells_of, grid, linear, results, tasks
 
 RANKS = [4, 8, 16, 32, 64, None]
@@ -89,13 +92,13 @@ def test_findings_by_hand(written):
     assert list(said)[-1] == "More tasks, or more examples of each, T*2 to T*8?"
     helps, capacity, form, reach, more = said.values()
     assert helps[0] == (
-        "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] a "
+        "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] per "
         "doubling, up in 4 of 4 steps; R-L +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 "
-        "[+2.00, +2.00] a doubling, up in 4 of 4 steps (8 tasks, 3 rounds)."
+        "[+2.00, +2.00] per doubling, up in 4 of 4 steps (8 tasks, 3 rounds)."
     )
     assert helps[1].endswith("(8 tasks, 2 rounds).")  # T4 lacks a round of rank 8
     assert capacity[2] == (
-        "- T8: yes, the larger ranks bring more. EM +0.00 [+0.00, +0.00] a doubling up to rank "
+        "- T8: yes, the larger ranks bring more. EM +0.00 [+0.00, +0.00] per doubling up to rank "
         "16, +5.00 [+5.00, +5.00] above; difference +5.00 [+5.00, +5.00], p = 0.008 (8 tasks, 3 "
         "rounds). On seen tasks +2.00 [+2.00, +2.00] and +2.00 [+2.00, +2.00]."
     )

@@ -18,6 +18,8 @@ import pandas as pd
 import pytest
 
 from jax_lora import study
+from jax_lora.evaluation import evaluate
+from jax_lora.files import jsonl_line, write_json, write_text
 from jax_lora.study import grid, locks, results, runner
 from tests.conftest import REPOSITORY
 
@@ -416,6 +418,29 @@ def test_cases_are_what_models_answer_differently(tmp_path):
         f"a, {test}: trained on T4, round 0" for test in study.TESTS
     ]
     assert found[0]["answers"] == {"rank 4": "no", "rank 16": "yes", "full": "yes"}
+
+
+def test_a_further_metric_has_a_column(tmp_path):
+    example = {"task": "t", "id": "1", "category": "c", "input": "?", "references": ["a b"]}
+    answer = {"task": "t", "id": "1", "prediction": "a", "truncated": False, "finished": True}
+    whole = {name: rows_of(CELLS[0])[0][name] for name in study.OF_A_CELL}
+    scored = ("exact_match", "rougeL", "token_f1")
+    for cell in CELLS[:2]:
+        own = runner.cell_folder(tmp_path, cell)
+        for test in study.TESTS:
+            folder = own / "eval" / test
+            write_text(folder / "examples.jsonl", jsonl_line(example))
+            write_text(folder / "predictions.jsonl", jsonl_line(answer))
+            write_json(folder / "labels.json", {})
+            write_json(folder / "scores.json", evaluate.score(folder, scored))
+        same = whole | {"round": cell.round, "rank": cell.rank, "set": cell.set}
+        found = results.rows(cell, own, same, scored)
+        write_json(own / "done.json", {"rows": found, "timings": {}})
+    results.gather(CELLS[:2], tmp_path)
+    found = study.read(tmp_path / "results.parquet")
+    assert [*found.columns] == [*study.COLUMNS, "token_f1"]
+    own = study.Study.of(found, grid.frame(CELLS))
+    assert own.scores("T2", "seen", "token_f1")["rank 4"].to_list() == pytest.approx([200 / 3] * 2)
 
 
 def test_time_left_follows_operations():

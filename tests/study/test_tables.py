@@ -16,14 +16,8 @@ import scipy.stats
 
 from jax_lora.evaluation import metrics
 from jax_lora.study import Study, is_papers_model, paper
-from jax_lora.study.statistics import (
-    behaviour,
-    contrast,
-    contrasts,
-    lead,
-    slope,
-    summary,
-)
+from jax_lora.study.estimates import contrast, contrasts, lead, slope
+from jax_lora.study.statistics import behaviour, summary
 from jax_lora.study.tables import (
     behaviour_table,
     scores_table,
@@ -94,7 +88,7 @@ def tasks(count: int, **fields: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def linear(cell: dict[str, Any], test: str, task: dict[str, Any]) -> dict[str, Any]:
-    """20 points and two more a doubling of the rank, full as much as rank 64; a round adds one."""
+    """20 points, two more per doubling of the rank, full as much as rank 64; a round adds one."""
     score = 20.0 + 2 * np.log2(cell["rank"] or 64) + cell["round"]
     return {"exact_match": score, "rougeL": score + 10}
 

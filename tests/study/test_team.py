@@ -127,7 +127,7 @@ def test_a_failure_that_the_others_wait_for_ends_the_worker():
         ended.set()
 
     train = fails((2,))
-    with team(train, patience=3 * BEAT, leave=leave) as (leader, _):
+    with team(train, patience=3 * BEAT, exit_process=leave) as (leader, _):
         with pytest.raises(OSError), leader.together("bad", lost.append):
             assert ended.wait(60)
     assert lost == ["not all processes of this worker failed alike: process 2: no memory", 1]
@@ -135,7 +135,7 @@ def test_a_failure_that_the_others_wait_for_ends_the_worker():
 
 def test_a_leader_that_the_others_cannot_follow_ends_at_once():
     codes = []
-    with Team(Store(), 0, 2, beat=BEAT, farewell=3 * BEAT, leave=codes.append):
+    with Team(Store(), 0, 2, beat=BEAT, farewell=3 * BEAT, exit_process=codes.append):
         pass
     assert codes == [1]
 

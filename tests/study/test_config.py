@@ -1,0 +1,121 @@
+"""The config of a study: read, checked, turned into runs, and compared with the folder's."""
+
+import json
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import study_base, study_mini, study_smoke
+from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError
+from jax_lora.study import grid, spec
+from jax_lora.study.config import StudyConfig, read_axes
+
+LINEAR = ("q_proj", "down_proj")
+
+
+def study(**changes) -> StudyConfig:
+    return StudyConfig.from_config_dict(changes)
+
+
+def test_the_default_is_the_papers_grid():
+    config = study()
+    assert config == StudyConfig() and config.run == RunConfig()
+    assert len(grid.cells_of(config)) == 12 * 6 * 3
+
+
+@pytest.mark.parametrize("made", [study_base, study_mini, study_smoke])
+def test_a_config_file_is_the_typed_config_and_back(made):
+    config = StudyConfig.from_config_dict(made.get_config())
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert StudyConfig.from_config_dict(saved).to_dict() == config.to_dict() == saved
+
+
+def test_a_cell_is_the_runs_config_with_the_changes_of_its_axes(tmp_path):
+    config = study(
+        run={"seed": 3},
+        ranks=(4, "full"),
+        sets=("T*100",),
+        rounds=(2,),
+        variants={
+            "linear": {"lora": {"targets": LINEAR}},
+            "answers": ConfigDict({"data": {"answer_only": True}}),
+        },
+    )
+    runs = {cell.id: spec.run_config(config, tmp_path, cell) for cell in grid.cells_of(config)}
+    assert list(runs) == [
+        *("r4-Tx100-round2", "r4-linear-Tx100-round2", "r4-answers-Tx100-round2"),
+        *("full-Tx100-round2", "full-answers-Tx100-round2"),
+    ]
+    shared = {"seed": 3, "round": 2, "data.set": "T*100"}
+    lora = shared | {"lora.rank": 4, "optim.learning_rate": 5e-5}
+    full = shared | {"method": "full", "trainable": ("params/.*",), "frozen": ()}
+    full |= {"optim.schedule": "cosine", "optim.learning_rate": 3e-5}
+    expected = [lora, lora | {"lora.targets": LINEAR}, lora | {"data.answer_only": True}]
+    expected += [full, full | {"data.answer_only": True}]
+    assert list(runs.values()) == [RunConfig().replace(**changes) for changes in expected]
+
+
+def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
+    config = StudyConfig.from_config_dict(study_smoke.get_config())
+    run, folder = spec.run_of(config, tmp_path, spec.TOY)
+    assert (run.method, run.epochs, run.data.sizes, run.dtype) == ("full", 8, (1, 2, 3), "float32")
+    assert run.optim.schedule == "cosine" and run.optim.learning_rate == 1e-2
+    assert folder == tmp_path / "toy" / "run" and run.data.path.endswith("tasks/outside")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ranks": ()}, "config.ranks: found ()"),
+        ({"ranks": (4, 4)}, "none twice"),
+        ({"ranks": (0,)}, "config.ranks: found 0"),
+        ({"ranks": (4.0,)}, "config.ranks: found 4.0, expected a whole number or a text"),
+        ({"ranks": (True,)}, "config.ranks: found True"),
+        ({"ranks": ("all",)}, "config.ranks: found 'all'"),
+        ({"rounds": (-1,)}, "config.rounds: found (-1,)"),
+        ({"learning_rates": {"lora": ()}}, "config.learning_rates.lora: found ()"),
+        ({"variants": {"a/b": {}}}, "config.variants: found 'a/b'"),
+        ({"variants": {"x": 3}}, "config.variants.x: found 3, expected a group of keys"),
+        ({"variants": {"x": {"lora": {"r": 1}}}}, "config.variants.x.lora.r: no such key"),
+        ({"variants": {"x": {"lora": {"dropout": 2}}}}, "config.variants.x.lora.dropout: found 2"),
+        ({"full": {"method": "some"}}, "config.full.method: found 'some'"),
+        ({"toy": {"run": {"epochs": 0}}}, "config.toy.run.epochs: found 0"),
+        ({"toy": {"shape": {"width": 8}}}, "config.toy.shape.width: no such key"),
+        ({"run": {"batch_size": 0}}, "config.run.batch_size: found 0"),
+        ({"run": {"lora": {"contract": "auto"}}}, "called run.lora.materialize_delta now"),
+        ({"run": {"eval": {"metrics": ("rouge1",)}}}, "config.eval.metrics: found rouge1"),
+        ({"run": {"eval": {"metrics": ("rougeL",)}}}, "exact_match not found"),
+        ({"axes": ()}, "config.axes: no such key"),
+    ],
+)
+def test_what_is_wrong_is_named(changed, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        study(**changed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_belongs_to_one_study(tmp_path):
+    path, config = tmp_path / "study.json", study(run={"seed": 3})
+    spec.check_same_study(path, config)  # there is none yet
+    saved = {"config": config.to_dict(), "data_fingerprint": "a"}
+    path.write_text(json.dumps(saved))
+    spec.check_same_study(path, study(run={"seed": 3, "micro_tokens": 1, "mesh": {"data": 2}}), "a")
+    for other, fingerprint, words in (
+        (study(run={"seed": 4}), "a", "config.run.seed is 3 there and 4 here"),
+        (study(run={"seed": 3}, rounds=(0,)), "a", "config.rounds is [0, 1, 2] there and [0] here"),
+        (config, "b", "data_fingerprint is 'a' there and 'b' here"),
+        (study(run={"seed": 3}, variants={"x": {"seed": 1}}), "a", "variants.x.seed is not set"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            spec.check_same_study(path, other, fingerprint)
+
+    del saved["config"]["run"]["eval"]["metrics"]  # an older version wrote it: the default
+    path.write_text(json.dumps(saved))
+    spec.check_same_study(path, config, "a")
+    saved["config"]["run"]["lora"]["contract"] = "auto"
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="run.lora.contract: no such key; it is called"):
+        spec.check_same_study(path, config, "a")
+    assert read_axes(saved["config"]).ranks == config.ranks  # the report needs no more
