@@ -10,11 +10,15 @@ it; rerun the same command to resume. The second one writes the report from resu
 import functools
 from pathlib import Path
 
+from jax_lora import cli
+
+cli.stop_on_signals()
+
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_lora import cli, sharding
+from jax_lora import sharding
 from jax_lora.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
@@ -32,9 +36,7 @@ _SUBMIT = flags.DEFINE_boolean("submit", False, "submit the job array")
 _WORKERS = flags.DEFINE_integer("workers", 1, "tasks of the job array")
 _HOSTS = flags.DEFINE_integer("hosts", 1, "nodes of each task of the job array")
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "an option for the job array: --gres=gpu:1")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "of the processes of one worker: see train.py"
-)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "of a worker's processes: see train.py")
 _PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes there are")
 _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 
@@ -72,7 +74,7 @@ def train(config, folder):
     """Train a cell; its faults and stops end as train.py's do."""
     from jax_lora.run import Run
 
-    with cli.exit_codes(), cli.StopRequest() as stop:
+    with cli.exit_codes(), cli.StopRequest(sharding.store() is not None) as stop:
         Run.open(config, folder, say=print).train(asked_to_stop=stop)
 
 

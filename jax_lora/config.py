@@ -127,6 +127,9 @@ class RunConfig:
     micro_tokens: int = 4096  # most tokens of a micro-batch on a device, padding included
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; the last step is always saved
+    on_nonfinite: str = (
+        "stop"  # a loss or gradient that is not; or "skip": the step changes nothing
+    )
 
     # ---- the base model
     model: str = ""  # Hugging Face folder, hub id or GGUF file
@@ -231,9 +234,11 @@ SPEED = (
     "attention",
     "loss_chunk",
 )
-FREE = (*SPEED, "model", "data.path", "data.categories")
+# A run that stopped over a step that is not finite may be resumed to skip it.
+FREE = (*SPEED, "on_nonfinite", "model", "data.path", "data.categories")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
+    "on_nonfinite": ("stop", "skip"),
     "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),

@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_lora import locks
 from jax_lora.files import write_json
-from jax_lora.study import locks
 from jax_lora.study.grid import Cell
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from jax_lora import study
+from jax_lora import locks, study
 from jax_lora.config import RunConfig
 from jax_lora.files import read_json, write_json
 from jax_lora.run import Run
-from jax_lora.study import costs, grid, locks, results, runner, spec, view
+from jax_lora.study import costs, grid, results, runner, spec, view
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
 from jax_lora.weights import hf

@@ -121,7 +121,28 @@ def adamw(
             )
 
         parts += [optax.masked(optax.scale(b_ratio), fast)]
-    return optax.chain(*parts)
+    return skip_nonfinite(optax.chain(*parts))
+
+
+def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, where a gradient whose norm is not finite changes nothing but the counts.
+
+    The counts go on, so that the learning rate stays a function of the step. The norm is the one
+    that the clip needs, and the choice is part of the pass that updates: a step takes no longer.
+    """
+
+    def update(gradients, state, params=None):
+        is_finite = jnp.isfinite(optax.tree.norm(gradients))
+
+        def chosen(new, old):
+            is_count = jnp.issubdtype(new.dtype, jnp.integer)
+            return new if is_count else jnp.where(is_finite, new, old)
+
+        updates, later = inner.update(gradients, state, params)
+        updates = jax.tree.map(lambda x: jnp.where(is_finite, x, jnp.zeros_like(x)), updates)
+        return updates, jax.tree.map(chosen, later, state)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def token_losses(

@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jax_lora import study
-from jax_lora.study import grid, locks, results, runner
+from jax_lora import locks, study
+from jax_lora.study import grid, results, runner
 from tests.conftest import REPOSITORY
 
 CELLS = grid.cells((4, 16, "full"), ("T2", "T4"), (0, 1), {"lora": (1e-4,), "full": (1e-5,)}, {})
@@ -125,7 +125,7 @@ def test_a_stop_gives_the_lock_back(tmp_path, end):
 def hold(folder: Path, name: str) -> subprocess.Popen:
     """A process that holds a lock until it is killed."""
     program = (
-        "import sys; from pathlib import Path; from jax_lora.study import locks\n"
+        "import sys; from pathlib import Path; from jax_lora import locks\n"
         "lock = locks.take(Path(sys.argv[1]), sys.argv[2])\n"
         "print(lock is not None, flush=True); sys.stdin.read()\n"
     )
