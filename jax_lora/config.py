@@ -127,9 +127,7 @@ class RunConfig:
     micro_tokens: int = 4096  # most tokens of a micro-batch on a device, padding included
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; the last step is always saved
-    on_nonfinite: str = (
-        "stop"  # a loss or gradient that is not; or "skip": the step changes nothing
-    )
+    on_nonfinite: str = "stop"  # or "skip": a step whose gradient is not finite changes nothing
 
     # ---- the base model
     model: str = ""  # Hugging Face folder, hub id or GGUF file

@@ -13,7 +13,7 @@ from jax_lora import sharding
 from jax_lora.run.prepare import Inputs, Training
 from jax_lora.training import loop
 from jax_lora.training.nonfinite import cause
-from jax_lora.training.step import State
+from jax_lora.training.step import Micro, State
 
 logger = logging.getLogger(__name__)
 SHOWN = 8  # ids of examples in a message
@@ -35,14 +35,14 @@ def handle(given: Inputs, training: Training, state: State, report: loop.Report)
     Raises:
       FloatingPointError: it is "stop"; or the loss alone is not finite, which nothing skips.
     """
-    batch = given.batches.at(report.step - 1)
+    batch = [Micro(m.tokens, m.loss_mask, m.example) for m in given.batches.at(report.step - 1)]
     put = functools.partial(sharding.place_rows, mesh=given.mesh)
     found = cause(state, training.frozen, batch, training.step, report.step, put)
     chosen, place = batch, ""
     if found.micro is not None:
         chosen = [batch[found.micro]]
         place = f" of micro-batch {found.micro + 1} of {len(batch)}"
-    ids = _ids(given, report.step, [micro.example for micro in chosen])
+    ids = _ids(given, report.step, [np.asarray(micro.example) for micro in chosen])
     text = (
         f"step {report.step}: not finite: {found.what}{place} (loss {float(report.loss)}, gradient "
         f"norm {float(report.gradient_norm)}); examples {ids}"

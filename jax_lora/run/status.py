@@ -1,4 +1,4 @@
-"""How far a run is, from the files of its folder alone: no lock, no device, no checkpoint is read."""
+"""How far a run is, from the files of its folder alone; nothing is locked or started."""
 
 from __future__ import annotations
 

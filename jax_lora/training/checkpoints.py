@@ -18,8 +18,10 @@ Orbax's own JSON files, are flushed by this module once the step has its name.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +206,7 @@ class Checkpoints:
     # ---------------------------------------------------------------- reading
 
     def _newest(self, parts: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
+        _hush_abandoned_reads()
         reasons: list[str] = []
         steps = steps_in(self._folder)
         for path in sorted(self._folder.iterdir()):
@@ -270,6 +273,20 @@ def _handler(
         optimizer=ocp.StandardCheckpointHandler(multiprocessing_options=options),
         digests=ocp.JsonCheckpointHandler(multiprocessing_options=options),
     )
+
+
+@functools.cache
+def _hush_abandoned_reads() -> None:
+    """Where one of many reads fails, Orbax abandons the others, and Python would show a page of
+    each as it ends. The failure itself is raised."""
+    show = sys.unraisablehook
+
+    def hook(found: sys.UnraisableHookArgs) -> None:
+        text = str(found.exc_value)
+        if "Event loop is closed" not in text and "TensorStore" not in text:
+            show(found)
+
+    sys.unraisablehook = hook
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ Such a step has changed no parameter, see `step.skip_nonfinite`, so that it can 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,6 @@ from jaxtyping import Array, PyTree
 
 from jax_lora.training.masks import leaf_name
 from jax_lora.training.step import Micro, State, Step, zeros
-
-
-class Rows(Protocol):
-    """A micro-batch on the host, see `step.Micro`; (B, T) each."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def loss_mask(self) -> np.ndarray: ...
-    @property
-    def example(self) -> np.ndarray: ...
 
 
 class Cause(NamedTuple):
@@ -39,7 +28,7 @@ class Cause(NamedTuple):
 def cause(
     state: State,
     frozen: PyTree,
-    batch: Sequence[Rows],
+    batch: Sequence[Micro],
     functions: Step,
     step: int,
     put: Callable[[Micro], Micro],
@@ -64,9 +53,10 @@ def cause(
     diff_params = functions.prepare(state, frozen)
     number = state.step * 0 + (step - 1)  # where state.step lies; dropout's keys depend on it
     for i, micro in enumerate(batch):
-        moved = put(Micro(micro.tokens, micro.loss_mask, micro.example))
         start = zeros(diff_params)
-        gradients, loss = functions.accumulate(*start, diff_params, number, frozen, moved, weight)
+        gradients, loss = functions.accumulate(
+            *start, diff_params, number, frozen, put(micro), weight
+        )
         if not np.isfinite(float(loss)):
             return Cause("loss", i)
         if not np.isfinite(float(_norm(gradients))):

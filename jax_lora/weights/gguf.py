@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_lora.errors import DataError
 from jax_lora.model.config import LlamaConfig, RopeScaling
+from jax_lora.weights.finite import check_finite
 from jax_lora.weights.gguf_file import GGUFFile, open_gguf
 from jax_lora.weights.tree import Place, assemble, check_tensors, numpy_dtype
 
@@ -203,7 +204,7 @@ def load(
             raise DataError(f"{path}: {error}") from None
 
     def read(name: str) -> np.ndarray:
-        tensor = found[name].read()
+        tensor = check_finite(found[name].read(), found[name].name, path)
         if ".q_proj." in name or ".k_proj." in name:
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             tensor = _unpermute(tensor, heads)
