@@ -27,9 +27,7 @@ _ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank <= 64 and s
 _RETRY = flags.DEFINE_boolean("retry-failed", False, "take cells that failed once more")
 _REPORT = flags.DEFINE_boolean("report", False, "tables and figures of what is there")
 _DRY_RUN = flags.DEFINE_boolean("dry-run", False, "print the cells and their costs")
-_SPEED = flags.DEFINE_float(
-    "tokens-per-second", None, "of training the cheapest cell, for --dry-run", lower_bound=1e-9
-)
+_SPEED = flags.DEFINE_float("tokens-per-second", None, "of training the cheapest cell", 1e-9)
 _TARGET = flags.DEFINE_string("target", None, "hardware for --dry-run, see plan.py")
 _LAUNCHER = flags.DEFINE_enum("launcher", None, ["slurm"], "print a job array of workers")
 _SUBMIT = flags.DEFINE_boolean("submit", False, "submit the job array")
