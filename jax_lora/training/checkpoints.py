@@ -235,10 +235,11 @@ class Checkpoints:
         try:
             items = {item: ocp.args.StandardRestore(part) for item, part in named.items()}
             args = ocp.args.Composite(**items, digests=ocp.args.JsonRestore())
-            restored = self._reader.restore(path, args=args)
-            wanted = restored["digests"]["arrays"]
-            if restored["digests"]["step"] != step:
-                reason = f"it is of step {restored['digests']['step']}"
+            found = self._reader.restore(path, args=args)
+            restored = {item: dict(found[item]) for item in named}
+            wanted = dict(found["digests"]["arrays"])
+            if found["digests"]["step"] != step:
+                reason = f"it is of step {found['digests']['step']}"
         except (MemoryError, PermissionError):
             raise
         except Exception as error:  # of tensorstore, JSON, …: whatever damage makes them raise
