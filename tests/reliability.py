@@ -289,7 +289,7 @@ def signals(ground: Ground, tries: int) -> list[Result]:
             process.communicate()
         length = time.monotonic() - began
         rng, outcomes, broken, slowest = random.Random(0), Counter(), [], 0.0
-        for number in range(tries * len(STOPS)):
+        for number in range(tries):
             shutil.rmtree(out, ignore_errors=True)
             process = ground.start(command)
             time.sleep(rng.uniform(0.05 * length, length))
@@ -309,7 +309,7 @@ def signals(ground: Ground, tries: int) -> list[Result]:
             Result(
                 "a stop: one line, exit code 75 (0 at the end), nothing temporary left",
                 f"SIGTERM, SIGINT, SIGHUP at random moments of {name}.py",
-                tries * len(STOPS),
+                tries,
                 f"{said}; the slowest ended after {slowest:.1f} s",
                 [*broken, *left],
             )
@@ -319,7 +319,7 @@ def signals(ground: Ground, tries: int) -> list[Result]:
 
 # ---------------------------------------------------------------- all of them
 
-TRIES = {damage: (100, 5), kills: (40, 3), locks: (10, 1), signals: (10, 1)}
+TRIES = {damage: (100, 5), kills: (40, 3), locks: (10, 1), signals: (30, 1)}
 
 
 def write(results: list[Result]) -> None:

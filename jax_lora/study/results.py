@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -62,8 +63,13 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
     shared.mkdir(parents=True, exist_ok=True)
     for test in TESTS:
         own, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
-        with suppress(FileExistsError):
-            os.link(own, one)
+        try:
+            with suppress(FileExistsError):
+                os.link(own, one)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+                raise
+            return  # no links there: every cell keeps its own
         if not own.samefile(one) and filecmp.cmp(own, one, shallow=False):
             with fresh_file(own) as fresh:
                 os.link(one, fresh)

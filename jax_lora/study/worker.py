@@ -101,7 +101,7 @@ class Worker:
                 self.train(run, folder)
             trained = time.perf_counter()
             if sets:  # cells share a base that is on the device, where one device can hold it
-                Run.open(None, folder, say=print_line).score(sets, base_on_host=False)
+                Run.open(run, folder, say=print_line).score(sets, base_on_host=False)
         return trained - began
 
     def _make_base(self) -> None:
@@ -148,5 +148,5 @@ def _faults() -> Iterator[None]:
         yield
     except SystemExit as end:
         if failure := fault(end):
-            raise failure from None
+            raise failure from failure.__cause__
         raise

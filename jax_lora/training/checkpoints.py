@@ -20,6 +20,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,14 +59,6 @@ def _prefixed(parts: Mapping[str, Named]) -> Named:
     return {f"{item}/{name}": x for item, part in parts.items() for name, x in part.items()}
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:  # tensorstore's words for a full or lost disk
-        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
-
-
 def steps_in(folder: Path) -> list[int]:
     """The steps of a folder of checkpoints, the last one first; whole or not."""
     if not folder.is_dir():
@@ -96,8 +90,7 @@ class Checkpoints:
         self._owns = not alone and jax.process_index() == 0
         if self._owns:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for cut in self._folder.glob("*.orbax-checkpoint-tmp*"):  # a process was killed
-                shutil.rmtree(cut, ignore_errors=True)
+            _remove_unfinished(self._folder)  # of a process that was killed
         self._is_flushed = True
         # Folders are made at once: where that fails in the background, Orbax waits for 300 s.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -132,14 +125,14 @@ class Checkpoints:
             **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
             digests=ocp.args.JsonSave({"step": step, "arrays": digests}),
         )
-        with _writing(self._folder):
+        with self._writing():
             self._finish()
             self._writer.save(self._folder / str(step), args=args, force=True)
             self._is_flushed = False
 
     def check(self) -> None:
         """OSError where a save in the background has failed meanwhile."""
-        with _writing(self._folder):
+        with self._writing():
             self._writer.check_for_errors()
 
     def pin(self, step: int) -> None:
@@ -183,12 +176,25 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written; OSError where that failed."""
-        with _writing(self._folder):
+        with self._writing():
             self._finish()
             self._writer.close()
             self._reader.close()
 
     # ---------------------------------------------------------------- writing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Give an error of tensorstore's its number and our folder; what it left goes."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if self._owns:
+                _remove_unfinished(self._folder)
+            number = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
+            code = int(number[1] or number[2]) if number else getattr(error, "errno", None)
+            text = os.strerror(code) if code else " ".join(str(error).split())[:200]
+            raise OSError(code or errno.EIO, text, str(self._folder)) from error
 
     def _finish(self) -> None:
         """Wait for the save before, flush it, and remove those that are not kept."""
@@ -262,6 +268,11 @@ class Checkpoints:
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _handler(

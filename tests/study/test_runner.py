@@ -3,6 +3,7 @@
 The cells are fakes that write down that they ran; only `tests/test_study.py` trains.
 """
 
+import errno
 import json
 import math
 import os
@@ -117,6 +118,33 @@ def test_a_stop_gives_the_lock_back(tmp_path, end):
         runner.run_cells(CELLS, tmp_path, stops)
     assert set(runner.states(tmp_path, CELLS).values()) == {"waiting"}
     assert not list((tmp_path / "locks").iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.EIO])
+def test_a_lost_disk_ends_the_worker_and_fails_no_cell(tmp_path, number):
+    def run(cell, folder):
+        raise RunFailed("the disk") from OSError(number, os.strerror(number), "f")
+
+    with pytest.raises(RunFailed, match="the disk"):
+        runner.run_cells(CELLS, tmp_path, run, sleep=never)
+    assert set(runner.states(tmp_path, CELLS).values()) == {"waiting"}
+    runner.run_cells(CELLS, tmp_path, fake, sleep=never)
+    assert set(runner.states(tmp_path, CELLS).values()) == {"done"}
+
+
+def test_cells_on_a_file_system_of_their_own_keep_their_examples(tmp_path, monkeypatch):
+    own = tmp_path / "cells" / "a" / "eval" / "seen" / "examples.jsonl"
+    for test in study.TESTS:
+        path = own.parents[1] / test / "examples.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}\n")
+
+    def link(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    results.share_examples(CELLS[0], own.parents[2], tmp_path / "examples")
+    assert own.read_text() == "{}\n" and not list((tmp_path / "examples").iterdir())
 
 
 # ---------------------------------------------------------------- locks

@@ -240,10 +240,27 @@ def test_a_save_that_fails_ends_at_once_and_names_the_folder(folder):
     state = begin()[0]
     shutil.rmtree(folder)
     folder.write_text("a lost disk")
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(NotADirectoryError) as caught:
         checkpoints.save(state._replace(step=jnp.asarray(6, jnp.int32)))
         checkpoints.close()
-    assert caught.value.filename is not None and str(folder) in str(caught.value.filename)
+    assert caught.value.filename == str(folder)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_unfinished(folder, monkeypatch):
+    checkpoints = Checkpoints(folder)
+
+    def full(*_, **__):
+        (folder / "6.orbax-checkpoint-tmp").mkdir()
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "x": Failed to write 196733 bytes to file 9: No '
+            "space left on device [os_error_code='28']\nand more"
+        )
+
+    monkeypatch.setattr(checkpoints._writer, "save", full)
+    with pytest.raises(OSError) as caught:
+        checkpoints.save(begin()[0]._replace(step=jnp.asarray(6, jnp.int32)))
+    expected = f"[Errno 28] No space left on device: {str(folder)!r}"
+    assert str(caught.value) == expected and sorted(os.listdir(folder)) == ["2", "4"]
 
 
 def test_a_checkpoint_is_flushed_once_it_has_its_name(tmp_path, monkeypatch):
