@@ -35,7 +35,9 @@ def handle(given: Inputs, training: Training, state: State, report: loop.Report)
     Raises:
       FloatingPointError: it is "stop"; or the loss alone is not finite, which nothing skips.
     """
-    batch = [Micro(m.tokens, m.loss_mask, m.example) for m in given.batches.at(report.step - 1)]
+    batch = [
+        Micro._make((m.tokens, m.loss_mask, m.example)) for m in given.batches.at(report.step - 1)
+    ]
     put = functools.partial(sharding.place_rows, mesh=given.mesh)
     found = cause(state, training.frozen, batch, training.step, report.step, put)
     chosen, place = batch, ""

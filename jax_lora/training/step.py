@@ -128,19 +128,21 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     """`inner`, where a gradient whose norm is not finite changes nothing but the counts.
 
     The counts go on, so that the learning rate stays a function of the step. The norm is the one
-    that the clip needs, and the choice is part of the pass that updates: a step takes no longer.
+    that the clip needs, and the choice is part of the pass that updates: on a CPU it makes the
+    update of what trains a fifth longer (64 to 78 ms for 17M parameters), which is far below 1% of
+    a step.
     """
 
-    def update(gradients, state, params=None):
-        is_finite = jnp.isfinite(optax.tree.norm(gradients))
+    def update(updates, state, params=None):
+        is_finite = jnp.isfinite(optax.tree.norm(updates))
 
         def chosen(new, old):
             is_count = jnp.issubdtype(new.dtype, jnp.integer)
             return new if is_count else jnp.where(is_finite, new, old)
 
-        updates, later = inner.update(gradients, state, params)
-        updates = jax.tree.map(lambda x: jnp.where(is_finite, x, jnp.zeros_like(x)), updates)
-        return updates, jax.tree.map(chosen, later, state)
+        taken, later = inner.update(updates, state, params)
+        taken = jax.tree.map(lambda x: jnp.where(is_finite, x, jnp.zeros_like(x)), taken)
+        return taken, jax.tree.map(chosen, later, state)
 
     return optax.GradientTransformation(inner.init, update)
 

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 
 from jax_lora import locks, study
+from jax_lora.errors import RunFailed
 from jax_lora.study import grid, results, runner
 from tests.conftest import REPOSITORY
 
