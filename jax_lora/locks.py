@@ -91,7 +91,8 @@ class Lock:
         if found.get(int(n), {}).get("token") != self._token:
             return False
         # A file whose owner took it from somebody else is one that is about to be withdrawn.
-        later = (file.get("after") for i, file in found.items() if i > int(n))
+        owners = (file for i, file in found.items() if i > int(n) and "machine" in file)
+        later = (file.get("after", self._token) for file in owners)
         return self._token not in later
 
     def release(self) -> None:
