@@ -1,4 +1,4 @@
-"""A run's folder: who works in it, and its small files, config.json, failed.json, metrics.jsonl."""
+"""A run's folder: who works in it, and its small files, config.json, error.json, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Store(Protocol):
 def owned(
     workdir: Path, what: str, store: Store | None = None, is_primary: bool = True
 ) -> Iterator[None]:
-    """Be the only run of a script in a folder; what fails meanwhile is written to failed.json.
+    """Be the only run of a script in a folder; what fails meanwhile is written to error.json.
 
     A folder that was made for this and holds nothing at the end goes again.
 
@@ -130,7 +130,7 @@ def owned(
 
 @contextmanager
 def _failures(workdir: Path, what: str) -> Iterator[None]:
-    path = workdir / "failed.json"
+    path = workdir / "error.json"
     try:
         yield
     except (ConfigError, DataError, Stopped):

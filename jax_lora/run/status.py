@@ -35,7 +35,7 @@ def status(workdir: str | Path) -> str:
     last = metrics[-1] if metrics else {}
     step = last.get("step", 0)
     checkpoints = steps_in(path / "checkpoints")
-    failed = read_json(path / "failed.json", dict) if (path / "failed.json").is_file() else {}
+    failed = read_json(path / "error.json", dict) if (path / "error.json").is_file() else {}
     owner = locks.holder(path, folder.LOCK) if locks.is_held(path, folder.LOCK) else {}
     seconds = _seconds_per_step(metrics)
     lines = {"state": _state(owner, failed, checkpoints, total)}

@@ -177,13 +177,13 @@ def test_a_step_that_is_not_finite_is_named_to_the_example(
     assert f"step 3: not finite: {leaf} of micro-batch {micro} of 2" in text
     assert name in text and "the last checkpoint is step 2" in text
     assert list(run.metrics().step) == [1, 2]
-    said = read_json(run.workdir / "failed.json")
+    said = read_json(run.workdir / "error.json")
     assert said["reason"] == text and said["what"] == "training"
     for words in ("failed while training", "2 of 6", "last checkpoint: step 2", text):
         assert words in status(run.workdir)
     monkeypatch.undo()  # a fault of the machine: the run goes on as if nothing had been
     assert run.train().loss.equals(jax_lora.Run.open(None, finished).metrics().loss)
-    assert not (run.workdir / "failed.json").exists()
+    assert not (run.workdir / "error.json").exists()
 
 
 def test_skipped_steps_change_nothing_and_are_counted(config, monkeypatch, tmp_path):
