@@ -22,6 +22,7 @@ from typing import Any
 from jax_lora.errors import DataError
 
 logger = logging.getLogger(__name__)
+Json = Any  # what a JSON file holds: whoever reads one checks it
 
 # ---------------------------------------------------------------- writing
 
@@ -60,12 +61,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write a JSON file whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def jsonl_line(row: Mapping[str, Any]) -> str:
+def jsonl_line(row: Mapping[str, object]) -> str:
     """One line of a JSONL file, with its end."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -167,7 +168,7 @@ def _name(error: OSError, partial: Path, path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
+def read_json(path: str | os.PathLike[str], kind: type = object) -> Json:
     """Parse a JSON file.
 
     Args:
@@ -191,7 +192,7 @@ def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
 
 def read_jsonl(
     path: str | os.PathLike[str], *, pass_over_damage: bool = False
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Json]]:
     """The whole lines of a file, [] where it is missing; a last line cut in the middle is left.
 
     Args:
@@ -218,7 +219,7 @@ def read_jsonl(
     return rows
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _object(line: bytes) -> dict[str, Json]:
     row = json.loads(line.decode())
     if not isinstance(row, dict):
         raise ValueError(f"found a {type(row).__name__}, expected an object")

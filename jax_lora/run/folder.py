@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax_lora import locks
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError, Stopped
-from jax_lora.files import jsonl_line, read_json, read_jsonl, write_json, write_text
+from jax_lora.files import Json, jsonl_line, read_json, read_jsonl, write_json, write_text
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"  # the first part of its files' names
@@ -178,7 +178,7 @@ def package_version() -> str:
     return metadata.version("jax-lora")
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: Path) -> list[dict[str, Json]]:
     """The steps in metrics.jsonl; a damaged line is named in a warning and left out."""
     path, rows = workdir / "metrics.jsonl", []
     for row in read_jsonl(path, pass_over_damage=True):

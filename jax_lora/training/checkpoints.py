@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,6 +300,8 @@ def _hush_abandoned_reads() -> None:
             show(found)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "_read_array" not in record.getMessage())
+    warnings.filterwarnings("ignore", "coroutine '_read_array", RuntimeWarning)
 
 
 def _some(names: Sequence[str]) -> str:
