@@ -2,7 +2,7 @@
 
     python tests/reliability.py                # as often as the file says; about an hour
     python tests/reliability.py --short        # a few tries of each, nothing is written
-    python tests/reliability.py damage locks   # some of them
+    python tests/reliability.py damage locks   # some of them; the rows of the others stay
 
 A try that breaks a promise is printed and makes the exit code 1.
 """
@@ -322,13 +322,19 @@ def signals(ground: Ground, tries: int) -> list[Result]:
 TRIES = {damage: (100, 5), kills: (40, 3), locks: (10, 1), signals: (30, 1)}
 
 
-def write(results: list[Result]) -> None:
-    """Put the table into docs/reliability.md."""
+def write(found: dict[str, list[Result]]) -> None:
+    """Put the rows of some trials into docs/reliability.md, in place of their old ones."""
     text = DOCUMENT.read_text("utf-8")
     head, tail = text[: text.index(START)], text[text.index(END) :]
-    rows = [("promise", "how it is tried", "tries", "outcome"), ("---", "---", "---:", "---")]
-    rows += [(r.promise, r.how, str(r.tries), r.outcome) for r in results]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    lines = text[len(head) + len(START) : -len(tail)].splitlines()
+    header = ["| trial | promise | how it is tried | tries | outcome |", "|---|---|---|---:|---|"]
+    for trial in (one.__name__ for one in TRIES):
+        if trial in found:
+            rows = (map(str, (trial, *result[:4])) for result in found[trial])
+            header += [f"| {' | '.join(row)} |" for row in rows]
+        else:
+            header += [line for line in lines if line.startswith(f"| {trial} |")]
+    table = "".join(f"{line}\n" for line in header)
     DOCUMENT.write_text(f"{head}{START}{table}{tail}", "utf-8")
 
 
@@ -337,7 +343,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="damage, kills, locks, signals")
     parser.add_argument("--short", action="store_true", help="a few tries of each")
     given = parser.parse_args()
-    results = []
+    found: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="jax_lora-reliability-") as folder:
         ground = Ground(Path(folder))
         for trial, counts in TRIES.items():
@@ -346,10 +352,10 @@ def main() -> None:
             for result in trial(ground, counts[given.short]):
                 print(*result[:4], sep=" | ", flush=True)
                 print(*result.broken, sep="\n", flush=True)
-                results.append(result)
-    if not given.short and not given.names:
-        write(results)
-    if any(result.broken for result in results):
+                found.setdefault(trial.__name__, []).append(result)
+    if not given.short:
+        write(found)
+    if any(result.broken for results in found.values() for result in results):
         raise SystemExit(1)
 
 

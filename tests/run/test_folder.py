@@ -224,6 +224,20 @@ def test_a_damaged_line_of_metrics_costs_that_line(config, finished, tmp_path, c
     assert len(read_jsonl(path)) == 5  # written whole again
 
 
+@pytest.mark.parametrize("damage", [b'{"task": "a", "id', b"[]", b'{"prediction": "x"}'])
+def test_a_damaged_line_of_predictions_is_answered_again(finished, tmp_path, caplog, damage):
+    workdir = shutil.copytree(finished, tmp_path / "r")
+    run = jax_lora.Run.open(None, workdir)
+    scores = run.score(["unseen"])
+    path = workdir / "eval" / "unseen" / "predictions.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
+    with caplog.at_level("WARNING", "jax_lora"):
+        assert run.score(["unseen"]).equals(scores)
+    assert sorted(path.read_bytes().split(b"\n")) == sorted(lines)
+    assert (f"{path}: line 2" in caplog.text) == (damage[:2] != b'{"' or b"}" not in damage)
+
+
 # ---------------------------------------------------------------- status
 
 
