@@ -13,10 +13,11 @@ import argparse
 from collections.abc import Sequence
 
 from jax_lora import cli
-from jax_lora.weights.tree import DTYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    from jax_lora.weights.tree import DTYPES
+
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="convert.py", description=summary)
     parser.add_argument("source", metavar="SRC", help="folder, .gguf file or hub id (org/name)")
@@ -32,4 +33,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    cli.stop_on_signals()
     main()

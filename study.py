@@ -10,11 +10,15 @@ it; rerun the same command to resume. The second one writes the report from resu
 import functools
 from pathlib import Path
 
+from jax_lora import cli
+
+cli.stop_on_signals()
+
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_lora import cli, distributed
+from jax_lora import distributed
 from jax_lora.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
@@ -23,9 +27,7 @@ _ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank <= 64 and s
 _RETRY = flags.DEFINE_boolean("retry-failed", False, "take cells that failed once more")
 _REPORT = flags.DEFINE_boolean("report", False, "tables and figures of what is there")
 _DRY_RUN = flags.DEFINE_boolean("dry-run", False, "print the cells and their costs")
-_SPEED = flags.DEFINE_float(
-    "tokens-per-second", None, "of training the cheapest cell, for --dry-run", lower_bound=1e-9
-)
+_SPEED = flags.DEFINE_float("tokens-per-second", None, "of training the cheapest cell", 1e-9)
 _TARGET = flags.DEFINE_string("target", None, "hardware for --dry-run, see plan.py")
 _LAUNCHER = flags.DEFINE_enum("launcher", None, ["slurm"], "print a job array of workers")
 _SUBMIT = flags.DEFINE_boolean("submit", False, "submit the job array")
@@ -71,7 +73,7 @@ def train(config, folder):
     """Train a cell; its faults and stops end as train.py's do."""
     from jax_lora.run import Run
 
-    with cli.exit_codes(), cli.StopRequest() as stop:
+    with cli.exit_codes(), cli.StopRequest(distributed.key_value_store() is not None) as stop:
         Run.open(config, folder, say=print).train(asked_to_stop=stop)
 
 

@@ -5,19 +5,25 @@
 The work folder then holds the resolved config, parameter counts, metrics, TensorBoard events,
 checkpoints and, for LoRA, the adapter in PEFT's format. Rerun the same command to resume an
 interrupted run.
+
+    python train.py --status=runs/r16
 """
 
 import functools
 
+from jax_lora import cli
+
+cli.stop_on_signals()
+
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_lora import cli, distributed
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
+_STATUS = flags.DEFINE_string("status", None, "a run's folder: print how far it is, and end")
 _VERIFY = flags.DEFINE_boolean(
     "verify", False, "read every file of a large checkout, whatever its size and time say"
 )
@@ -29,6 +35,11 @@ _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 
 
 def main(_):
+    if _STATUS.value:
+        with cli.exit_codes():
+            from jax_lora.run.status import status
+
+            return print(status(_STATUS.value))
     cli.keep_memory()
     cli.keep_programs()
     with cli.exit_codes():
@@ -37,12 +48,14 @@ def main(_):
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected the run's folder")
         config = RunConfig.from_config_dict(_CONFIG.value)
+        from jax_lora import distributed
+
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         cli.log_progress()
 
         from jax_lora.run import Run
 
-        with cli.StopRequest() as stop:
+        with cli.StopRequest(together=distributed.key_value_store() is not None) as stop:
             run = Run.open(config, _WORKDIR.value, say=print)
             run.train(verify=_VERIFY.value, asked_to_stop=stop)
 

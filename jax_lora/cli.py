@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 
 WRONG_INPUT, FAILED, STOPPED = 2, 1, 75
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PATIENCE = 8.0  # seconds that a process has to end after a stop
 
 
 @contextmanager
@@ -49,15 +52,46 @@ def exit_codes() -> Iterator[None]:
         raise SystemExit(code) from error
 
 
-class StopRequest:
-    """Ctrl-C or SIGTERM asks for a checkpoint after the running step; a second one kills."""
+def stop_on_signals() -> None:
+    """From now on SIGTERM, SIGINT and SIGHUP end the process: one line, exit code 75.
 
-    def __init__(self):
-        self.asked = False
+    What is open is left by its `finally`s, so that nothing temporary stays. To be called before
+    the first import that takes seconds. A signal that is ignored, as under nohup, stays so.
+    """
+    for number in _heeded():
+        signal.signal(number, _end)
+
+
+def _heeded() -> list[signal.Signals]:
+    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _end(number: int, _: object) -> None:
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)  # nothing interrupts the `finally`s
+    name = signal.Signals(number).name
+    os.write(2, f"\nstopped by {name}; rerun the same command to resume\n".encode())
+    # A library may swallow the exception, or wait for a thread.
+    last = threading.Timer(PATIENCE, os._exit, (STOPPED,))
+    last.daemon = True
+    last.start()
+    raise SystemExit(STOPPED)
+
+
+class StopRequest:
+    """A signal of STOPS asks for a checkpoint after the running step; a second one ends at once.
+
+    So does the first one as long as there is nothing to save: before the loop first asks.
+
+    Args:
+      together: other processes take part, and all are to stop after the same step.
+    """
+
+    def __init__(self, together: bool = False):
+        self.asked, self._runs = False, together
 
     def __enter__(self) -> StopRequest:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        self._before = {number: signal.signal(number, self._ask) for number in _heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,11 +99,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
+        self._runs = True
         return self.asked
 
-    def _ask(self, number: int, _: object) -> None:
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked or not self._runs:
+            _end(number, frame)
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 def log_progress() -> None:
@@ -78,6 +114,8 @@ def log_progress() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     for others in (None, "absl"):  # JAX names the backends that it lacks, Orbax every file
         logging.getLogger(others).setLevel(logging.WARNING)
+    # Orbax shows the traceback of an error that it raises as well.
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
     own = logging.getLogger("jax_lora")
     own.handlers, own.propagate = [handler], False
     own.setLevel(logging.INFO if _is_primary() else logging.WARNING)

@@ -130,6 +130,7 @@ class RunConfig:
     micro_tokens: int = 4096  # most tokens of a micro-batch on a device, padding included
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; the last step is always saved
+    on_nonfinite: str = "stop"  # or "skip": a step whose gradient is not finite changes nothing
 
     # ---- the base model
     model: str = ""  # Hugging Face folder, hub id or GGUF file
@@ -240,7 +241,8 @@ SPEED = (
     "attention",
     "loss_chunk",
 )
-FREE = (*SPEED, "model", "data.path", "data.categories")
+# A run that stopped over a step that is not finite may be resumed to skip it.
+FREE = (*SPEED, "on_nonfinite", "model", "data.path", "data.categories")
 # Optimizer → the keys of `optim` that it reads, besides those that all of them do.
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),
@@ -251,6 +253,7 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
+    "on_nonfinite": ("stop", "skip"),
     "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),

@@ -10,7 +10,10 @@ import re
 from typing import Protocol
 
 import jax
+import numpy as np
 from jax._src import distributed  # its key-value store has no public name
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 
@@ -20,6 +23,10 @@ class KeyValueStore(Protocol):
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
         """Set the value of a key, for all processes."""
+        ...
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """The value of a key, as soon as some process has set it."""
         ...
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
@@ -122,3 +129,17 @@ class StopAgreement:
             self._has_asked = True
             found.append(step + 2)
         return bool(found) and step >= min(found)
+
+
+def any_process(flag: bool, after: PyTree) -> bool:
+    """Whether a flag is set in any process; all processes must ask.
+
+    Args:
+      flag: of this process.
+      after: results of the program that was dispatched last. CPUs run programs that do not depend
+        on each other at once, and two that communicate would take each other's messages.
+    """
+    if jax.process_count() == 1:
+        return flag
+    jax.block_until_ready(after)
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

@@ -16,6 +16,28 @@ The rule for who raises what:
 - A caller inside the package is wrong: a plain `ValueError` or `TypeError`, which stays one.
 """
 
+import errno
+
+_LOST = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+}
+
+
+def is_lost_disk(error: BaseException | None) -> bool:
+    """Whether a disk that is full, read-only or gone is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _LOST:
+            return True
+        error = error.__cause__
+    return False
+
 
 class ConfigError(ValueError):
     """A setting that a user can fix: the key, what was found and what is expected."""

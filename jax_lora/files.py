@@ -1,14 +1,16 @@
 """Files that are there whole or not at all, and JSON: the one copy of each.
 
-A file is written beside its place under a name that no other process uses, and then renamed: a
-reader finds the old file or the new one, and a full disk leaves the old one. Every `OSError` from
-here carries the path that the caller gave.
+A file is written beside its place under a name that no other process uses, flushed to the disk,
+and then renamed, and the rename is flushed: a reader finds the old file or the new one, and a full
+disk or a loss of power leaves one of the two. Every `OSError` from here carries the path that the
+caller gave.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -18,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.errors import DataError
+
+logger = logging.getLogger(__name__)
+Json = Any  # what a JSON file holds: whoever reads one checks it
 
 # ---------------------------------------------------------------- writing
 
@@ -35,7 +40,9 @@ def fresh_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            _flush(partial)
             os.replace(partial, path)
+            _flush(path.parent)
         finally:
             partial.unlink(missing_ok=True)  # not there after the rename
     except OSError as error:
@@ -54,14 +61,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write a JSON file whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def jsonl_line(row: Mapping[str, Any]) -> str:
+def jsonl_line(row: Mapping[str, object]) -> str:
     """One line of a JSONL file, with its end."""
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file that is finished its name, both on the disk."""
+    with naming(target):
+        _flush(source)
+        os.replace(source, target)
+        _flush(target.parent)
 
 
 def check_vacant(folder: str | os.PathLike[str]) -> Path:
@@ -92,12 +107,34 @@ def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
+            flush_folder(partial)
             os.rename(partial, path)
+            _flush(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         _name(error, partial, path)
         raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk hold all that lies in a folder, and the folder's own name."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _flush(Path(parent, name))
+        _flush(Path(parent))
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 def _beside(path: Path) -> Path:
@@ -131,7 +168,7 @@ def _name(error: OSError, partial: Path, path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
+def read_json(path: str | os.PathLike[str], kind: type = object) -> Json:
     """Parse a JSON file.
 
     Args:
@@ -153,8 +190,14 @@ def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
     return found
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | os.PathLike[str], *, pass_over_damage: bool = False
+) -> list[dict[str, Json]]:
     """The whole lines of a file, [] where it is missing; a last line cut in the middle is left.
+
+    Args:
+      path: the file.
+      pass_over_damage: a line that is no JSON object is named in a warning and left out.
 
     Raises:
       DataError: a line that is no JSON object; names the file and the line.
@@ -167,11 +210,17 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            row = json.loads(line.decode())
+            rows.append(_object(line))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: line {number} is not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            found = type(row).__name__
-            raise DataError(f"{path}: line {number}: found a {found}, expected a JSON object")
-        rows.append(row)
+            text = f"{path}: line {number} is not valid JSON: {error}"
+            if not pass_over_damage:
+                raise DataError(text) from None
+            logger.warning("%s; passed over", text)
     return rows
+
+
+def _object(line: bytes) -> dict[str, Json]:
+    row = json.loads(line.decode())
+    if not isinstance(row, dict):
+        raise ValueError(f"found a {type(row).__name__}, expected an object")
+    return row

@@ -1,5 +1,9 @@
 """What scripts share that their own tests do not show."""
 
+import os
+import signal
+import subprocess
+import sys
 from importlib import metadata
 
 import jax
@@ -10,6 +14,7 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import write_json
 from jax_lora.run import folder
+from tests.conftest import REPOSITORY
 
 
 def test_programs_are_kept_in_the_users_cache_unless_jax_is_told_otherwise(tmp_path, monkeypatch):
@@ -102,3 +107,57 @@ def test_memory_is_kept_where_only_a_cpu_computes(monkeypatch):
         assert not cli.only_cpu()
     finally:
         jax.config.update("jax_platforms", before)
+
+
+# ---------------------------------------------------------------- stops
+
+STOPPED = """
+import os, signal, sys, threading
+from jax_lora import cli
+cli.PATIENCE = 0.5
+cli.stop_on_signals()
+def ask(): os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+{body}
+"""
+BODIES = {
+    "anywhere": "try:\n    ask()\nfinally:\n    print('cleaned up')",
+    "swallowed": "try:\n    ask()\nexcept BaseException:\n    threading.Event().wait()",
+    "waits for a thread": "threading.Thread(target=threading.Event().wait).start()\nask()",
+    "before the first step": "with cli.StopRequest():\n    ask()",
+    "twice": "with cli.StopRequest() as stop:\n    stop()\n    ask()\n    assert stop()\n    ask()",
+    "in a handler": "with cli.exit_codes():\n    try:\n        ask()\n    finally:\n        ask()",
+}
+
+
+@pytest.mark.parametrize("name", [number.name for number in cli.STOPS])
+@pytest.mark.parametrize("body", BODIES)
+def test_a_stop_is_a_line_and_an_exit_code(name, body):
+    program = STOPPED.format(body=BODIES[body])
+    done = subprocess.run(
+        [sys.executable, "-c", program, name], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == f"\nstopped by {name}; rerun the same command to resume\n"
+    assert done.stdout == ("cleaned up\n" if body == "anywhere" else "")
+
+
+def test_the_loop_is_asked_to_stop_and_processes_that_train_together_always():
+    before = [signal.getsignal(number) for number in cli.STOPS]
+    for together in (False, True):
+        for number in cli.STOPS:
+            with cli.StopRequest(together) as stop:
+                assert together or not stop()
+                os.kill(os.getpid(), number)
+                assert stop() and stop.asked
+    assert [signal.getsignal(number) for number in cli.STOPS] == before
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    program = STOPPED.format(body="ask()\nprint('goes on')")
+    done = subprocess.run(
+        ["nohup", sys.executable, "-c", program, "SIGHUP"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert (done.returncode, done.stdout) == (0, "goes on\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import dynamic_module_utils as hf_modules
 
 from jax_lora.data import hub, instructions
 from jax_lora.data.toy import write_checkout
@@ -229,3 +230,23 @@ def test_a_damaged_file_is_our_error_and_named(reader, tmp_path):
             assert error.filename is not None, repr(error)
             refused += 1
     assert refused >= 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_in_a_base_folder_is_never_run(tmp_path, monkeypatch):
+    """Without trust_remote_code=False, transformers asks on the terminal and takes yes."""
+    folder, ran = tokenizer_folder(tmp_path), tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    (folder / "own.py").write_text(code)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(hf_modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    try:
+        load_tokenizer(folder)
+    except DataError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    assert not ran.exists()

@@ -121,12 +121,45 @@ def test_damaged_json_names_its_file(tmp_path, content, kind, message):
     assert missing.value.filename == str(tmp_path / "b.json")
 
 
-def test_lines_are_read_back_but_for_one_that_was_cut(tmp_path):
+def test_lines_are_read_back_but_for_one_that_was_cut(tmp_path, caplog):
     path, rows = tmp_path / "a.jsonl", [{"a": "é\u2028\n"}, {"b": None}]
     path.write_bytes("".join(map(files.jsonl_line, rows)).encode() + b'{"c": "\xc3')
     assert files.read_jsonl(path) == rows
     assert files.read_jsonl(tmp_path / "missing.jsonl") == []
-    for line, message in ((b'{"a"', "line 2 is not valid"), (b"[1]", "line 2: found a list")):
-        path.write_bytes(b"{}\n" + line + b"\n")
+    for line, message in ((b'{"a"', "line 2 is not valid"), (b"[1]", "line 2 .*found a list")):
+        path.write_bytes(b"{}\n" + line + b'\n{"d": 1}\n')
         with pytest.raises(DataError, match=message):
             files.read_jsonl(path)
+        caplog.clear()
+        assert files.read_jsonl(path, pass_over_damage=True) == [{}, {"d": 1}]
+        assert f"{path}: line 2" in caplog.text
+
+
+def test_what_is_written_is_on_the_disk_before_and_after_its_rename(tmp_path, monkeypatch):
+    """The calls in their order: a loss of power after any of them leaves the old or the new."""
+    calls = []
+
+    def record(module, name, describe):
+        call = getattr(module, name)
+
+        def recorded(*arguments):
+            calls.append((name, describe(*arguments)))
+            return call(*arguments)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    def opened(handle):
+        return Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(".")[-1]
+
+    record(os, "fsync", opened)
+    for name in ("replace", "rename"):
+        record(os, name, lambda source, target: Path(target).name)
+    files.write_text(tmp_path / "folder" / "a", "1")
+    assert calls == [("fsync", "new"), ("replace", "a"), ("fsync", "folder")]
+    calls.clear()
+    with files.fresh_folder(tmp_path / "made") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "x").write_text("1")
+    flushed, (last, renamed) = calls[:-2], calls[-2]
+    assert {("fsync", "x"), ("fsync", "sub"), ("fsync", "new")} <= {*flushed}
+    assert (last, renamed) == ("rename", "made") and calls[-1] == ("fsync", tmp_path.name)

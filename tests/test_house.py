@@ -32,13 +32,13 @@ ARROWS = {
     "distributed": set(),
     "weights": {"model", "sharding"},
     "generation": {"model", "sharding"},
-    "training": {"model", "data", "sharding"},
+    "training": {"model", "data", "sharding", "distributed"},
     "evaluation": {"generation", "data"},
     "planning": {"model", "data", "sharding", "training", "generation"},
 }
 ARROWS["run"] = {*ARROWS}
 ARROWS["study"] = {*ARROWS}
-GROUND = {"config", "errors", "files", "text"}  # any file may import these
+GROUND = {"config", "errors", "files", "locks", "text"}  # any file may import these
 ARROWS |= dict.fromkeys(GROUND, set())
 TOP = {"__init__", "cli", "notebook"}
 SCRIPTS = ("train", "eval", "study", "plan", "convert")

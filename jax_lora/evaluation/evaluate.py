@@ -24,7 +24,7 @@ from jax_lora.data.instructions import Checkout, Example
 from jax_lora.data.prompts import Encoder, Row
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.evaluation import behaviour, metrics
-from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, write_json, write_text
+from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, rename, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def write_predictions(
             stale.unlink(missing_ok=True)
         write_text(saved, text)
     wanted = {(example.task, example.id) for example, _ in rows}
-    done = {(p["task"], p["id"]): p for p in read_jsonl(final if final.is_file() else partial)}
+    there = read_jsonl(final if final.is_file() else partial, pass_over_damage=True)
+    done = {(p.get("task"), p.get("id")): p for p in there}
     done = {key: p for key, p in done.items() if key in wanted}
     if final.is_file() and len(done) == len(wanted):
         return len(done)
@@ -140,7 +141,7 @@ def write_predictions(
                     file.write("".join(jsonl_line(asdict(p)) for p in batch))
                     file.flush()
                 bar.update(len(batch))
-    partial.replace(final)
+    rename(partial, final)
     return len(done)
 
 

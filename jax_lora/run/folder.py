@@ -1,17 +1,27 @@
-"""The small files of a run's folder: config.json, parameters.json, metrics.jsonl."""
+"""A run's folder: who works in it, and its small files, config.json, error.json, metrics.jsonl."""
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
 import platform
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+from jax_lora import locks
 from jax_lora.config import RunConfig
-from jax_lora.errors import ConfigError, DataError
-from jax_lora.files import jsonl_line, read_json, read_jsonl, write_text
+from jax_lora.distributed import KeyValueStore
+from jax_lora.errors import ConfigError, DataError, Stopped
+from jax_lora.files import Json, jsonl_line, read_json, read_jsonl, write_json, write_text
+
+logger = logging.getLogger(__name__)
+LOCK = ".lock"  # the first part of its files' names
+_told = itertools.count()
 
 
 def read_saved(workdir: Path) -> tuple[RunConfig, dict[str, object]]:
@@ -67,18 +77,87 @@ def check_same_run(workdir: Path, config: RunConfig, digests: dict[str, str]) ->
 
 
 @contextmanager
+def owned(
+    workdir: Path, what: str, store: KeyValueStore | None = None, is_primary: bool = True
+) -> Iterator[None]:
+    """Be the only run of a script in a folder; what fails meanwhile is written to error.json.
+
+    A folder that was made for this and holds nothing at the end goes again.
+
+    Args:
+      workdir: the run's folder, made if need be.
+      what: this process does: "training" or "scoring".
+      store: see `distributed.key_value_store`, where several processes do it together; all of
+        them call this.
+      is_primary: this is the one among them that takes the lock.
+
+    Raises:
+      ConfigError: another one is at work there: what it does, where, and since when.
+    """
+    key = f"owner/{next(_told)}" if store else ""
+    if store and not is_primary:
+        # As long as the first one may wait for a dead owner, and start later than this one.
+        if reason := store.blocking_key_value_get(key, int(4000 * locks.SILENCE)):
+            raise ConfigError(reason)
+        yield
+        return
+    made = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
+    reason = f"{workdir}: the first process could not take the folder"
+    try:
+        lock = locks.hold(workdir, LOCK, what)
+        reason = ""
+    except ConfigError as error:
+        reason = str(error)
+        raise
+    finally:
+        if store:
+            store.key_value_set(key, reason)
+    try:
+        with lock:
+            with _failures(workdir, what):
+                yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+@contextmanager
+def _failures(workdir: Path, what: str) -> Iterator[None]:
+    path = workdir / "error.json"
+    try:
+        yield
+    except (ConfigError, DataError, Stopped):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        said = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
+        if (workdir / "config.json").is_file():  # else nothing is to be left
+            with suppress(OSError):  # a full disk has no room for it
+                write_json(path, said)
+        raise
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
 def all_or_nothing(folder: Path, is_primary: bool = True) -> Iterator[None]:
-    """Remove a folder that the enclosed block made and could not fill (a full disk).
+    """Remove a folder that the enclosed block filled and could not finish (a full disk).
+
+    A folder with anything but locks in it is left as it is.
 
     `is_primary` is False in a process that leaves the making to another one.
     """
-    was_there = folder.exists() or not is_primary
+    is_new = is_primary and not (folder.exists() and _holds_files(folder))
     try:
         yield
     except OSError:
-        if not was_there:
+        if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def versions() -> dict[str, str]:
@@ -93,8 +172,21 @@ def package_version() -> str:
     return metadata.version("jax-lora")
 
 
+def read_metrics(workdir: Path) -> list[dict[str, Json]]:
+    """The steps in metrics.jsonl; a damaged line is named in a warning and left out."""
+    path, rows = workdir / "metrics.jsonl", []
+    for row in read_jsonl(path, pass_over_damage=True):
+        if isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            logger.warning("%s: a line without a step; passed over", path)
+    return rows
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events of a run.
+
+    A step's line has the time at which it was written, in seconds since 1970.
 
     Args:
       workdir: the run's folder.
@@ -105,14 +197,18 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
-        lines = [line for line in read_jsonl(path) if line["step"] <= step] if step else []
+        lines = [line for line in read_metrics(workdir) if line["step"] <= step] if step else []
         write_text(path, "".join(map(jsonl_line, lines)))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a step."""
-        self._file.write(jsonl_line({"step": step, **values}))
+    def write(self, step: int, values: dict[str, float], skipped: str = "") -> None:
+        """Add a step; `skipped`: why it changed nothing."""
+        row: dict[str, object] = {"step": step}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        if skipped:
+            row["skipped"] = skipped
+        self._file.write(jsonl_line(row | {"time": round(time.time(), 3)}))
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -178,9 +178,8 @@ def build(given: Inputs, workdir: Path) -> Training:
     state = State(number, trainable, sharding.init_sharded(optimizer.init, mesh, trainable))
     del variables, trainable  # a resumed run holds one copy of what trains
     checkpoints = Checkpoints(workdir / "checkpoints")
-    start = checkpoints.latest() or 0
-    if start:
-        state = checkpoints.restore(state)
+    state = checkpoints.restore(state)
+    start = int(state.step)
     step = given.resolved.step(optimizer, mesh)
     return Training(state, frozen, step, learning_rates(rate, given.total), checkpoints, start)
 
@@ -204,6 +203,7 @@ def write_start(given: Inputs, workdir: Path) -> None:
         {
             "config": given.resolved.config.to_dict(),
             **given.digests,
+            "steps": given.total,
             "versions": folder.versions(),
             "device": f"{len(jax.devices())} × {device.device_kind} ({device.platform})",
         },

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import pandas as pd
 
-from jax_lora import sharding
+from jax_lora import distributed, sharding
 from jax_lora.config import RunConfig
 from jax_lora.evaluation import metrics
-from jax_lora.files import read_jsonl
 from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -89,11 +88,17 @@ class Run:
           `metrics()`.
 
         Raises:
-          ConfigError, DataError, OSError: wrong input, before any compute.
+          ConfigError, DataError, OSError: wrong input, before any compute; or another process is at
+            work in the folder.
           RunFailed: a fault while running: what is safe and how to resume.
           Stopped: see `asked_to_stop`.
         """
         is_primary = jax.process_index() == 0
+        with folder.owned(self.workdir, "training", distributed.key_value_store(), is_primary):
+            self._train(is_primary, verify, asked_to_stop)
+        return self.metrics()
+
+    def _train(self, is_primary: bool, verify: bool, asked_to_stop: Callable[[], bool]) -> None:
         say = self._say if is_primary else lambda _: None
         given = prepare.read_inputs(self.config, self.workdir, verify)
         with folder.all_or_nothing(self.workdir, is_primary):
@@ -114,11 +119,10 @@ class Run:
                 say("it holds A and B alone; what else trained is in the checkpoint")
         seconds = time.perf_counter() - began
         say(f"{seconds:.0f} s of training, {tokens:,} tokens; {self.workdir}")
-        return self.metrics()
 
     def metrics(self) -> pd.DataFrame:
         """What metrics.jsonl holds: one row per logged step."""
-        return pd.DataFrame(read_jsonl(self.workdir / "metrics.jsonl"))
+        return pd.DataFrame(folder.read_metrics(self.workdir))
 
     def score(
         self,
@@ -148,9 +152,11 @@ class Run:
         """
         config = self._with_eval(eval_options)
         place = scoring.on_host if base_on_host else None
-        scoring.score(
-            self.workdir, config, sets, adapter, say=self._say, place=place, overwrite=overwrite
-        )
+        folder.read_saved(self.workdir)
+        with folder.owned(self.workdir, "scoring"):
+            scoring.score(
+                self.workdir, config, sets, adapter, say=self._say, place=place, overwrite=overwrite
+            )
         return scoring.score_frame(self.workdir, sets, adapter)
 
     def check(self, adapter: str = "last", prompts: int = 64, **eval_options: object) -> bool:

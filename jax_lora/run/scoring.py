@@ -114,13 +114,13 @@ def _load_last(workdir: Path, config: RunConfig, shape: LlamaConfig, place: Plac
             folder=workdir / "pissa",
         )
     trainable, frozen = trainable_mask.partition(variables, mask)
-    trained = manager.restore_trainable(trainable)
+    step, trained = manager.restore_trainable(trainable)
     variables = trainable_mask.combine(trained, frozen)
     # Master copies of the base are for training; answers are made in the dtype of the arithmetic.
     variables["params"] = jax.tree.map(lambda x: x.astype(config.dtype), variables["params"])
     if is_lora and lora.does_nothing(variables["lora"]):
         raise DataError(f"{path}: every B is zero, expected a trained adapter")
-    origin = f"{config.model} after step {manager.latest()}"
+    origin = f"{config.model} after step {step}"
     return Scored(shape, variables, origin, digest(trained))
 
 

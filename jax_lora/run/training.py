@@ -19,6 +19,7 @@ from jax_lora.errors import RunFailed, Stopped
 from jax_lora.model import variants
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import steps_of
+from jax_lora.run import nonfinite
 from jax_lora.run.folder import MetricsLog
 from jax_lora.run.prepare import Inputs, Training
 from jax_lora.training import loop, trainable_mask
@@ -95,13 +96,14 @@ def fit(
         steps = loop.train(state, training.frozen, batches, training.step, put)
         for state, report in steps:
             if unread is not None:
-                log.read(unread)
+                log.read(unread, state)
             unread, last = report, report.step
             stopping = agreement.is_last(last, asked_to_stop())
             if last == total or last % config.checkpoint_every == 0 or stopping:
-                log.read(unread)
+                log.read(unread, state)
                 unread = None
                 checkpoints.save(state)
+            checkpoints.check()
             if stopping:
                 break
         checkpoints.close()
@@ -115,7 +117,7 @@ class _Log:
 
     def __init__(self, given: Inputs, training: Training, workdir: Path | None):
         self.tokens = self._padded = 0
-        self._given, self._rates = given, training.learning_rates
+        self._given, self._training = given, training
         self._metrics = MetricsLog(workdir, training.start) if workdir else None
         self._bar = tqdm.tqdm(
             total=given.total,
@@ -126,24 +128,22 @@ class _Log:
         )
         self._speed = Speed()
 
-    def read(self, report: loop.Report) -> None:
-        """Wait for a step and write it down.
+    def read(self, report: loop.Report, state: State) -> None:
+        """Wait for a step and write it down; `state` is a later one.
 
         Raises:
           FloatingPointError: its loss or gradient is not finite.
         """
         loss, norm = float(report.loss), float(report.gradient_norm)
+        skipped = ""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"loss {loss} and gradient norm {norm} at step {report.step}: try a lower "
-                "optim.learning_rate in another --workdir"
-            )
+            skipped = nonfinite.handle(self._given, self._training, state, report)
         self.tokens += report.tokens
         self._padded += report.padded
         compile_seconds = self._speed.step(report.tokens)
         values = {
             "loss": loss,
-            "learning_rate": float(self._rates[report.step - 1]),
+            "learning_rate": float(self._training.learning_rates[report.step - 1]),
             "gradient_norm": norm,
             "tokens_per_second": self._speed.tokens_per_second,
             "compile_seconds": compile_seconds,
@@ -152,8 +152,9 @@ class _Log:
             "loss_tokens": report.loss_tokens,
         }
         every = self._given.resolved.config.log_every
-        if self._metrics and (report.step % every == 0 or report.step == self._given.total):
-            self._metrics.write(report.step, values)
+        if skipped or report.step % every == 0 or report.step == self._given.total:
+            if self._metrics:
+                self._metrics.write(report.step, values, skipped)
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, lr {values['learning_rate']:.1e}, "
             f"{values['tokens_per_second']:.0f} tokens/s, {values['padding_percent']:.0f}% padding"

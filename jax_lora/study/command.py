@@ -92,8 +92,9 @@ class Command:
         store = distributed.key_value_store()
         with Team(store, jax.process_index(), jax.process_count()) if store else Team() as team:
             cells, fingerprint = self._check()  # one that fails here lets the other processes end
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _stopped if team.leads else lambda *_: team.stop())
+            if not team.leads:  # the leader ends as the script does
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, lambda *_: team.stop())
             worker = Worker(self._config, self._workdir, team, self._train, logger.info)
             if not team.leads:
                 worker.follow()
@@ -104,9 +105,3 @@ class Command:
         self._say(f"{state}\npython study.py --workdir={self._workdir} --report   # the report")
         if failed:
             raise RunFailed("; ".join(failed))
-
-
-def _stopped(*_: object) -> None:
-    """Ctrl-C or SIGTERM outside of training: leave, and leave no lock."""
-    logger.info("stopped; %s", RESUME)
-    raise SystemExit(75)

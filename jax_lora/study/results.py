@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -66,8 +67,13 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
     shared.mkdir(parents=True, exist_ok=True)
     for test in TESTS:
         path, one = folder / "eval" / test / "examples.jsonl", shared / f"{test}-{cell.round}.jsonl"
-        with suppress(FileExistsError):
-            os.link(path, one)
+        try:
+            with suppress(FileExistsError):
+                os.link(path, one)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+                raise
+            return  # no links there: every cell keeps its copy
         if not path.samefile(one) and filecmp.cmp(path, one, shallow=False):
             with fresh_file(path) as fresh:
                 os.link(one, fresh)

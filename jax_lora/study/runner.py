@@ -18,8 +18,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jax_lora import locks
+from jax_lora.errors import is_lost_disk
 from jax_lora.files import write_json
-from jax_lora.study import locks
 from jax_lora.study.grid import Cell
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def run_cells(
 ) -> None:
     """Run cells one after the other, the first that is free each time, until none is left.
 
-    What `run` raises is written to the cell's failed.json, and the next cell is taken. Before
+    What `run` raises is written to the cell's failed.json, and the next cell is taken; a full or
+    lost disk is raised, and the cell stays as it is. Before
     this returns, every process that still holds a cell has given a sign of life: what a dead one
     left is taken over.
 
@@ -108,6 +110,8 @@ def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange) -> None:
     try:
         found = run(cell, folder)
     except Exception as error:
+        if is_lost_disk(error):  # no fault of the cell: this worker ends, and may be started again
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         fail(folder, reason, traceback.format_exc())
         on_change(cell, f"failed: {reason}")

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from jax_lora.errors import ConfigError, Stopped
-from jax_lora.study.locks import SILENCE
+from jax_lora.locks import SILENCE
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from jax_lora.study import locks, results, runner
+from jax_lora import locks
+from jax_lora.study import results, runner
 from jax_lora.study.grid import Cell
 
 Row = tuple[str, str, str]  # a cell's id, one of runner.STATES, and what there is to say

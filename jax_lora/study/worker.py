@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from jax_lora import study
+from jax_lora import locks, study
 from jax_lora.config import RunConfig
 from jax_lora.files import read_json, write_json
 from jax_lora.run import Run
-from jax_lora.study import costs, grid, locks, results, runner, spec, view
+from jax_lora.study import costs, grid, results, runner, spec, view
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
@@ -102,7 +102,7 @@ class Worker:
                 self.train(run, folder)
             trained = time.perf_counter()
             if sets:  # cells share a base that is on the device, where one device can hold it
-                Run.open(None, folder, say=print_line).score(sets, base_on_host=False)
+                Run.open(run, folder, say=print_line).score(sets, base_on_host=False)
         return trained - began
 
     def _make_base(self) -> None:
@@ -150,5 +150,5 @@ def _faults() -> Iterator[None]:
         yield
     except SystemExit as end:
         if failure := fault(end):
-            raise failure from None
+            raise failure from failure.__cause__
         raise

@@ -2,44 +2,79 @@
 
     <folder>/<step>/trainable   leaf name → array, frozen leaves absent
     <folder>/<step>/optimizer   leaf name → array
+    <folder>/<step>/digests     the step, and leaf name → digest of its array
+    <folder>/best.json          {"step": …}: a checkpoint that is kept, however old
 
 The step is also the position in the data: a batch is a function of (seed, step). Orbax writes
-beside and renames, so a step that has its folder is whole. The latest one is kept. Many processes
-write one checkpoint, each its part, into a folder that all of them see; it knows no mesh, and is
-restored onto any other.
+beside and renames, so a step that has its folder was written to its end. Whether it still holds
+what was written is checked when it is read: a damaged one is passed over for the one before, which
+is why the last two are kept. Only finite states are written. Many processes write one checkpoint,
+each its part, into a folder that all of them see; it knows no mesh, and is restored onto any other.
+
+Orbax's part: tensorstore flushes each data file to the disk before it is renamed; the folders, and
+Orbax's own JSON files, are flushed by this module once the step has its name.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+import functools
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
+from jax_lora import distributed
+from jax_lora.errors import DataError
+from jax_lora.files import flush_folder, read_json, write_json
+from jax_lora.training.digests import examine
 from jax_lora.training.step import State
 
+logger = logging.getLogger(__name__)
+KEEP = 2  # checkpoints: the last one, and one in case that it is damaged
+ITEMS = ("trainable", "optimizer", "digests")
+Named = dict[str, jax.Array]
 
-def _named(tree: Any) -> dict[str, Any]:
+
+def _named(tree: PyTree) -> Named:
     # One flat level: the layout on disk does not depend on optax's or our own containers.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _filled(tree: Any, named: Mapping[str, Any]) -> Any:
+def _filled(tree: PyTree, named: Mapping[str, jax.Array]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:  # tensorstore's word for a full or lost disk
-        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
+def _prefixed(parts: Mapping[str, Named]) -> Named:
+    return {f"{item}/{name}": x for item, part in parts.items() for name, x in part.items()}
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of a folder of checkpoints, the last one first; whole or not."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    return sorted(
+        (int(path.name) for path in found if any((path / item).exists() for item in ITEMS)),
+        reverse=True,
+    )
+
+
+def pinned_in(folder: Path) -> int | None:
+    """The step that best.json names; None where there is no such file."""
+    path = folder / "best.json"
+    return read_json(path, dict).get("step") if path.is_file() else None
 
 
 class Checkpoints:
@@ -47,62 +82,228 @@ class Checkpoints:
 
     Args:
       folder: made if need be.
-      alone: to restore in this process, whatever the others do; the folder is there.
+      alone: to read in this process, whatever the others do; the folder is there, and is left as
+        it is.
     """
 
     def __init__(self, folder: str | Path, alone: bool = False):
-        self._folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
-        if alone and jax.process_count() > 1:
-            me = jax.process_index()
-            options.create = False
-            options.multiprocessing_options = ocp.options.MultiprocessingOptions(
-                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone-{me}"
-            )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder, self._alone = Path(folder).absolute(), alone
+        self._owns = not alone and jax.process_index() == 0
+        if self._owns:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(self._folder)  # of a process that was killed
+        self._is_flushed = True
+        # Folders are made at once: where that fails in the background, Orbax waits for 300 s.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        self._writer = ocp.AsyncCheckpointer(_handler(), async_options=options)
+        # Each process reads its own part: none waits within Orbax for one that failed.
+        me = jax.process_index()
+        single = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read-{me}"
+        )
+        self._reader = ocp.Checkpointer(_handler(single), multiprocessing_options=single)
 
     def latest(self) -> int | None:
-        """The last whole step, None before the first."""
-        # Not Orbax's list, which names a step from the moment that its writing begins.
-        steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
-        return max(steps, default=None)
+        """The last step that was written to its end, None before the first."""
+        return next(iter(steps_in(self._folder)), None)
 
     def save(self, state: State) -> None:
         """Save in the background; the arrays are copied before this returns.
 
         Raises:
+          FloatingPointError: a parameter or the optimizer's state is not finite.
           OSError: this or the save before it could not be written.
         """
+        parts = {"trainable": _named(state.trainable), "optimizer": _named(state.optimizer)}
+        digests, wrong = examine(_prefixed(parts))
+        step = int(state.step)
+        if wrong:
+            raise FloatingPointError(
+                f"the update of step {step} is not finite: {_some(wrong)}; no checkpoint is made "
+                "of it: try a lower optim.learning_rate in another --workdir"
+            )
         args = ocp.args.Composite(
-            trainable=ocp.args.StandardSave(_named(state.trainable)),
-            optimizer=ocp.args.StandardSave(_named(state.optimizer)),
+            **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
+            digests=ocp.args.JsonSave({"step": step, "arrays": digests}),
         )
-        with _writing(self._folder):
-            self._manager.save(int(state.step), args=args)
+        with self._writing():
+            self._finish()
+            self._writer.save(self._folder / str(step), args=args, force=True)
+            self._is_flushed = False
+
+    def check(self) -> None:
+        """OSError where a save in the background has failed meanwhile."""
+        with self._writing():
+            self._writer.check_for_errors()
+
+    def pin(self, step: int) -> None:
+        """Keep the checkpoint of a step for good, such as the best, in place of the last pinned."""
+        if self._owns:
+            write_json(self._folder / "best.json", {"step": step})
 
     def restore(self, like: State) -> State:
-        """The latest state, placed like `like`: arrays, or shapes that have their shardings."""
-        step = self.latest()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(_named(like.trainable)),
-                optimizer=ocp.args.StandardRestore(_named(like.optimizer)),
-            ),
-        )
+        """The last state that can be trusted, placed like `like`; where there is none, `like`.
+
+        What is passed over is named in a warning and moved aside, to `<step>.damaged`.
+
+        Args:
+          like: arrays, or shapes that have their shardings.
+
+        Raises:
+          DataError: there are checkpoints, and none of them can be trusted.
+        """
+        parts = {"trainable": like.trainable, "optimizer": like.optimizer}
+        found = self._newest(parts)
+        if found is None:
+            return like
+        step, restored = found
         count = np.asarray(step, like.step.dtype)
         return State(
             jax.make_array_from_callback((), like.step.sharding, lambda _: count),
-            _filled(like.trainable, restored["trainable"]),
-            _filled(like.optimizer, restored["optimizer"]),
+            restored["trainable"],
+            restored["optimizer"],
         )
 
-    def restore_trainable(self, like: Any) -> Any:
-        """The latest trainable half alone, placed like `like`."""
-        args = ocp.args.Composite(trainable=ocp.args.StandardRestore(_named(like)))
-        return _filled(like, self._manager.restore(self.latest(), args=args)["trainable"])
+    def restore_trainable(self, like: PyTree) -> tuple[int, PyTree]:
+        """The step and the trainable half of the last state that can be trusted.
+
+        Raises:
+          DataError: there is none.
+        """
+        found = self._newest({"trainable": like})
+        if found is None:
+            raise DataError(f"{self._folder}: found no checkpoint, expected one")
+        return found[0], found[1]["trainable"]
 
     def close(self) -> None:
         """Wait for what is being written; OSError where that failed."""
-        with _writing(self._folder):
-            self._manager.close()
+        with self._writing():
+            self._finish()
+            self._writer.close()
+            self._reader.close()
+
+    # ---------------------------------------------------------------- writing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Give an error of tensorstore's its number and our folder; what it left goes."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if self._owns:
+                _remove_unfinished(self._folder)
+            number = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
+            code = int(number[1] or number[2]) if number else getattr(error, "errno", None)
+            text = os.strerror(code) if code else " ".join(str(error).split())[:200]
+            raise OSError(code or errno.EIO, text, str(self._folder)) from error
+
+    def _finish(self) -> None:
+        """Wait for the save before, flush it, and remove those that are not kept."""
+        self._writer.wait_until_finished()
+        if not self._owns or self._is_flushed:
+            return
+        self._is_flushed = True
+        steps = steps_in(self._folder)
+        for step in steps[:1]:
+            flush_folder(self._folder / str(step))
+        for step in steps[KEEP:]:
+            if step != pinned_in(self._folder):
+                shutil.rmtree(self._folder / str(step))
+
+    # ---------------------------------------------------------------- reading
+
+    def _newest(self, parts: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
+        _hush_abandoned_reads()
+        reasons: list[str] = []
+        steps = steps_in(self._folder)
+        for path in sorted(self._folder.iterdir()):
+            if path.name.isdigit() and int(path.name) not in steps:
+                self._pass_over(path, "it is no checkpoint")
+        for step in steps:
+            path = self._folder / str(step)
+            found, reason = self._read(path, step, parts)
+            if found is not None:
+                return step, found
+            reasons.append(f"{step}: {reason}")
+            self._pass_over(path, reason)
+        if reasons:
+            raise DataError(
+                f"{self._folder}: found no checkpoint that can be trusted ({'; '.join(reasons)}); "
+                "expected one: to start over, use another --workdir"
+            )
+        return None
+
+    def _read(
+        self, path: Path, step: int, parts: Mapping[str, PyTree]
+    ) -> tuple[dict[str, PyTree] | None, str]:
+        """A checkpoint's parts, or None and why it cannot be trusted; equal in all processes."""
+        named = {item: _named(like) for item, like in parts.items()}
+        restored, reason, wanted = {}, "", {}
+        try:
+            items = {item: ocp.args.StandardRestore(part) for item, part in named.items()}
+            args = ocp.args.Composite(**items, digests=ocp.args.JsonRestore())
+            found = self._reader.restore(path, args=args)
+            restored = {item: dict(found[item]) for item in named}
+            wanted = dict(found["digests"]["arrays"])
+            if found["digests"]["step"] != step:
+                reason = f"it is of step {found['digests']['step']}"
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:  # of tensorstore, JSON, …: whatever damage makes them raise
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if not self._alone and distributed.any_process(bool(reason), restored):
+            return None, reason or "another process cannot read it"
+        if reason:
+            return None, reason
+        digests, _ = examine(_prefixed({item: restored[item] for item in named}))
+        wrong = [name for name, digest in digests.items() if wanted.get(name) != digest]
+        if wrong:  # the digest is of the whole array, so all processes see the same
+            return None, f"{_some(wrong)}: other values than were saved"
+        return {item: _filled(like, restored[item]) for item, like in parts.items()}, ""
+
+    def _pass_over(self, path: Path, reason: str) -> None:
+        logger.warning("%s: passed over, %s", path, reason)
+        if self._owns:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _handler(
+    options: ocp.options.MultiprocessingOptions | None = None,
+) -> ocp.CompositeCheckpointHandler:
+    options = options or ocp.options.MultiprocessingOptions()
+    return ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+        trainable=ocp.StandardCheckpointHandler(multiprocessing_options=options),
+        optimizer=ocp.StandardCheckpointHandler(multiprocessing_options=options),
+        digests=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    )
+
+
+@functools.cache
+def _hush_abandoned_reads() -> None:
+    """Where one of many reads fails, Orbax abandons the others, and Python would show a page of
+    each as it ends. The failure itself is raised."""
+    show = sys.unraisablehook
+
+    def hook(found: sys.UnraisableHookArgs) -> None:
+        text = str(found.exc_value)
+        if "Event loop is closed" not in text and "TensorStore" not in text:
+            show(found)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "_read_array" not in record.getMessage())
+    warnings.filterwarnings("ignore", "coroutine '_read_array", RuntimeWarning)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -17,6 +17,7 @@ from jax_lora.errors import DataError
 from jax_lora.model.arch import LINEARS, NORMS
 from jax_lora.model.config import LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES
+from jax_lora.weights.finite import check_finite
 from jax_lora.weights.gguf_file import GGUFFile, open_gguf
 from jax_lora.weights.tree import DevicePut, assemble, check_tensors, numpy_dtype
 
@@ -212,7 +213,7 @@ def load(
     interleaved = FAMILIES[config.family].gguf_interleaved
 
     def read(name: str) -> np.ndarray:
-        tensor = found[name].read()
+        tensor = check_finite(found[name].read(), found[name].name, path)
         if interleaved and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             tensor = _unpermute(tensor, heads)

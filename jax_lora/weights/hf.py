@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
+from jax_lora.weights.finite import check_finite
 from jax_lora.weights.hf_config import config_to_hf, parse_config
 from jax_lora.weights.tree import DevicePut, assemble, check_tensors, disassemble, numpy_dtype
 
@@ -99,7 +100,11 @@ def load(
     config = read_config(folder)
     with open_tensors(folder) as (files, shapes):
         check_tensors(str(folder), config, shapes)
-        return config, assemble(config, dtype, lambda name: files[name].get_tensor(name), put)
+
+        def read(name: str) -> np.ndarray:
+            return check_finite(files[name].get_tensor(name), name, folder)
+
+        return config, assemble(config, dtype, read, put)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.model import lora
 from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.config import LlamaConfig
+from jax_lora.weights.finite import check_finite
 from jax_lora.weights.hf import write_tensors
 from jax_lora.weights.peft_config import parse_config
 from jax_lora.weights.tree import numpy_dtype
@@ -206,7 +207,10 @@ def _read_tensors(path: Path, parts: Sequence[str]) -> dict[str, dict[int, dict[
     numpy_dtype("bfloat16")  # registers it, for adapters that are stored so
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {
+                name: check_finite(file.get_tensor(name), name, path)
+                for name in file.keys()  # noqa: SIM118
+            }
     except SafetensorError as error:
         size = path.stat().st_size
         raise DataError(f"{path}: damaged or cut short at {size} bytes: {error}") from None

@@ -106,7 +106,7 @@ def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
     # Without a class to look up, tokenizer.json itself says all there is.
     loader = AutoTokenizer if known else PreTrainedTokenizerFast
     with _damaged(folder):
-        found = loader.from_pretrained(folder, local_files_only=True)
+        found = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found.decode(found("Hello").input_ids)  # some damage shows at the first use only
         return found
 

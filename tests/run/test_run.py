@@ -227,7 +227,10 @@ def fake(monkeypatch, config, total, events):
         total=total, resolved=SimpleNamespace(config=config), mesh=None, batches=batches
     )
     checkpoints = SimpleNamespace(
-        save=lambda _: events.append(("save", None)), close=lambda: None, latest=lambda: None
+        save=lambda _: events.append(("save", None)),
+        check=lambda: None,
+        close=lambda: None,
+        latest=lambda: None,
     )
     rates = prepare.learning_rates(lambda step: 0.1 * step, total)
     assert type(rates) is np.ndarray  # reading one asks no device

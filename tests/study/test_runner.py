@@ -3,6 +3,7 @@
 The cells are fakes that write down that they ran; only `tests/test_study.py` trains.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,10 +18,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jax_lora import study
+from jax_lora import locks, study
+from jax_lora.errors import RunFailed
 from jax_lora.evaluation import evaluate
 from jax_lora.files import jsonl_line, write_json, write_text
-from jax_lora.study import grid, locks, results, runner
+from jax_lora.study import grid, results, runner
 from tests.conftest import REPOSITORY
 
 CELLS = grid.cells((4, 16, "full"), ("T2", "T4"), (0, 1), {"lora": (1e-4,), "full": (1e-5,)}, {})
@@ -121,13 +123,40 @@ def test_a_stop_gives_the_lock_back(tmp_path, end):
     assert not list((tmp_path / "locks").iterdir())
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.EIO])
+def test_a_lost_disk_ends_the_worker_and_fails_no_cell(tmp_path, number):
+    def run(cell, folder):
+        raise RunFailed("the disk") from OSError(number, os.strerror(number), "f")
+
+    with pytest.raises(RunFailed, match="the disk"):
+        runner.run_cells(CELLS, tmp_path, run, sleep=never)
+    assert set(runner.states(tmp_path, CELLS).values()) == {"waiting"}
+    runner.run_cells(CELLS, tmp_path, fake, sleep=never)
+    assert set(runner.states(tmp_path, CELLS).values()) == {"done"}
+
+
+def test_cells_on_a_file_system_of_their_own_keep_their_examples(tmp_path, monkeypatch):
+    own = tmp_path / "cells" / "a" / "eval" / "seen" / "examples.jsonl"
+    for test in study.TESTS:
+        path = own.parents[1] / test / "examples.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}\n")
+
+    def link(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    results.share_examples(CELLS[0], own.parents[2], tmp_path / "examples")
+    assert own.read_text() == "{}\n" and not list((tmp_path / "examples").iterdir())
+
+
 # ---------------------------------------------------------------- locks
 
 
 def hold(folder: Path, name: str) -> subprocess.Popen:
     """A process that holds a lock until it is killed."""
     program = (
-        "import sys; from pathlib import Path; from jax_lora.study import locks\n"
+        "import sys; from pathlib import Path; from jax_lora import locks\n"
         "lock = locks.take(Path(sys.argv[1]), sys.argv[2])\n"
         "print(lock is not None, flush=True); sys.stdin.read()\n"
     )

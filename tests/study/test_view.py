@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from jax_lora.study import locks, runner, view
+from jax_lora import locks
+from jax_lora.study import runner, view
 from tests.study.test_runner import CELLS, FAR_AWAY, finish, foreign, names
 
 WORK = {cell.id: float(i + 1) for i, cell in enumerate(CELLS)}

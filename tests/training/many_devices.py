@@ -244,6 +244,8 @@ def main():
         results[name] = deviation(found, expected)
     if given.more or given.processes > 1:
         results["restored"] = saved_and_restored(state, given.folder)
+        flags = (jax.process_index() == i for i in range(3))
+        results["flags"] = [distributed.any_process(flag, state) for flag in flags]
     if given.processes == 1:
         results["optimizers"] = optimizers_on(sharding.make_mesh((2, 2, 2)))
     if given.more:

@@ -126,6 +126,11 @@ def test_two_processes_equal_one_device(two, promise):
 
 
 @slow
+def test_a_flag_in_one_process_is_known_to_both(two):
+    assert [results["flags"] for results in two[0]] == [[True, True, False]] * 2
+
+
+@slow
 @pytest.mark.parametrize("which", ["eight", "two"])
 def test_a_checkpoint_knows_no_mesh(which, request):
     # Saved by 8 devices or 2 processes, restored there on another mesh, and here on one device.

@@ -7,10 +7,12 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from jax_lora.study import locks
+from jax_lora import locks
+from jax_lora.errors import ConfigError
 from tests.study.test_runner import foreign
 
 NAME = "cell"
@@ -206,3 +208,96 @@ def test_a_taker_that_died_before_it_withdrew_ends_nobody(tmp_path):
         os.utime(tmp_path / f"{NAME}.2", (0, 0))
         lock.renew()
         assert locks.take(tmp_path, NAME) is None
+
+
+# ---------------------------------------------------------------- files that no owner wrote
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"host": "far", "pid"', b"[1, 2]", b"null", b"\xff\xfe", b"[" * 50_000]
+)
+def test_a_file_that_no_owner_wrote_is_a_dead_owners(tmp_path, content):
+    (tmp_path / f"{NAME}.1").write_bytes(content)
+    assert not locks.is_held(tmp_path, NAME) and locks.holder(tmp_path, NAME) == {}
+    with locks.take(tmp_path, NAME, lost=pytest.fail) as lock:
+        assert lock.path.name == f"{NAME}.2"
+        (tmp_path / f"{NAME}.7").write_bytes(content)  # nor does it take a lock away
+        lock.renew()
+        assert locks.take(tmp_path, NAME) is None
+    assert os.listdir(tmp_path) == [f"{NAME}.7"]
+
+
+# ---------------------------------------------------------------- signs from the future
+
+
+def clock(monkeypatch):
+    """A clock of this process that the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_sign_from_the_future_is_judged_by_silence(tmp_path, monkeypatch):
+    now = clock(monkeypatch)
+    path = foreign(tmp_path, NAME, -1e6)
+    for now[0] in (0.0, 299.0):
+        assert locks.take(tmp_path, NAME) is None and locks.is_held(tmp_path, NAME)
+    os.utime(path, (path.stat().st_mtime + 15,) * 2)  # its owner lives
+    for now[0] in (300.0, 599.0):
+        assert locks.take(tmp_path, NAME) is None
+    now[0] = 601.0
+    assert not locks.is_held(tmp_path, NAME)
+    locks.take(tmp_path, NAME).release()
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- take it or say who has it
+
+
+def test_who_holds_a_lock_is_told_at_once(tmp_path):
+    with locks.take(tmp_path, NAME, what="train"):
+        with pytest.raises(ConfigError) as caught:
+            locks.hold(tmp_path, NAME, "eval", sleep=pytest.fail)
+    for word in (str(tmp_path), "train runs here", f"process {os.getpid()} on", "since 2"):
+        assert word in str(caught.value)
+    locks.hold(tmp_path, NAME, "eval", sleep=pytest.fail).release()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("age", [0.0, 100.0, -1e6])
+def test_a_holder_elsewhere_is_asked_for_a_sign(tmp_path, monkeypatch, age, caplog):
+    now, slept = clock(monkeypatch), []
+    path = foreign(tmp_path, NAME, age)
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+        if len(slept) == 3:
+            os.utime(path, (path.stat().st_mtime + 15,) * 2)
+
+    with caplog.at_level("INFO", "jax_lora"), pytest.raises(ConfigError, match="process 1 on far"):
+        locks.hold(tmp_path, NAME, "train", sleep=sleep)
+    assert len(slept) == 3 and "waiting for a sign of life" in caplog.text
+
+
+@pytest.mark.parametrize("age", [100.0, -1e6])
+def test_a_holder_elsewhere_that_is_silent_is_replaced(tmp_path, monkeypatch, age):
+    now, path = clock(monkeypatch), foreign(tmp_path, NAME, age)
+    files_now = path.stat().st_mtime + age
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    stat = os.stat
+
+    def passing(target, *args, **kwargs):  # the file server's clock goes on as well
+        found = stat(target, *args, **kwargs)
+        if Path(target).name.startswith(".") and age > 0:
+            return SimpleNamespace(st_mtime=files_now + now[0])
+        return found
+
+    monkeypatch.setattr(os, "stat", passing)
+    lock = locks.hold(tmp_path, NAME, "train", sleep=sleep)
+    assert (200 if age > 0 else 300) <= now[0] < 320
+    monkeypatch.undo()
+    lock.release()

@@ -10,8 +10,10 @@ all that it found dead is still there, and nothing else.
 
 An owner's sign of life is its file's modification time, which it renews; on one machine a kernel
 lock on the file tells at once, however a process ended. Clocks of different machines are never
-compared: all times are the file server's. As with every lease, an owner that stands still for
-longer than `silence` may be replaced; it ends as soon as it runs again and notices.
+compared: all times are the file server's, and where that was set back, so that a sign lies in the
+future, its owner's silence is measured by the one who waits. As with every lease, an owner that
+stands still for longer than `silence` may be replaced; it ends as soon as it runs again and
+notices. A file that no owner wrote (empty, cut, something else) is a dead owner's.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ import os
 import platform
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TextIO
+
+from jax_lora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +41,11 @@ BEAT = 15.0  # seconds between an owner's signs of life
 SILENCE = 300.0  # seconds without one after which an owner on another machine counts as dead
 
 
-def owner() -> dict[str, Any]:
+# The signs of life that lie in the future, and when this process first saw them, by its own clock.
+_future: dict[Path, tuple[float, float]] = {}
+
+
+def owner() -> dict[str, str | int]:
     """This process, as locks and results name it."""
     return {"host": platform.node(), "pid": os.getpid()}
 
@@ -54,7 +63,7 @@ class Lock:
     """
 
     def __init__(
-        self, path: Path, handle: Any, token: str, beat: float, lost: Callable[[str], None]
+        self, path: Path, handle: TextIO, token: str, beat: float, lost: Callable[[str], None]
     ):
         self.path = path
         self._handle = handle  # open: the kernel's lock goes with it
@@ -78,11 +87,12 @@ class Lock:
     def _is_held(self) -> bool:
         """Whether the file is there and no later owner took it from this one."""
         name, n = self.path.name.rsplit(".", 1)
-        found = {i: json.loads(text) for i, text in _files(self.path.parent, name).items()}
+        found = {i: _parse(text) for i, text in _files(self.path.parent, name).items()}
         if found.get(int(n), {}).get("token") != self._token:
             return False
         # A file whose owner took it from somebody else is one that is about to be withdrawn.
-        later = (file.get("after", self._token) for i, file in found.items() if i > int(n))
+        owners = (file for i, file in found.items() if i > int(n) and "machine" in file)
+        later = (file.get("after", self._token) for file in owners)
         return self._token not in later
 
     def release(self) -> None:
@@ -113,6 +123,7 @@ def take(
     folder: Path,
     name: str,
     *,
+    what: str = "",
     beat: float = BEAT,
     silence: float = SILENCE,
     lost: Callable[[str], None] = _end,
@@ -122,6 +133,7 @@ def take(
     Args:
       folder: of the locks, made if need be.
       name: of the lock.
+      what: the owner does, see `holder`.
       beat: seconds between signs of life.
       silence: seconds without one after which an owner counts as dead.
       lost: called with a line when another process took over; must not return.
@@ -135,13 +147,15 @@ def take(
             fcntl.flock(handle, fcntl.LOCK_EX)
         dead = _files(folder, name)
         now = os.stat(fresh).st_mtime
-        if any(now - _heartbeat(folder / f"{name}.{i}") < silence for i in dead):
+        if any(_silent_for(folder / f"{name}.{i}", now) < silence for i in dead):
             return None
         n = max(dead, default=0)
-        after = json.loads(dead[n]).get("token") if n else None
-        text = json.dumps({**owner(), "machine": _machine(), "token": token, "after": after})
+        after = _parse(dead[n]).get("token") if n else None
+        said = {**owner(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        text = json.dumps({**said, "machine": _machine(), "token": token, "after": after})
         handle.write(text)
         handle.flush()
+        os.fsync(handle.fileno())  # before another machine can see its name
         path = folder / f"{name}.{n + 1}"
         try:
             os.link(fresh, path)  # complete and locked from its first moment
@@ -159,21 +173,67 @@ def take(
             handle.close()
 
 
+def hold(
+    folder: Path,
+    name: str,
+    what: str,
+    *,
+    beat: float = BEAT,
+    silence: float = SILENCE,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Lock:
+    """Take a lock, or say who holds it.
+
+    A holder on this machine is seen to live or not. One elsewhere is waited for until it gives the
+    next sign of life, or gave none for `silence` and is replaced.
+
+    Args:
+      folder, name, beat, silence: as for `take`.
+      what: this process does, in a word or two.
+      sleep: waits so many seconds.
+
+    Raises:
+      ConfigError: a living process holds it: what it does, its host, its number, and since when.
+    """
+    first = None
+    while (lock := take(folder, name, what=what, beat=beat, silence=silence)) is None:
+        sign, held = last_heartbeat(folder, name), holder(folder, name)
+        who = f"{held.get('what') or 'a process'} runs here, process {held.get('pid')} on "
+        who += f"{held.get('host')}, since {held.get('since')}"
+        if sign == math.inf or (first is not None and sign > first > -math.inf):
+            raise ConfigError(f"{folder}: {who}; expected one at a time: wait until it ends")
+        if first is None and sign > -math.inf:
+            text = "%s: %s, or it died: waiting for a sign of life, for up to %.0f s"
+            logger.info(text, folder, who, silence)
+            first = sign
+        sleep(beat / 3)
+    return lock
+
+
 def _files(folder: Path, name: str) -> dict[int, str]:
     """The text of every file of a lock, by its number; no two files ever have the same text."""
     pattern = re.compile(rf"{re.escape(name)}\.(\d+)")
     matches = (pattern.fullmatch(file) for file in os.listdir(folder)) if folder.is_dir() else ()
     found = {}
     for match in filter(None, matches):
-        with suppress(FileNotFoundError), (folder / match[0]).open() as file:
+        with suppress(FileNotFoundError), (folder / match[0]).open(errors="replace") as file:
             found[int(match[1])] = file.read()
     return dict(sorted(found.items()))
 
 
-def holder(folder: Path, name: str) -> dict[str, Any]:
-    """Who took a lock last, see `owner`; empty where nobody holds it."""
+def _parse(text: str) -> dict[str, object]:
+    """What a lock's file says; nothing where no owner wrote it."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def holder(folder: Path, name: str) -> dict[str, object]:
+    """Who took a lock last, see `owner`, what for and since when; empty where nobody did."""
     found = _files(folder, name)
-    return json.loads(found[max(found)]) if found else {}
+    return _parse(found[max(found)]) if found else {}
 
 
 def last_heartbeat(folder: Path, name: str) -> float:
@@ -188,8 +248,11 @@ def last_heartbeat(folder: Path, name: str) -> float:
 
 def is_held(folder: Path, name: str, silence: float = SILENCE) -> bool:
     """Whether a living process holds a lock."""
-    sign = last_heartbeat(folder, name)
-    return sign == math.inf or (sign > -math.inf and _now(folder) - sign < silence)
+    found = _files(folder, name)
+    if not found:
+        return False
+    now = _now(folder)
+    return any(_silent_for(folder / f"{name}.{i}", now) < silence for i in found)
 
 
 def _now(folder: Path) -> float:
@@ -202,19 +265,34 @@ def _now(folder: Path) -> float:
         fresh.unlink(missing_ok=True)
 
 
+def _silent_for(path: Path, now: float) -> float:
+    """Seconds since the owner's last sign of life: -∞ where it is seen to live, ∞ to be dead.
+
+    Of a sign in the future, since this process first saw it.
+    """
+    sign = _heartbeat(path)
+    if sign <= now or sign == math.inf:
+        return now - sign
+    known, since = _future.get(path, (None, 0.0))
+    if known != sign:
+        since = time.monotonic()
+        _future[path] = sign, since
+    return time.monotonic() - since
+
+
 def _heartbeat(path: Path) -> float:
     """`last_heartbeat` of one file."""
     try:
-        with path.open() as file:
-            held = json.load(file)
+        with path.open(errors="replace") as file:
+            held = _parse(file.read())
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return math.inf
             except OSError:
-                return os.fstat(file.fileno()).st_mtime
+                return os.fstat(file.fileno()).st_mtime if held else -math.inf
             # The kernel of another machine may know nothing of its locks.
-            here = held["machine"] == _machine()
-            return -math.inf if here else os.fstat(file.fileno()).st_mtime
+            elsewhere = held.get("machine", _machine()) != _machine()
+            return os.fstat(file.fileno()).st_mtime if elsewhere else -math.inf
     except FileNotFoundError:
         return -math.inf

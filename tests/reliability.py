@@ -1,0 +1,363 @@
+"""Try what docs/reliability.md promises, and write that file.
+
+    python tests/reliability.py                # as often as the file says; about an hour
+    python tests/reliability.py --short        # a few tries of each, nothing is written
+    python tests/reliability.py damage locks   # some of them; the rows of the others stay
+
+A try that breaks a promise is printed and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+DOCUMENT = REPOSITORY / "docs" / "reliability.md"
+START, END = "<!-- measured -->\n", "<!-- end -->\n"  # what is between them is written here
+
+
+class Result(NamedTuple):
+    """A row of the table, and what broke the promise."""
+
+    promise: str
+    how: str
+    tries: int
+    outcome: str
+    broken: list[str]
+
+
+# ---------------------------------------------------------------- what is tried
+
+
+class Ground:
+    """A folder with the tiny model, the toy tasks, and a finished run."""
+
+    def __init__(self, folder: Path):
+        from jax_lora.data.toy import write_checkout
+        from tests.weights import builders
+
+        self.folder, self.model = folder, folder / "tiny.gguf"
+        vocabulary = builders.tiny_bpe("gpt-2")
+        weights = builders.hf_weights(len(vocabulary["tokens"]))
+        small = {k: v if v.ndim == 1 else 0.1 * v for k, v in weights.items()}
+        builders.write_gguf(self.model, small, tokenizer=vocabulary)
+        self.toy = write_checkout(folder / "toy", instances_per_task=12)
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self.run = folder / "finished"
+        self.finish(self.train(self.run))
+
+    def train(self, workdir: Path, steps: int = 6, rank: int = 64) -> list[str]:
+        """The command that trains there."""
+        keys = {
+            "model": self.model, "data.path": self.toy, "max_steps": steps, "batch_size": 2,
+            "checkpoint_every": 2, "optim.warmup_steps": 1, "optim.learning_rate": 1e-3,
+            "data.test_per_task": 2, "data.train_per_task": 4, "data.buckets": "(384,)",
+            "data.source_length": 384, "eval.buckets": "(384,)", "eval.max_new_tokens": 4,
+        }  # fmt: skip
+        flags = [f"--config.{key}={value}" for key, value in keys.items()]
+        config = f"--config={REPOSITORY}/configs/lora.py:rank={rank}"
+        return self.script("train.py", config, f"--workdir={workdir}", *flags)
+
+    def eval(self, workdir: Path) -> list[str]:
+        """The command that scores there, from the start."""
+        return self.script("eval.py", f"--workdir={workdir}", "--sets=unseen", "--overwrite")
+
+    def script(self, name: str, *arguments: str) -> list[str]:
+        """The command of a script."""
+        return [sys.executable, str(REPOSITORY / name), *arguments]
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        """A process that runs a command."""
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            cwd=REPOSITORY, env=self.environment,
+        )  # fmt: skip
+
+    def finish(self, command: list[str]) -> None:
+        """Run a command to its end, which must be a good one."""
+        process = self.start(command)
+        _, text = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{command}: exit code {process.returncode}\n{text}")
+
+    def fresh(self, name: str) -> Path:
+        """A folder that is not there."""
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage(ground: Ground, tries: int) -> list[Result]:
+    """Flip a bit of, or cut, a file of the newest of two checkpoints, and restore."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    from jax_lora.errors import DataError
+    from jax_lora.run import prepare
+    from jax_lora.run.folder import read_saved
+    from jax_lora.training.checkpoints import Checkpoints, steps_in
+
+    logging.getLogger("jax_lora").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    config, _ = read_saved(ground.run)
+    given = prepare.read_inputs(config, ground.run)
+    source = ground.run / "checkpoints"
+    newest, before = steps_in(source)
+    like = prepare.build(given, ground.fresh("empty")).state
+    made = {}
+    for step in (newest, before):
+        alone = ground.fresh("alone")
+        shutil.copytree(source / str(step), alone / str(step))
+        made[step] = Checkpoints(alone, alone=True).restore(like)
+
+    def is_equal(state, expected):
+        return all(map(np.array_equal, *map(jax.tree.leaves, (state, expected))))
+
+    plain = ocp.StandardCheckpointer()
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like.trainable)
+    }
+
+    def with_orbax(folder: Path) -> str:
+        """What Orbax alone makes of the trainable half."""
+        try:
+            found = plain.restore(folder / str(newest) / "trainable", named)
+        except Exception:
+            return "refused"
+        expected = jax.tree.leaves(made[newest].trainable)
+        good = all(map(np.array_equal, found.values(), expected))
+        return "equal" if good else "silent"
+
+    results = []
+    for kind in ("flip", "cut"):
+        rng, counts, alone, orbax, broken = random.Random(0), Counter(), Counter(), Counter(), []
+        for number in range(tries):
+            folder = ground.fresh("damaged")
+            shutil.copytree(source, folder)
+            _damage(folder / str(newest), kind, rng)
+            orbax[with_orbax(folder)] += 1
+            only = ground.fresh("only")
+            shutil.copytree(folder / str(newest), only / str(newest))
+            try:
+                state = Checkpoints(only, alone=True).restore(like)
+                alone["equal" if is_equal(state, made[newest]) else "silent"] += 1
+            except DataError:
+                alone["refused"] += 1
+            state = Checkpoints(folder).restore(like)
+            step = int(state.step)
+            good = step in made and is_equal(state, made[step])
+            counts[{newest: "equal", before: "before"}.get(step, "lost") if good else "silent"] += 1
+            if not good or alone["silent"]:
+                broken.append(f"{kind} {number}: step {step}")
+        what = {"flip": "one bit flipped", "cut": "one file cut"}[kind]
+        results.append(
+            Result(
+                "no damaged checkpoint is loaded; the one before is resumed from",
+                f"{what} at random in a rank-64 checkpoint, an older one beside it",
+                tries,
+                f"{counts['before']} passed over for the one before, {counts['equal']} in bytes "
+                f"that hold no value, {counts['silent']} loaded silently",
+                broken,
+            )
+        )
+        results.append(
+            Result(
+                "the same with no older one: refused",
+                f"{what}, as above",
+                tries,
+                f"{alone['refused']} refused, {alone['equal']} equal, {alone['silent']} silently; "
+                f"by Orbax alone: {orbax['refused']} refused, {orbax['equal']} equal (of the "
+                f"trainable half), {orbax['silent']} silently",
+                [],
+            )
+        )
+    return results
+
+
+def _damage(folder: Path, kind: str, rng: random.Random) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+    (path,) = rng.choices(files, [p.stat().st_size for p in files])
+    content = bytearray(path.read_bytes())
+    at = rng.randrange(len(content))
+    if kind == "cut":
+        content = content[:at]
+    else:
+        content[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+# ---------------------------------------------------------------- kills, locks, signals
+
+
+def kills(ground: Ground, tries: int) -> list[Result]:
+    """SIGKILL a training run again and again, see tests/training/killed.py."""
+    whole, killed = ground.fresh("whole"), ground.fresh("killed")
+    steps = max(20, 5 * tries)
+    flags = ground.train(killed, steps, rank=2)[2:]
+    flags = [flag for flag in flags if not flag.startswith("--workdir")]
+    driver = str(REPOSITORY / "tests/training/killed.py")
+    command = [sys.executable, driver, str(whole), str(killed), str(tries), "--", *flags]
+    ground.finish(command)
+    name = "adapter/adapter_model.safetensors"
+    equal = (whole / name).read_bytes() == (killed / name).read_bytes()
+    curves = [
+        [(row["step"], row["loss"]) for row in map(json.loads, path.open())]
+        for path in (whole / "metrics.jsonl", killed / "metrics.jsonl")
+    ]
+    good = equal and curves[0] == curves[1]
+    how = f"SIGKILL at a random moment of train.py, {tries} times in one run of {steps} steps"
+    outcome = "adapter and losses byte-equal" if good else "another adapter or other losses"
+    promise = "a killed run ends as an unbroken one, byte for byte"
+    return [Result(promise, how, tries, outcome, [] if good else [outcome])]
+
+
+def locks(ground: Ground, tries: int) -> list[Result]:
+    """Two scripts on one folder at the same time."""
+    results = []
+    for first, second in (("train", "train"), ("eval", "eval"), ("train", "eval")):
+        outcomes, broken = Counter(), []
+        for number in range(tries):
+            workdir = ground.fresh("shared")
+            shutil.copytree(ground.run, workdir)
+            if "train" in (first, second):  # two steps are left to be trained
+                shutil.rmtree(workdir / "checkpoints" / "6")
+            commands = [getattr(ground, name)(workdir) for name in (first, second)]
+            processes = [ground.start(command) for command in commands]
+            texts = [process.communicate(timeout=300)[1] for process in processes]
+            codes = sorted(process.returncode for process in processes)
+            refused = [text for p, text in zip(processes, texts, strict=True) if p.returncode == 2]
+            told = all("runs here, process" in text for text in refused)
+            # A second one that comes when the first has ended finds nobody there.
+            outcomes[str(codes)] += 1
+            if codes not in ([0, 2], [0, 0]) or not told:
+                broken.append(f"{first} beside {second} {number}: {codes} {texts}")
+        said = ", ".join(f"{count} × exit codes {codes}" for codes, count in outcomes.items())
+        how = f"{first}.py and {second}.py started together on one folder"
+        promise = "a run's folder has one owner, the second script says who it is"
+        results.append(Result(promise, how, tries, said, broken))
+    return results
+
+
+def signals(ground: Ground, tries: int) -> list[Result]:
+    """Each stop signal at random moments of each script."""
+    out = ground.folder / "converted"
+    study = [f"--config={REPOSITORY}/configs/study_smoke.py", "--config.ranks=(2,)"]
+    workdirs = {name: ground.folder / f"stopped-{name}" for name in ("train", "study")}
+    plan = [f"--config={REPOSITORY}/configs/lora_7b_a100.py:rank=2048", "--target=a100-80gb"]
+    shutil.copytree(ground.run, ground.fresh("stopped-eval"))
+    commands = {
+        "train": ground.train(workdirs["train"], 400),
+        "eval": ground.eval(ground.folder / "stopped-eval"),
+        "study": ground.script("study.py", f"--workdir={workdirs['study']}", *study),
+        "convert": ground.script("convert.py", str(ground.model), str(out)),
+        "plan": ground.script("plan.py", *plan),
+    }
+    results = []
+    for name, command in commands.items():
+        # How long it takes to its end, or to half a minute.
+        began, process = time.monotonic(), ground.start(command)
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.communicate()
+        length = time.monotonic() - began
+        rng, outcomes, broken, slowest = random.Random(0), Counter(), [], 0.0
+        for number in range(tries):
+            shutil.rmtree(out, ignore_errors=True)
+            process = ground.start(command)
+            time.sleep(rng.uniform(0.05 * length, length))
+            number = STOPS[number % len(STOPS)]
+            process.send_signal(number)
+            began = time.monotonic()
+            _, text = process.communicate(timeout=60)
+            slowest = max(slowest, time.monotonic() - began)
+            outcomes[process.returncode] += 1
+            lines = [line for line in text.splitlines() if line.lstrip("\r").startswith("stopped")]
+            good = process.returncode == 0 or (process.returncode == 75 and len(lines) == 1)
+            if not good or "Traceback" in text:
+                broken.append(f"{name}, {number.name}: {process.returncode} {text[-500:]}")
+        left = [path.name for path in ground.folder.glob(".*.new")]
+        said = ", ".join(f"{count} × exit code {code}" for code, count in outcomes.items())
+        results.append(
+            Result(
+                "a stop: one line, exit code 75 (0 at the end), nothing temporary left",
+                f"SIGTERM, SIGINT, SIGHUP at random moments of {name}.py",
+                tries,
+                f"{said}; the slowest ended after {slowest:.1f} s",
+                [*broken, *left],
+            )
+        )
+    return results
+
+
+# ---------------------------------------------------------------- all of them
+
+TRIES = {damage: (100, 5), kills: (40, 3), locks: (10, 1), signals: (30, 1)}
+
+
+def write(found: dict[str, list[Result]]) -> None:
+    """Put the rows of some trials into docs/reliability.md, in place of their old ones."""
+    text = DOCUMENT.read_text("utf-8")
+    head, tail = text[: text.index(START)], text[text.index(END) :]
+    lines = text[len(head) + len(START) : -len(tail)].splitlines()
+    header = ["| trial | promise | how it is tried | tries | outcome |", "|---|---|---|---:|---|"]
+    for trial in (one.__name__ for one in TRIES):
+        if trial in found:
+            rows = (map(str, (trial, *result[:4])) for result in found[trial])
+            header += [f"| {' | '.join(row)} |" for row in rows]
+        else:
+            header += [line for line in lines if line.startswith(f"| {trial} |")]
+    table = "".join(f"{line}\n" for line in header)
+    DOCUMENT.write_text(f"{head}{START}{table}{tail}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="damage, kills, locks, signals")
+    parser.add_argument("--short", action="store_true", help="a few tries of each")
+    given = parser.parse_args()
+    found: dict[str, list[Result]] = {}
+    with tempfile.TemporaryDirectory(prefix="jax_lora-reliability-") as folder:
+        ground = Ground(Path(folder))
+        for trial, counts in TRIES.items():
+            if given.names and trial.__name__ not in given.names:
+                continue
+            for result in trial(ground, counts[given.short]):
+                print(*result[:4], sep=" | ", flush=True)
+                print(*result.broken, sep="\n", flush=True)
+                found.setdefault(trial.__name__, []).append(result)
+    if not given.short:
+        write(found)
+    if any(result.broken for results in found.values() for result in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
