@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--remat", default="none", help="none, full, products, or several; PEFT's checkpointing")
     flag("--attention", default="auto", help="auto, xla, cudnn, flash, or several; ours")
     flag("--dropout", type=float, default=0.0)
-    flag("--unroll", type=int, default=1, help="layers per iteration of the scan; ours")
+    flag("--unroll", type=int, default=0, help="layers per iteration of the scan, 0: auto; ours")
     flag("--loss-chunk", type=int, default=256, help="positions with logits at a time; ours")
     flag("--layers", type=int, default=0, help="in place of the size's own")
     flag("--repeats", type=int, default=5, help="steps that count, behind two that do not")

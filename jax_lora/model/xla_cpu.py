@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, ad_checkpoint
 
 
 def einsum(spec: str, dtype: Any, x: Array, w: Array, platform: str) -> Array:
@@ -41,6 +41,28 @@ def from_bits(kernel: Array) -> Array:
     if kernel.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
     return kernel
+
+
+def checkpoint_name(x: Array, name: str, platform: str) -> Array:
+    """`jax.ad_checkpoint.checkpoint_name`, what is saved being bits where bfloat16 is slow.
+
+    A scan over layers stacks what it saves. For every layer XLA's CPU compiler (jax 0.10.2) widens
+    a whole bfloat16 stack to float32, writes one layer and rounds it back, work that grows with
+    the square of the depth. A stack of integers is updated in place.
+    """
+    if platform == "cpu" and x.dtype == jnp.bfloat16:
+        return _named_bits(x, name)
+    return ad_checkpoint.checkpoint_name(x, name)
+
+
+def _name_bits(x: Array, name: str) -> Array:
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return from_bits(ad_checkpoint.checkpoint_name(bits, name))
+
+
+# Integers have no tangent: that of x goes around them.
+_named_bits = jax.custom_jvp(_name_bits, nondiff_argnums=(1,))
+_named_bits.defjvp(lambda name, x, dx: (_name_bits(x[0], name), dx[0]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

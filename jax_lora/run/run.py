@@ -179,7 +179,7 @@ class Run:
         for dtype in dict.fromkeys((config.dtype, "float32")):
             config = config.replace(dtype=dtype)
             scored = scoring.load(self.workdir, config, adapter)
-            model = Llama(scored.shape, dtype=jnp.dtype(dtype), unroll=config.unroll)
+            model = Llama(scored.shape, dtype=jnp.dtype(dtype))
             one, *others = scoring.generators(config, model, scored.variables, meshes, end_ids)
             self._say(f"\n{scored.origin}, {dtype}: answers to {len(asked)} prompts that change")
             many = scheduler.round_robin([one, *others]) if others else None

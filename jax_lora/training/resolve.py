@@ -63,11 +63,13 @@ class Resolved:
     def model(self) -> Llama:
         """The Flax module that training applies."""
         c = self.config
+        # What a scan saves without remat XLA's CPU compiler copies stack by stack, see `xla_cpu`.
+        whole = self.platform == "cpu" and c.remat == "none"
         return Llama(
             self.shape,
             dtype=jnp.dtype(c.dtype),
             remat=c.remat,
-            unroll=c.unroll,
+            unroll=c.unroll or (self.shape.num_hidden_layers if whole else 1),
             attention=self.attention,
             platform=self.platform,
         )
