@@ -130,7 +130,8 @@ class RunConfig:
 
     # ---- the base model
     model: str = ""  # Hugging Face folder, hub id or GGUF file
-    dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32
+    dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32. "auto":
+    # float32 on a CPU without products of bfloat16; a run keeps what its first part had
     remat: str = "full"  # recomputed in the backward pass: layers; "products" or "none": less
     unroll: int = 0  # layers per iteration of the scan; 0: all on a CPU without remat, else 1
     attention: str = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
@@ -234,7 +235,7 @@ SPEED = (
 FREE = (*SPEED, "model", "data.path", "data.categories")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
-    "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
+    "dtype": ("bfloat16", "float32", "auto"),  # gradients of this loss underflow in float16
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),
     "lora.scaling": ("alpha/r", "alpha/sqrt(r)"),
@@ -261,9 +262,7 @@ DOMAINS: Mapping[typing.Any, tuple[float, float, str]] = (
         ),
         _COUNT,
     )
-    | dict.fromkeys(
-        ("seed", "round", "max_steps", "unroll", "optim.warmup_steps"), _COUNT_OR_NONE
-    )
+    | dict.fromkeys(("seed", "round", "max_steps", "unroll", "optim.warmup_steps"), _COUNT_OR_NONE)
     | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)
     | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)

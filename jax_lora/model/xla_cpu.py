@@ -7,11 +7,15 @@ Measured by benchmarks/cpu_products.py; docs/decisions/0002 tells the story.
 
 from __future__ import annotations
 
+import os
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, ad_checkpoint
 
 
@@ -95,6 +99,37 @@ def _einsum_vjp_backward(spec, dtype, platform, saved, g):
 
 
 _einsum_vjp.defvjp(_einsum_vjp_forward, _einsum_vjp_backward)
+
+
+def has_bfloat16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU at hand multiplies bfloat16 numbers: AMX or AVX512-BF16, as Linux names them.
+
+    Elsewhere XLA converts them to float32 first, which is slower than float32 alone. An instruction
+    set that XLA_FLAGS excludes (`--xla_cpu_max_isa=AVX2`) counts as one that the CPU lacks.
+    """
+    found = re.search(r"xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if found and not found[1].startswith(("AVX512_BF16", "AMX")):
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+    return flags is not None and not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags[1].split())
+
+
+def reduction_error() -> float:
+    """The relative error of a sum that a compiler is known to get wrong; about 1e-7 if right.
+
+    A batched product with a broadcast constant, times its own left operand, in float32. Without
+    `cli.set_xla_flags` the CPU compilers of jax 0.10.2 and 0.12.0 are wrong without bound, see
+    docs/upstream/xla_cpu_reduce.md.
+    """
+    x = np.random.default_rng(1).standard_normal((4, 48, 48), np.float32)
+
+    @jax.jit
+    def total(x, c):
+        w = jnp.broadcast_to(c, (x.shape[0], x.shape[2], x.shape[1]))
+        return jnp.sum(jnp.matmul(x, w, precision="highest") * x, axis=(1, 2))
+
+    expected = (x.sum(2, keepdims=True, dtype=np.float64) * 0.5 * x).sum((1, 2))
+    return float(np.abs(total(x, np.float32(0.5)) - expected).max() / np.abs(expected).max())
 
 
 def bitcast_bf16(frozen: Any, platform: str) -> Any:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_lora.config import RunConfig
-from jax_lora.model import attention, lora
+from jax_lora.model import attention, lora, xla_cpu
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training.step import Step, adamw, make_step, schedule
@@ -24,7 +24,7 @@ class Resolved:
     """A run's config with nothing left open; from `resolve`.
 
     Attributes:
-      config: as it was given.
+      config: as it was given, but for its dtype.
       shape: of the base model.
       platform: "cpu", "gpu"/"cuda" or "tpu".
       mesh_sizes: of data, fsdp and tensor; their product is the number of devices.
@@ -107,6 +107,14 @@ class Resolved:
         )
 
 
+def with_dtype(config: RunConfig, platform: str) -> RunConfig:
+    """The config with its "auto" dtype chosen: bfloat16, but for a CPU that lacks it (this one)."""
+    if config.dtype != "auto":
+        return config
+    fast = platform != "cpu" or xla_cpu.has_bfloat16_products()
+    return config.replace(dtype="bfloat16" if fast else "float32")
+
+
 def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) -> Resolved:
     """Decide what a config leaves open.
 
@@ -120,6 +128,7 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
       ConfigError: a mesh that does not fit the devices, an attention kernel that cannot run, or a
         LoRA target that the model does not have.
     """
+    config = with_dtype(config, platform)
     lengths = config.data.buckets
     kernel = config.attention
     if kernel == "auto":

@@ -1,6 +1,9 @@
 """What the CPU's compiler makes of the model: what is slow in it, and what is wrong."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,10 @@ import numpy as np
 import pytest
 
 from jax_lora.config import RunConfig
+from jax_lora.model import xla_cpu
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import has_bfloat16_products
 from jax_lora.training.resolve import resolve
 
 SHAPE = LlamaConfig(256, 32, 48, 5, 4, 2, 8, tie_word_embeddings=True)
@@ -58,3 +63,38 @@ def test_gradients_pass_what_is_saved_as_bits(remat):
 )
 def test_without_remat_a_cpu_has_no_scan(platform, changes, layers):
     assert resolve(RunConfig().replace(**changes), SHAPE, platform, 1).model().unroll == layers
+
+
+def test_the_compiler_is_right_about_a_sum():
+    # In a process of its own: the flag must be set before JAX starts.
+    check = (
+        "from jax_lora import cli; cli.set_xla_flags()\n"
+        "from jax_lora.model.xla_cpu import reduction_error; print(reduction_error())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    found = subprocess.check_output([sys.executable, "-c", check], text=True, env=environment)
+    assert float(found) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "xla_flags", "fast"),
+    [
+        ("fpu avx2 avx512_bf16 avx512f", "", True),
+        ("fpu amx_tile amx_bf16", "--xla_cpu_multi_thread_eigen=true", True),
+        ("fpu avx2 avx512f", "", False),
+        ("fpu avx512_bf16", "--xla_cpu_max_isa=AVX2", False),
+        ("fpu avx512_bf16", "--xla_cpu_max_isa=AVX512_BF16", True),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
+    flags, xla_flags, fast, tmp_path, monkeypatch
+):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags)
+    assert has_bfloat16_products(cpuinfo) == fast
+    assert not has_bfloat16_products(tmp_path / "none")  # neither Linux nor x86
+    monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda: fast)
+    config = RunConfig().replace(dtype="auto")
+    assert resolve(config, SHAPE, "cpu", 1).config.dtype == ("bfloat16" if fast else "float32")
+    assert resolve(config, SHAPE, "cuda", 1).config.dtype == "bfloat16"
