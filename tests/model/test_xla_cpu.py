@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_lora.config import RunConfig
-from jax_lora.model import xla_cpu
+from jax_lora.model import kv_cache, xla_cpu
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import has_bfloat16_products
@@ -63,6 +63,24 @@ def test_gradients_pass_what_is_saved_as_bits(remat):
 )
 def test_without_remat_a_cpu_has_no_scan(platform, changes, layers):
     assert resolve(RunConfig().replace(**changes), SHAPE, platform, 1).model().unroll == layers
+
+
+def test_the_cache_is_written_without_a_conversion():
+    q, new = jnp.ones((3, 2, 2, 1, 8), jnp.bfloat16), jnp.ones((3, 2, 1, 8), jnp.bfloat16)
+    shapes = kv_cache.empty(SHAPE, 3, 40, jnp.bfloat16, "cpu")
+    attend = jax.jit(lambda k, v, n: kv_cache.Cache(k, v, n).attend(q, new, new, "cpu"))
+    program = attend.lower(*shapes, jnp.arange(3)).compile().as_text()
+    assert re.search(r"u16\[3,2,40,8\]", program)
+    assert not re.search(r"f32\[3,2,(40,8|8,40)\]", program)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_argmax_is_the_first_of_the_largest(platform):
+    logits = np.random.default_rng(0).integers(-9, 9, (4, 300)).astype(np.float32)
+    logits[3] = -np.inf
+    np.testing.assert_array_equal(
+        xla_cpu.argmax(jnp.asarray(logits), platform), logits.argmax(axis=1)
+    )
 
 
 def test_the_compiler_is_right_about_a_sum():
