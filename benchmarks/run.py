@@ -139,6 +139,7 @@ def _shape(text: str) -> tuple[int, int]:
 def main(argv: list[str]) -> None:
     """Measure what the flags say."""
     flags = parse(argv)
+    cli.set_xla_flags()
     cli.keep_memory()  # as our scripts do; PyTorch's side, in the same process, gains as much
     # JAX and PyTorch share the device where sides take turns.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -44,8 +44,8 @@ class Cache(NamedTuple):
         k = self.k.at[slots].set(keys, unique_indices=True)
         v = self.v.at[rows, :, at].set(values, unique_indices=True)
         visible = jnp.arange(v.shape[2]) <= at[:, :, None]
-        mixed = softmax_mix(platform, q, _upright(from_bits(k), platform), from_bits(v), visible)
-        return mixed, (k, v)
+        numbers = _upright(from_bits(k), platform), from_bits(v)
+        return softmax_mix(platform, q, *numbers, visible), (k, v)
 
 
 def _upright(k: Array, platform: str) -> Array:
