@@ -166,4 +166,6 @@ def bitcast_bf16(frozen: PyTree, platform: str) -> PyTree:
       frozen: a tree of arrays, the base or the frozen half of the variables.
       platform: of the program that takes it.
     """
+    if platform != "cpu":
+        return frozen
     return jax.tree.map(lambda x: to_bits(x, platform) if x.ndim == 3 else x, frozen)
