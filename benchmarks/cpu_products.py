@@ -7,7 +7,7 @@ little; on one core, since threads that wait would count. The shapes are SmolLM2
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,18 @@ LOOP = 10  # writes per call
 Ways = dict[str, tuple[Callable[..., jax.Array], tuple[jax.Array, ...]]]
 
 
-def compare(name: str, ways: Ways, per_call: int = 1, calls: int = 15) -> None:
-    """Print the time of every way, given as a function and its arguments."""
-    compiled = {way: jax.jit(function) for way, (function, _) in ways.items()}
+def compare(
+    name: str,
+    ways: Ways,
+    per_call: int = 1,
+    calls: int = 15,
+    options: Mapping[str, dict[str, str]] | None = None,
+) -> None:
+    """Print the time of every way, given as a function, its arguments and its compiler options."""
+    compiled = {
+        way: jax.jit(function, compiler_options=(options or {}).get(way))
+        for way, (function, _) in ways.items()
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for call in range(calls + 1):
         for way, (_, arguments) in ways.items():
@@ -111,7 +120,21 @@ def writes() -> None:
     compare("a write into the cache", ways, LOOP)
 
 
+def reductions() -> None:
+    """What the flag of `cli.set_xla_flags` costs: reductions that XLA does not fuse."""
+
+    def softmax(x: jax.Array) -> jax.Array:
+        x = jnp.exp(x - x.max(axis=-1, keepdims=True))
+        return x / x.sum(axis=-1, keepdims=True)
+
+    # Less the reductions, as compiler options can say it; the flag's own minus is for XLA_FLAGS.
+    off = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    for name, shape in (("256 x 49152 logits", (256, 49152)), ("attention", (2, 9, 128, 128))):
+        ways: Ways = {way: (softmax, (jnp.ones(shape),)) for way in ("fused", "not fused")}
+        compare(f"softmax of {name}", ways, options={"not fused": off})
+
+
 if __name__ == "__main__":
     print(f"jax {jax.__version__}")
-    for measure in (results, transposed, attention, largest, writes):
+    for measure in (results, transposed, attention, largest, writes, reductions):
         measure()

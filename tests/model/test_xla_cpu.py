@@ -35,7 +35,7 @@ def loss_and_gradient(dtype, **options):
 @pytest.mark.parametrize("remat", ["full", "products"])
 def test_saved_activations_are_not_stacked_in_float32(remat):
     step, *arguments = loss_and_gradient(jnp.bfloat16, remat=remat)
-    program = step.lower(*arguments).compile().as_text()
+    program = step.lower(*arguments).compile().as_text() or ""
     assert re.search(r"u16\[5,2,24,", program)
     assert not re.search(r"(f32|bf16)\[5,2,(24|2),", program)
 
@@ -69,7 +69,7 @@ def test_the_cache_is_written_without_a_conversion():
     q, new = jnp.ones((3, 2, 2, 1, 8), jnp.bfloat16), jnp.ones((3, 2, 1, 8), jnp.bfloat16)
     shapes = kv_cache.empty(SHAPE, 3, 40, jnp.bfloat16, "cpu")
     attend = jax.jit(lambda k, v, n: kv_cache.Cache(k, v, n).attend(q, new, new, "cpu"))
-    program = attend.lower(*shapes, jnp.arange(3)).compile().as_text()
+    program = attend.lower(*shapes, jnp.arange(3)).compile().as_text() or ""
     assert re.search(r"u16\[3,2,40,8\]", program)
     assert not re.search(r"f32\[3,2,(40,8|8,40)\]", program)
 
