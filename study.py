@@ -32,9 +32,7 @@ _SUBMIT = flags.DEFINE_boolean("submit", False, "submit the job array")
 _WORKERS = flags.DEFINE_integer("workers", 1, "tasks of the job array")
 _HOSTS = flags.DEFINE_integer("hosts", 1, "nodes of each task of the job array")
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "an option for the job array: --gres=gpu:1")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "of the processes of one worker: see train.py"
-)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "of a worker's processes: see train.py")
 _PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes there are")
 _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 
