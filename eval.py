@@ -45,6 +45,7 @@ _CHECK_PROMPTS = flags.DEFINE_integer(
 
 
 def main(_):
+    cli.set_xla_flags()
     cli.keep_programs()
     with cli.exit_codes():
         if not _WORKDIR.value:
@@ -63,7 +64,7 @@ def main(_):
         if not _CHECK.value:
             run.score(_SETS.value, _ADAPTER.value, overwrite=_OVERWRITE.value, **options)
         elif not run.check(_ADAPTER.value, _CHECK_PROMPTS.value, **options):
-            raise RunFailed("results depend on how work is cut")
+            raise RunFailed("results depend on how work is cut, or the compiler is wrong")
 
 
 if __name__ == "__main__":

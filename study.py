@@ -41,6 +41,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 
 def main(_):
     cli.keep_memory()
+    cli.set_xla_flags()
     cli.keep_programs()
     with cli.exit_codes():
         if not _WORKDIR.value:

@@ -41,6 +41,7 @@ def main(_):
 
             return print(status(_STATUS.value))
     cli.keep_memory()
+    cli.set_xla_flags()
     cli.keep_programs()
     with cli.exit_codes():
         if _CONFIG.value is None:

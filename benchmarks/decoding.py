@@ -188,6 +188,7 @@ def main(argv: Sequence[str]) -> None:
     flag("--out", type=Path, default=REPOSITORY / "runs" / "benchmark")
     flags = parser.parse_args(argv)
 
+    cli.set_xla_flags()
     cli.keep_memory()  # as eval.py does; the peer gains as much
     buckets = tuple(map(int, flags.buckets.split(",")))
     sides = {"ours": our_side(flags.model, flags.dtype, flags.batch, buckets)}

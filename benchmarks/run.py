@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--remat", default="none", help="none, full, products, or several; PEFT's checkpointing")
     flag("--attention", default="auto", help="auto, xla, cudnn, flash, or several; ours")
     flag("--dropout", type=float, default=0.0)
-    flag("--unroll", type=int, default=1, help="layers per iteration of the scan; ours")
+    flag("--unroll", type=int, default=0, help="layers per iteration of the scan, 0: auto; ours")
     flag("--loss-chunk", type=int, default=256, help="positions with logits at a time; ours")
     flag("--layers", type=int, default=0, help="in place of the size's own")
     flag("--repeats", type=int, default=5, help="steps that count, behind two that do not")
@@ -139,6 +139,7 @@ def _shape(text: str) -> tuple[int, int]:
 def main(argv: list[str]) -> None:
     """Measure what the flags say."""
     flags = parse(argv)
+    cli.set_xla_flags()
     cli.keep_memory()  # as our scripts do; PyTorch's side, in the same process, gains as much
     # JAX and PyTorch share the device where sides take turns.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -11,6 +11,8 @@ from configs import base
 def get_config(arg=None):
     config = base.get_config()
     config.model = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.dtype = "auto"
+    config.remat = "products"
     config.data.path = "runs/toy"
     config.data.test_per_task = 5
     config.data.answer_only = True

@@ -16,6 +16,8 @@ from configs import base
 def get_config(arg=None):
     config = base.get_config()
     config.model = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.dtype = "auto"
+    config.remat = "products"
     config.data.test_per_task = 20
     config.data.answer_only = True
     config.data.loss_mean = "examples"  # else the labels' two tokens drown among the summaries

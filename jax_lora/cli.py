@@ -161,6 +161,19 @@ def keep_memory() -> None:
         ctypes.CDLL(None).mallopt(parameter, value)
 
 
+def set_xla_flags() -> None:
+    """Keep XLA's CPU compiler from fusing reductions, of which it makes wrong sums.
+
+    docs/upstream/xla_cpu_reduce.md shows the fault; `Run.check` looks for it. To be called before
+    JAX starts. It is left to the scripts, since XLA_FLAGS belongs to the process: set on import,
+    it would change programs that are not ours, or come too late. Nothing is set where the user has
+    set XLA_FLAGS, or in a version that may not know the flag, since XLA then aborts.
+    """
+    version = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
+    if only_cpu() and (0, 10) <= version < (0, 13):
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-reduce")
+
+
 def only_cpu() -> bool:
     """Whether JAX can have no other devices than CPUs, without starting it."""
     import jax

@@ -134,9 +134,10 @@ class RunConfig:
 
     # ---- the base model
     model: str = ""  # Hugging Face folder, hub id or GGUF file
-    dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32
+    dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32. "auto":
+    # float32 on a CPU without products of bfloat16; a run keeps what its first part had
     remat: str = "full"  # recomputed in the backward pass: layers; "products" or "none": less
-    unroll: int = 1  # layers per iteration of the scan
+    unroll: int = 0  # layers per iteration of the scan; 0: all on a CPU without remat, else 1
     attention: str = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
     loss_chunk: int = 1024  # positions whose logits exist at once, on a device
 
@@ -254,7 +255,7 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
     "on_nonfinite": ("stop", "skip"),
-    "dtype": ("bfloat16", "float32"),  # gradients of this loss underflow in float16
+    "dtype": ("bfloat16", "float32", "auto"),  # gradients of this loss underflow in float16
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),
     "lora.scaling": ("alpha/r", "alpha/sqrt(r)"),
@@ -275,14 +276,14 @@ DOMAINS: Mapping[str, tuple[float, float, str]] = (
     dict.fromkeys(
         (
             *("epochs", "batch_size", "micro_tokens", "log_every", "checkpoint_every"),
-            *("unroll", "loss_chunk", "lora.rank", "data.sizes"),
+            *("loss_chunk", "lora.rank", "data.sizes"),
             *("data.train_per_task", "data.test_per_task", "data.source_length"),
             *("data.target_length", "data.buckets", "eval.max_new_tokens", "eval.buckets"),
             *("eval.batch_tokens", "eval.max_batch", "eval.devices_per_copy"),
         ),
         _COUNT,
     )
-    | dict.fromkeys(("seed", "round", "max_steps", "optim.warmup_steps"), _COUNT_OR_NONE)
+    | dict.fromkeys(("seed", "round", "max_steps", "unroll", "optim.warmup_steps"), _COUNT_OR_NONE)
     | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)
     | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)

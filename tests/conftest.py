@@ -99,6 +99,7 @@ def many_cpus(count: int) -> dict[str, str]:
         # Less optimisation of the code for a core, which makes compiling the larger part cheaper.
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_experimental_ynn_fusion_type=-reduce",  # see `cli.set_xla_flags`
     )
     # A device that waits in a collective keeps a thread, a device may wait in several at once, and
     # of a pool of a thread a device (or a core) none may be left to bring in the last: XLA then

@@ -109,6 +109,19 @@ def test_memory_is_kept_where_only_a_cpu_computes(monkeypatch):
         jax.config.update("jax_platforms", before)
 
 
+def test_xla_flags_of_the_user_are_left(monkeypatch):
+    monkeypatch.setattr(cli, "only_cpu", lambda: True)
+    for before, after in (("", ""), ("--xla_cpu_max_isa=AVX2", "--xla_cpu_max_isa=AVX2")):
+        monkeypatch.setenv("XLA_FLAGS", before)
+        cli.set_xla_flags()
+        assert os.environ["XLA_FLAGS"] == after
+    monkeypatch.delenv("XLA_FLAGS")
+    for version in ("0.9.2", "0.13.0"):  # XLA aborts at a flag that it does not know
+        monkeypatch.setattr(cli.metadata, "version", lambda _, version=version: version)
+        cli.set_xla_flags()
+        assert "XLA_FLAGS" not in os.environ
+
+
 # ---------------------------------------------------------------- stops
 
 STOPPED = """

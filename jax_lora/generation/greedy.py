@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jax_lora import sharding
-from jax_lora.model import kv_cache
+from jax_lora.model import kv_cache, xla_cpu
 from jax_lora.model.rope import rope_tables
 from jax_lora.model.transformer import Block, Llama, Positions
 
@@ -259,7 +259,7 @@ def _argmax_token(model: Llama, weights: Weights, hidden: Array) -> Array:
     logits = model.clone(transposed=model.platform == "cpu").apply(
         weights.non_layer, hidden, method="head"
     )
-    return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+    return xla_cpu.argmax(logits[:, 0], model.platform)
 
 
 def _is_running(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:

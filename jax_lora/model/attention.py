@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_lora.errors import ConfigError
@@ -68,7 +68,9 @@ def _softmax_mix_backward(platform, saved, g):
 softmax_mix.defvjp(_softmax_mix_forward, _softmax_mix_backward)
 
 
-def xla(q: Array, k: Array, v: Array, segments: Any, *, platform: str) -> Array:
+def xla(
+    q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None, *, platform: str
+) -> Array:
     """`softmax_mix` under the causal mask: any platform and dtype.
 
     Long rows are split into 2, 4 or 8 parts, each with the keys up to its own end: little more
@@ -114,7 +116,7 @@ def flash(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> A
 
     b, kv, g, t, h = q.shape
     ids = None if segments is None else pallas.SegmentIds(segments, segments)
-    wide: Any = partial(jnp.repeat, repeats=g, axis=1)
+    wide = partial(jnp.repeat, repeats=g, axis=1)
     out = pallas.flash_attention(
         q.reshape(b, kv * g, t, h),
         wide(k),
@@ -126,7 +128,7 @@ def flash(q: Array, k: Array, v: Array, segments: Int[Array, "B T"] | None) -> A
     return out.reshape(q.shape)
 
 
-Kernel = Callable[[Array, Array, Array, Any], Array]
+Kernel = Callable[[Array, Array, Array, Array | None], Array]
 KERNELS: dict[str, Callable[..., Array]] = {"xla": xla, "cudnn": cudnn, "flash": flash}
 
 
@@ -138,7 +140,7 @@ def kernel(which: str | Kernel, platform: str) -> Kernel:
     return partial(xla, platform=platform) if which == "xla" else KERNELS[which]
 
 
-def best(platform: str, dtype: Any, head_dim: int, lengths: Sequence[int] = ()) -> str:
+def best(platform: str, dtype: DTypeLike, head_dim: int, lengths: Sequence[int] = ()) -> str:
     """The fastest kernel that can run there, see `check`."""
     for name in ("cudnn", "flash"):
         try:
@@ -149,7 +151,9 @@ def best(platform: str, dtype: Any, head_dim: int, lengths: Sequence[int] = ()) 
     return "xla"
 
 
-def check(name: str, platform: str, dtype: Any, head_dim: int, lengths: Sequence[int] = ()) -> None:
+def check(
+    name: str, platform: str, dtype: DTypeLike, head_dim: int, lengths: Sequence[int] = ()
+) -> None:
     """Make sure that a kernel can run.
 
     Args:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
 
 from jax_lora.model.attention import softmax_mix
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.xla_cpu import from_bits, to_bits
 
 Arrays = tuple[Array, Array]  # `k` and `v` of a `Cache`
 
@@ -17,12 +19,12 @@ class Cache(NamedTuple):
     """Keys and values of the tokens before, S slots a row: a token's slot is its place there.
 
     On a CPU keys are transposed, (B, K, H, S): their products are several times as fast so. A GPU's
-    compiler would turn them back, with a second copy of all keys. `length`: (B,) slots taken; new
-    tokens go behind them and see them, and each other under the causal mask.
+    compiler would turn them back, with a second copy of all keys. Both are `to_bits`. `length`:
+    (B,) slots taken; new tokens go behind them and see them, and each other under the causal mask.
     """
 
-    k: Float[Array, "B K S H"] | Float[Array, "B K H S"]
-    v: Float[Array, "B K S H"]
+    k: Shaped[Array, "B K S H"] | Shaped[Array, "B K H S"]
+    v: Shaped[Array, "B K S H"]
     length: Int[Array, " B"]
 
     def attend(
@@ -38,19 +40,22 @@ class Cache(NamedTuple):
         slots = (
             (rows, slice(None), slice(None), at) if platform == "cpu" else (rows, slice(None), at)
         )
-        k = self.k.at[slots].set(keys.transpose(0, 2, 1, 3), unique_indices=True)
-        v = self.v.at[rows, :, at].set(values.transpose(0, 2, 1, 3), unique_indices=True)
+        keys, values = (to_bits(x.transpose(0, 2, 1, 3), platform) for x in (keys, values))
+        k = self.k.at[slots].set(keys, unique_indices=True)
+        v = self.v.at[rows, :, at].set(values, unique_indices=True)
         visible = jnp.arange(v.shape[2]) <= at[:, :, None]
-        return softmax_mix(platform, q, _upright(k, platform), v, visible), (k, v)
+        numbers = _upright(from_bits(k), platform), from_bits(v)
+        return softmax_mix(platform, q, *numbers, visible), (k, v)
 
 
 def _upright(k: Array, platform: str) -> Array:
     return k.swapaxes(2, 3) if platform == "cpu" else k
 
 
-def empty(config: LlamaConfig, rows: int, slots: int, dtype: Any, platform: str) -> Arrays:
+def empty(config: LlamaConfig, rows: int, slots: int, dtype: DTypeLike, platform: str) -> Arrays:
     """`k` and `v` of a layer without tokens."""
-    v = jnp.zeros((rows, config.num_key_value_heads, slots, config.head_dim), dtype)
+    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+    v = to_bits(jnp.zeros(shape, dtype), platform)
     return _upright(v, platform), v
 
 

@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jax_lora.errors import ConfigError
@@ -32,7 +31,7 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
 from jax_lora.model.kv_cache import Cache
 from jax_lora.model.rope import rope_tables, rotate
-from jax_lora.model.xla_cpu import einsum, from_bits, matmul_transposed
+from jax_lora.model.xla_cpu import checkpoint_name, einsum, from_bits, matmul_transposed
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
 # linear layers' products with frozen kernels and of attention, the expensive ones.
@@ -82,9 +81,8 @@ class Dense(nn.Module):
             kernel = kernel.T
         else:
             kernel = self.param("kernel", _INIT, (x.shape[-1], features))
-            y = base = checkpoint_name(
-                einsum("btd,df->btf", x.dtype, x, kernel, self.platform), "product"
-            )
+            product = einsum("btd,df->btf", x.dtype, x, kernel, self.platform)
+            y = base = checkpoint_name(product, "product", self.platform)
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
@@ -184,7 +182,7 @@ class Attention(nn.Module):
             )
             mixed, updated = cache.attend(q, keys, values, self.platform)
             updated = tuple(self.shard_activation(x, "batch", "kv_heads") for x in updated)
-        mixed = checkpoint_name(mixed, "product")
+        mixed = checkpoint_name(mixed, "product", self.platform)
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
         return project("o_proj", mixed), updated
 
@@ -229,6 +227,8 @@ class Block(nn.Module):
             transposed=self.transposed,
             platform=platform,
         )
+        if platform == "cpu":  # what every remat policy saves, see `checkpoint_name`
+            x = checkpoint_name(x, "states", platform)
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         attend = Attention(c, self.attention, dense, shard, platform, name="self_attn")
         attended, updated = attend(normed, layer, positions, cache, dropout)
@@ -256,7 +256,8 @@ class Llama(nn.Module):
       dtype: of the activations and matrix products; parameters keep their own.
       remat: what the backward pass recomputes, see `REMAT`.
       attention: the kernel of prefill and training, among `attention.KERNELS`; or one itself.
-      unroll: layers per step of the scan; more compile longer and, on a CPU, run faster.
+      unroll: layers per step of the scan; more compile longer and, on a CPU, run faster. With
+        `remat`, leave 1: in one step XLA finds what the backward pass would compute again.
       shard_activation: constrains the sharding of activations, see `jax_lora.sharding.Activations`.
       transposed: the head's kernel is stored (V, D), see `matmul_transposed`; for decoding.
       platform: that the program will run on: "cpu", "gpu"/"cuda" or "tpu"; by default JAX's
@@ -284,10 +285,9 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_INIT)
         block: Any = Block
         if self.remat != "none":
-            keep = jax.checkpoint_policies.save_only_these_names("product")
-            block = nn.remat(
-                Block, prevent_cse=False, policy=keep if self.remat == "products" else None
-            )
+            names = ("states", "product") if self.remat == "products" else ("states",)
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},

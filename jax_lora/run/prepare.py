@@ -89,6 +89,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
         )
     shape = base_weights.read_config(config.model)
     resolved = resolve(config, shape, jax.default_backend(), len(jax.devices()))
+    config = resolved.config
     mesh = sharding.make_mesh(resolved.mesh_sizes)
     mesh = mesh if mesh.size > 1 else None
     shapes: dict[str, PyTree] = {"params": counts.base_shapes(shape)}

@@ -236,7 +236,7 @@ def score(
     for name in names:
         evaluate.write_examples(results / name, rows[name])
         evaluate.write_labels(results / name, checkout, sets[name].tasks)
-    model = Llama(scored.shape, dtype=jnp.dtype(config.dtype), unroll=config.unroll)
+    model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
     generate = scheduler.round_robin(generators(config, model, scored.variables, meshes, end_ids))
     origin = scored.origin
     del scored

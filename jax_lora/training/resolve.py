@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_lora.config import RunConfig
-from jax_lora.model import attention, lora
+from jax_lora.model import attention, lora, xla_cpu
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training.optimizers import make_optimizer, schedule
@@ -25,7 +25,7 @@ class Resolved:
     """A run's config with nothing left open; from `resolve`.
 
     Attributes:
-      config: as it was given.
+      config: as it was given, but for its dtype.
       shape: of the base model.
       platform: "cpu", "gpu"/"cuda" or "tpu".
       mesh_sizes: of data, fsdp and tensor; their product is the number of devices.
@@ -64,11 +64,13 @@ class Resolved:
     def model(self) -> Llama:
         """The Flax module that training applies."""
         c = self.config
+        # What a scan saves without remat XLA's CPU compiler copies stack by stack, see `xla_cpu`.
+        whole = self.platform == "cpu" and c.remat == "none"
         return Llama(
             self.shape,
             dtype=jnp.dtype(c.dtype),
             remat=c.remat,
-            unroll=c.unroll,
+            unroll=c.unroll or (self.shape.num_hidden_layers if whole else 1),
             attention=self.attention,
             platform=self.platform,
         )
@@ -97,6 +99,14 @@ class Resolved:
         )
 
 
+def with_dtype(config: RunConfig, platform: str) -> RunConfig:
+    """The config with its "auto" dtype chosen: bfloat16, but for a CPU that lacks it (this one)."""
+    if config.dtype != "auto":
+        return config
+    fast = platform != "cpu" or xla_cpu.has_bfloat16_products()
+    return config.replace(dtype="bfloat16" if fast else "float32")
+
+
 def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) -> Resolved:
     """Decide what a config leaves open.
 
@@ -110,6 +120,7 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
       ConfigError: a mesh that does not fit the devices, an attention kernel that cannot run, a
         LoRA target that the model does not have, or rows longer than its sliding window.
     """
+    config = with_dtype(config, platform)
     lengths = config.data.buckets
     shape.check_length(max(lengths))
     kernel = config.attention

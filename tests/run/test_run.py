@@ -19,7 +19,7 @@ from jax_lora.data.toy import write_checkout
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.evaluation import metrics
 from jax_lora.files import read_jsonl
-from jax_lora.model import lora
+from jax_lora.model import lora, xla_cpu
 from jax_lora.run import folder, inputs, prepare, scoring, training
 from jax_lora.training import loop
 from jax_lora.weights import base as base_weights
@@ -93,6 +93,20 @@ def test_a_run_is_resumed_with_all_that_decides_no_result(run, config, tmp_path)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     with pytest.raises(ConfigError, match="config.optim.b1 is 0.9 there and 0.8 here"):
         jax_lora.Run.open(config.replace(**{"optim.b1": 0.8}), workdir).train()
+
+
+def test_a_run_keeps_the_dtype_that_auto_was_where_it_began(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda: True)
+    config, workdir = config.replace(dtype="auto"), tmp_path / "r"
+    with pytest.raises(Stopped):
+        jax_lora.Run.open(config, workdir).train(asked_to_stop=lambda: True)
+    assert folder.read_saved(workdir)[0].dtype == "bfloat16"
+    monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda: False)
+    assert jax_lora.Run.open(config, tmp_path / "other").config.dtype == "float32"
+    resumed = jax_lora.Run.open(config, workdir)
+    assert resumed.config.dtype == "bfloat16" and len(resumed.train()) == 4
+    with pytest.raises(ConfigError, match="config.dtype is 'bfloat16' there and 'float32' here"):
+        jax_lora.Run.open(config.replace(dtype="float32"), workdir).train()
 
 
 def test_another_base_is_another_run(run, config, tmp_path):

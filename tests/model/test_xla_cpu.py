@@ -1,0 +1,118 @@
+"""What the CPU's compiler makes of the model: what is slow in it, and what is wrong."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.config import RunConfig
+from jax_lora.model import kv_cache, xla_cpu
+from jax_lora.model.config import LlamaConfig
+from jax_lora.model.transformer import Llama
+from jax_lora.model.xla_cpu import has_bfloat16_products
+from jax_lora.training.resolve import resolve
+
+SHAPE = LlamaConfig(256, 32, 48, 5, 4, 2, 8, tie_word_embeddings=True)
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24), np.int32)
+
+
+def loss_and_gradient(dtype, **options):
+    model = Llama(SHAPE, dtype=dtype, **options)
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+
+    def loss(embedding, layers):
+        params = {**layers["params"], "embed_tokens": embedding}
+        return jnp.sum(jax.nn.log_softmax(model.apply({"params": params}, TOKENS)) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss)), variables["params"]["embed_tokens"], variables
+
+
+@pytest.mark.parametrize("remat", ["full", "products"])
+def test_saved_activations_are_not_stacked_in_float32(remat):
+    step, *arguments = loss_and_gradient(jnp.bfloat16, remat=remat)
+    program = step.lower(*arguments).compile().as_text() or ""
+    assert re.search(r"u16\[5,2,24,", program)
+    assert not re.search(r"(f32|bf16)\[5,2,(24|2),", program)
+
+
+@pytest.mark.parametrize("remat", ["full", "products"])
+def test_gradients_pass_what_is_saved_as_bits(remat):
+    step, *arguments = loss_and_gradient(jnp.bfloat16, remat=remat)
+    plain, *_ = loss_and_gradient(jnp.bfloat16)
+    found, expected = step(*arguments), plain(*arguments)
+    exact = loss_and_gradient(jnp.float32)[0](*arguments)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    (g,), (e,), (x,) = (jax.tree.leaves(tree[1]) for tree in (found, expected, exact))
+    assert np.linalg.norm(g - x) <= 1.1 * np.linalg.norm(e - x) + 1e-6 * np.linalg.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "layers"),
+    [
+        ("cpu", {"remat": "none"}, 5),
+        ("cpu", {"remat": "full"}, 1),
+        ("cpu", {"remat": "products"}, 1),
+        ("cpu", {"remat": "none", "unroll": 2}, 2),
+        ("cuda", {"remat": "none"}, 1),
+    ],
+)
+def test_without_remat_a_cpu_has_no_scan(platform, changes, layers):
+    assert resolve(RunConfig().replace(**changes), SHAPE, platform, 1).model().unroll == layers
+
+
+def test_the_cache_is_written_without_a_conversion():
+    q, new = jnp.ones((3, 2, 2, 1, 8), jnp.bfloat16), jnp.ones((3, 2, 1, 8), jnp.bfloat16)
+    shapes = kv_cache.empty(SHAPE, 3, 40, jnp.bfloat16, "cpu")
+    attend = jax.jit(lambda k, v, n: kv_cache.Cache(k, v, n).attend(q, new, new, "cpu"))
+    program = attend.lower(*shapes, jnp.arange(3)).compile().as_text() or ""
+    assert re.search(r"u16\[3,2,40,8\]", program)
+    assert not re.search(r"f32\[3,2,(40,8|8,40)\]", program)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_argmax_is_the_first_of_the_largest(platform):
+    logits = np.random.default_rng(0).integers(-9, 9, (4, 300)).astype(np.float32)
+    logits[3] = -np.inf
+    np.testing.assert_array_equal(
+        xla_cpu.argmax(jnp.asarray(logits), platform), logits.argmax(axis=1)
+    )
+
+
+def test_the_compiler_is_right_about_a_sum():
+    # In a process of its own: the flag must be set before JAX starts.
+    check = (
+        "from jax_lora import cli; cli.set_xla_flags()\n"
+        "from jax_lora.model.xla_cpu import reduction_error; print(reduction_error())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    found = subprocess.check_output([sys.executable, "-c", check], text=True, env=environment)
+    assert float(found) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "xla_flags", "fast"),
+    [
+        ("fpu avx2 avx512_bf16 avx512f", "", True),
+        ("fpu amx_tile amx_bf16", "--xla_cpu_multi_thread_eigen=true", True),
+        ("fpu avx2 avx512f", "", False),
+        ("fpu avx512_bf16", "--xla_cpu_max_isa=AVX2", False),
+        ("fpu avx512_bf16", "--xla_cpu_max_isa=AVX512_BF16", True),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
+    flags, xla_flags, fast, tmp_path, monkeypatch
+):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags)
+    assert has_bfloat16_products(cpuinfo) == fast
+    assert not has_bfloat16_products(tmp_path / "none")  # neither Linux nor x86
+    monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda: fast)
+    config = RunConfig().replace(dtype="auto")
+    assert resolve(config, SHAPE, "cpu", 1).config.dtype == ("bfloat16" if fast else "float32")
+    assert resolve(config, SHAPE, "cuda", 1).config.dtype == "bfloat16"
