@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_lora.data.cache import cache_folder, remembered
+from jax_lora.data.example import Example
 from jax_lora.errors import ConfigError, DataError, MissingFileError
 
 FORMAT = 1  # raise it when what is remembered changes: a task's facts, or the way of drawing
@@ -38,18 +39,6 @@ class Instance(NamedTuple):
     def key(self) -> str:
         """What makes an input distinct: its text without the white space around it."""
         return self.input.strip()
-
-
-@dataclass(frozen=True)
-class Example:
-    """One instance together with its task: all that a prompt and a score need."""
-
-    task: str
-    category: str
-    id: str
-    definition: str
-    input: str
-    references: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +72,12 @@ class Task:
     def example(self, instance: Instance) -> Example:
         """The instance as a self-contained example."""
         return Example(
+            instruction=self.definition,
+            input=instance.input,
+            references=instance.outputs,
             task=self.name,
             category=self.category,
             id=instance.id,
-            definition=self.definition,
-            input=instance.input,
-            references=instance.outputs,
         )
 
 

@@ -174,7 +174,7 @@ class Run:
         asked, tasks = [encoder.prompt_row(e) for e in some], [e.task for e in some]
         train = sets["T" + str(config.data.sizes[0])].examples
         trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
-        end_ids = (encoder.tokenizer.eos_token_id,)
+        end_ids = encoder.end_ids
         good, several = True, len(jax.devices()) > 1
         for dtype in dict.fromkeys((config.dtype, "float32")):
             config = config.replace(dtype=dtype)

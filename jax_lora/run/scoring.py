@@ -221,7 +221,7 @@ def score(
         bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
 
     scored = load(workdir, config, adapter, place)
-    end_ids = (encoder.tokenizer.eos_token_id,)
+    end_ids = encoder.end_ids
     settings = digests | {
         "origin": scored.origin,
         "weights_digest": scored.digest,

@@ -43,7 +43,7 @@ def test_a_regular_checkout(tmp_path):
     )
     assert task.instances()[1] == Instance("t-1", "in 1", ("out 1",))
     example = task.example(task.instances()[2])
-    assert (example.task, example.definition, example.references) == ("t1", "Other.", ("out 2",))
+    assert (example.task, example.instruction, example.references) == ("t1", "Other.", ("out 2",))
     with pytest.raises(ValueError, match="no task 'nope' among 2 train and 1 test tasks"):
         checkout.task("nope")
 
