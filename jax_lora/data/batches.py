@@ -192,8 +192,8 @@ class Batches:
                 row = self.rows[chosen[place]]
                 end = start + len(row.ids)
                 tokens[r, start:end] = row.ids
-                first = start + (row.prompt_length if self.answer_only else 1)
-                loss_mask[r, first:end] = 1 / (end - first) if self.by_example else True
+                mask = row.loss_mask(self.answer_only)
+                loss_mask[r, start:end] = mask / mask.sum() if self.by_example else mask
                 example[r, start:end] = place
                 start = end
         return Batch(tokens, loss_mask, example)

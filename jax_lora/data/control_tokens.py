@@ -139,8 +139,9 @@ def with_bos(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[int
     """`ids` with one BOS before them, where the tokenizer puts one before any text and the
     template has not written it already."""
     bos = token_id(tokenizer, "bos")
-    missing = bos is not None and list(ids[:1]) != [bos] and _adds_bos(tokenizer)
-    return [bos, *ids] if missing else list(ids)
+    if bos is None or list(ids[:1]) == [bos] or not _adds_bos(tokenizer):
+        return list(ids)
+    return [bos, *ids]
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int | None:

@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -106,6 +106,10 @@ class Checkout:
                 f"no task {name!r} among {len(self.train)} train and {len(self.test)} test tasks"
             )
         return self._by_name[name]
+
+    def answers(self, name: str) -> Iterable[Sequence[str]]:
+        """The accepted answers of all instances of a task."""
+        return (instance.outputs for instance in self.task(name).instances())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -235,9 +235,19 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of newly generated ids: no special tokens, stripped."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self._decode(ids, True).strip()
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._decode(ids, False)
+
+    def _decode(self, ids: Sequence[int], skip: bool) -> str:
+        # Versions of transformers differ in whether they remove spaces unless they are told.
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
-        return text.strip()
+        return text
 
     @cached_property
     def _chat(self) -> Chat | None:

@@ -120,17 +120,18 @@ class Run:
 
     def score(
         self,
-        sets: Sequence[str] = scoring.TESTS,
+        sets: Sequence[str] | None = None,
         adapter: str = "last",
         *,
         overwrite: bool = False,
         base_on_host: bool = True,
-        **eval_options: int,
+        **eval_options: object,
     ) -> pd.DataFrame:
         """Answer test sets greedily and score the answers.
 
         Args:
-          sets: "seen", held-out examples of the smallest task set; "unseen", the test tasks.
+          sets: "seen", held-out examples of the smallest task set, and "unseen", the test tasks;
+            of data of one's own "test". None is all that there are.
           adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
           overwrite: make answers again that are there already.
           base_on_host: the host keeps the base, and a device holds it once; False leaves it on the
@@ -145,6 +146,7 @@ class Run:
           RunFailed: a fault while running.
         """
         config = self._with_eval(eval_options)
+        sets = list(inputs.test_sets(config, sets))
         place = scoring.on_host if base_on_host else None
         scoring.score(
             self.workdir, config, sets, adapter, say=self._say, place=place, overwrite=overwrite
@@ -167,14 +169,14 @@ class Run:
         """
         config = self._with_eval(eval_options)
         meshes = scoring.copies(config)
-        sets, encoder = inputs.task_sets(config), inputs.encoder(config)
+        sets, encoder = inputs.examples(config), inputs.encoder(config)
         # Every so many examples, so that all tasks take part.
-        seen = sets["seen"].examples
+        seen = next(iter(inputs.test_sets(config).values())).examples
         some = seen[:: -(-len(seen) // prompts)]
         asked, tasks = [encoder.prompt_row(e) for e in some], [e.task for e in some]
-        train = sets["T" + str(config.data.sizes[0])].examples
+        train = sets["train"].examples
         trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
-        end_ids = encoder.end_ids
+        end_ids = inputs.end_ids(config)
         good, several = True, len(jax.devices()) > 1
         for dtype in dict.fromkeys((config.dtype, "float32")):
             config = config.replace(dtype=dtype)
@@ -216,7 +218,7 @@ class Run:
             params = merge.merge(params, scored.variables["lora"])
         return scored.shape, params
 
-    def _with_eval(self, options: Mapping[str, int]) -> RunConfig:
+    def _with_eval(self, options: Mapping[str, object]) -> RunConfig:
         return self.config.replace(**{f"eval.{key}": value for key, value in options.items()})
 
 

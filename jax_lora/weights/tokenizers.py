@@ -71,8 +71,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     raise MissingFileError(errno.ENOENT, text, str(path))
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | os.PathLike[str]) -> None:
-    """Refuse a tokenizer whose special tokens have no row in the model's embedding table.
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
+) -> None:
+    """Refuse a tokenizer whose special tokens are no tokens of the model.
 
     An added token beyond the table may never occur; `data.prompts.Encoder` with a `vocab_size`
     refuses the row where one does.
@@ -83,16 +85,48 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | os.PathLike[
       source: where the tokenizer is from, for the message.
 
     Raises:
-      DataError: its BOS, EOS or padding token has an id of `vocab_size` or more.
+      DataError: its BOS, EOS or padding token has an id of `vocab_size` or more; or its EOS is
+        none of its tokens, such as "", whose id would be the unknown token's.
     """
     for name in ("bos", "eos", "pad"):
-        i = getattr(tokenizer, f"{name}_token_id")
+        i, token = (getattr(tokenizer, f"{name}_token{part}") for part in ("_id", ""))
         if i is not None and i >= vocab_size:
-            token = getattr(tokenizer, f"{name}_token")
             raise DataError(
                 f"{source}: {name} token {token!r}: found id {i}, expected below the model's "
                 f"vocab_size {vocab_size}"
             )
+        if name == "eos" and (i is None or tokenizer.convert_ids_to_tokens(i) != token):
+            raise DataError(f"{source}: eos token: found {token!r}, expected a token of its own")
+
+
+def end_ids(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
+) -> tuple[int, ...]:
+    """Every id that ends an answer of the model, the tokenizer's own first.
+
+    Args:
+      tokenizer: as of `load_tokenizer`.
+      vocab_size: rows of the model's embedding table; an id beyond them can never be generated.
+      source: a folder, whose generation_config.json and config.json name more, or a GGUF file,
+        whose metadata do.
+
+    Raises:
+      DataError: an `eos_token_id` that is neither a number nor a list of numbers.
+    """
+    found: list[object] = [tokenizer.eos_token_id]
+    path = resolve(source)
+    if path.is_file():
+        metadata = open_gguf(path).metadata
+        names = ("eos", "eot", "eom")
+        found += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    else:
+        for file in (path / "generation_config.json", path / "config.json"):
+            given = read_json(file, dict).get("eos_token_id") if file.is_file() else None
+            ids = given if isinstance(given, list) else [given]
+            if not all(i is None or type(i) is int for i in ids):
+                raise DataError(f"{file}: eos_token_id: found {given!r:.60}, expected ids")
+            found += ids
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and 0 <= i < vocab_size))
 
 
 def _from_tokenizer_json(folder: Path) -> Any:
