@@ -14,10 +14,11 @@ import errno
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from jax_lora.data.cache import cache_folder, remembered
@@ -179,7 +180,7 @@ def read_checkout(
     def task(name: str) -> Task:
         file, known = tasks / f"{name}.json", facts[name]
         return Task(
-            name=file.stem, path=str(file), read=partial(_reread, file, known["content"]), **known
+            name=name, path=str(file), read=partial(_reread, file, known["content"]), **known
         )
 
     return Checkout(tuple(map(task, train)), tuple(map(task, test)), folder)
@@ -197,12 +198,16 @@ def _read_split(path: Path) -> list[str]:
         text = "no such file, expected one task name a line"
         raise MissingFileError(errno.ENOENT, text, str(path))
     try:
-        names = [line.strip() for line in path.read_bytes().decode().splitlines()]
+        names = [line.strip() for line in path.read_bytes().decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}), expected one task name a line") from None
     unique = sorted({name for name in names if name})
     if not unique:
         raise DataError(f"{path}: no task names found, expected one a line")
+    for name in unique:
+        # Another spelling of a path would be the same task under two names.
+        if "\0" in name or PurePosixPath(name).is_absolute() or posixpath.normpath(name) != name:
+            raise DataError(f"{path}: found {name!r:.60}, expected a task's name in UTF-8")
     return unique
 
 
@@ -250,7 +255,24 @@ def first_text(record: dict[str, Any], key: str, path: Path) -> str:
         raise DataError(
             f"{path}: {key} is {value!r:.60}, expected a non-empty string or a list of one"
         )
+    check_unicode(text, f"{path}: {key}")
     return text
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold, but no file and no tokenizer.
+
+    Raises:
+      DataError: names `where`.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: found {text!r:.60}, which has half of a surrogate pair, expected "
+                "Unicode text"
+            ) from None
 
 
 def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
@@ -275,7 +297,10 @@ def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> In
             f"{path}: instance {index} has output {outputs!r:.60}, "
             "expected a string or a non-empty list of strings"
         )
-    return Instance(unique_id(row.get("id"), index, task, seen), text, tuple(outputs))
+    name = unique_id(row.get("id"), index, task, seen)
+    for one in (name, text, *outputs):
+        check_unicode(one, f"{path}: instance {index}")
+    return Instance(name, text, tuple(outputs))
 
 
 def unique_id(given: Any, index: int, task: str, seen: set[str]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from jax_lora.data.example import Example, Message
+from jax_lora.data.instructions import check_unicode
 from jax_lora.data.sources.tables import Table
 from jax_lora.errors import ConfigError, DataError
 
@@ -160,13 +161,7 @@ def _text(row: Mapping[str, object], name: str, where: str) -> str:
 def _unicode(value: str, name: str, where: str) -> str:
     if len(value) > MOST_CHARACTERS:
         raise Unusable(f"a text of more than {MOST_CHARACTERS:,} characters ({name})")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: {name}: found {value!r:.60}, which has half of a surrogate pair, expected "
-            "Unicode text"
-        ) from None
+    check_unicode(value, f"{where}: {name}")
     return value
 
 
