@@ -269,7 +269,7 @@ _NOT_NEGATIVE = (0.0, math.nextafter(math.inf, 0.0), "a number of at least 0")
 _SHARE = (0.0, _BELOW_ONE, "at least 0 and below 1")
 _COUNT = (1, math.inf, "at least 1")
 _COUNT_OR_NONE = (0, math.inf, "0 or more")
-DOMAINS: Mapping[typing.Any, tuple[float, float, str]] = (
+DOMAINS: Mapping[str, tuple[float, float, str]] = (
     dict.fromkeys(
         (
             *("epochs", "batch_size", "micro_tokens", "log_every", "checkpoint_every"),

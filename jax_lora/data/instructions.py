@@ -1,7 +1,7 @@
 """Instruction tasks, and a checkout of Natural Instructions on disk (the hub's copy: hub.py).
 
-    <checkout>/tasks/<name>.json                                   one task a file
-    <checkout>/splits/default/{train,test}_tasks.txt               one task name a line
+    <checkout>/tasks/<name>.json                                   one task per file
+    <checkout>/splits/default/{train,test}_tasks.txt               one task name per line
 
 A full checkout holds 2.8 million instances, so a `Task` keeps only what sampling needs (category,
 definition, counts, a content hash) and reads its instances anew whenever they are asked for. What
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax_lora.data.cache import cache_folder, remembered
 from jax_lora.data.example import Example
@@ -211,7 +211,7 @@ def _read_split(path: Path) -> list[str]:
     return unique
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read_facts(path: Path) -> dict:
     """What a `Task` says about its file."""
     record, content = parse_object(path)
     instances = _instances(record, path)
@@ -235,7 +235,7 @@ def _reread(path: Path, content: str) -> tuple[Instance, ...]:
     return _instances(record, path)
 
 
-def parse_object(path: Path) -> tuple[dict[str, Any], str]:
+def parse_object(path: Path) -> tuple[dict, str]:
     """The file's JSON object and the sha256 of its bytes."""
     raw = path.read_bytes()
     try:
@@ -247,7 +247,7 @@ def parse_object(path: Path) -> tuple[dict[str, Any], str]:
     return record, hashlib.sha256(raw).hexdigest()
 
 
-def first_text(record: dict[str, Any], key: str, path: Path) -> str:
+def first_text(record: dict, key: str, path: Path) -> str:
     """A text field that the wild writes as a list of one string or as a plain string."""
     value = record.get(key)
     text = value[0] if isinstance(value, list) and value else value
@@ -275,7 +275,7 @@ def check_unicode(text: str, where: str) -> None:
             ) from None
 
 
-def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
+def _instances(record: dict, path: Path) -> tuple[Instance, ...]:
     rows = record.get("Instances")
     if not isinstance(rows, list) or not rows:
         found = f"{type(rows).__name__} of length {len(rows)}" if isinstance(rows, list) else rows
@@ -285,7 +285,7 @@ def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
     return tuple(_instance(row, index, path, task, seen) for index, row in enumerate(rows))
 
 
-def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> Instance:
+def _instance(row: object, index: int, path: Path, task: str, seen: set[str]) -> Instance:
     if not isinstance(row, dict):
         raise DataError(f"{path}: instance {index} is {row!r:.60}, expected an object")
     text, outputs = row.get("input"), row.get("output")
@@ -303,7 +303,7 @@ def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> In
     return Instance(name, text, tuple(outputs))
 
 
-def unique_id(given: Any, index: int, task: str, seen: set[str]) -> str:
+def unique_id(given: object, index: int, task: str, seen: set[str]) -> str:
     """The given id; `<task>-<index>` where there is none; a repeated one gets `-<index>`."""
     name = str(given) if given not in (None, "") else f"{task}-{index}"
     while name in seen:

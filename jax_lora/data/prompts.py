@@ -66,8 +66,15 @@ Template = Callable[[Example], str]
 TEMPLATES: dict[str, Template] = {"alpaca": alpaca, "tk": tk, "plain": plain}
 
 
-def read_template(path: Path) -> Callable[[Example, Mark], str]:
-    """A prompt template in a Jinja file.
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error}") from None
+
+
+def jinja_template(text: str, path: str) -> Callable[[Example, Mark], str]:
+    """A prompt template in the text of a Jinja file; `path` names it in messages.
 
     It is rendered in jinja2's sandbox as transformers renders chat templates, and gets
     `instruction`, `input`, `task`, `category`, `id` and `messages`, but no answer.
@@ -84,8 +91,8 @@ def read_template(path: Path) -> Callable[[Example, Mark], str]:
     settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, **settings)
     try:
-        template = environment.from_string(path.read_text("utf-8"))
-    except (UnicodeDecodeError, jinja2.TemplateError) as error:
+        template = environment.from_string(text)
+    except jinja2.TemplateError as error:
         raise DataError(f"{path}: not a Jinja template: {error}") from None
 
     def render(example: Example, mark: Mark) -> str:
@@ -157,6 +164,7 @@ class Encoder:
       target_length: tokens set aside for the answer and its end token. A longer answer stays
         whole and takes its room from the input field.
       vocab_size: rows of the model's embedding table; None checks no ids.
+      template_text: of the Jinja file when it was read; encoders that differ in it are different.
 
     Raises:
       ConfigError: no such template.
@@ -168,6 +176,7 @@ class Encoder:
     source_length: int = 1024
     target_length: int = 128
     vocab_size: int | None = None
+    template_text: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self):
         _ = self.eos_id
@@ -179,7 +188,8 @@ class Encoder:
                     f"config.data.template: found {self.template!r}, expected one of "
                     f"{', '.join(TEMPLATES)}, chat, or a Jinja file"
                 )
-            _ = self._file  # checks the file
+            object.__setattr__(self, "template_text", _read_text(Path(self.template)))
+            _ = self._file  # checks it
 
     @property
     def row_length(self) -> int:
@@ -256,7 +266,7 @@ class Encoder:
     @cached_property
     def _file(self) -> Callable[[Example, Mark], str] | None:
         is_file = self.template != "chat" and self.template not in TEMPLATES
-        return read_template(Path(self.template)) if is_file else None
+        return jinja_template(self.template_text, self.template) if is_file else None
 
     def _check_ids(self, example: Example, ids: np.ndarray) -> None:
         # A gather beyond the table gives NaN, not an error.

@@ -12,11 +12,12 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import DataConfig, RunConfig
@@ -24,9 +25,9 @@ from jax_lora.data.example import Example
 from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, read_checkout
 from jax_lora.data.prompts import TEMPLATES, Encoder, Row, RowTooLong
-from jax_lora.data.sources import own
-from jax_lora.data.sources.own import HELD_OUT, OwnData
+from jax_lora.data.sources import user_data
 from jax_lora.data.sources.tables import is_natural_instructions
+from jax_lora.data.sources.user_data import HELD_OUT, UserData
 from jax_lora.data.tasksets import TaskSet, draw
 from jax_lora.errors import ConfigError
 from jax_lora.model import lora, variants
@@ -37,11 +38,12 @@ from jax_lora.weights.tokenizers import check_vocabulary, load_tokenizer
 from jax_lora.weights.tokenizers import end_ids as base_end_ids
 
 logger = logging.getLogger(__name__)
+Put = Callable[..., PyTree]  # (path, numpy array) → the array on its device or devices
 VARIANTS = ("lora", "dora")
 TESTS = ("seen", "unseen", "test")  # the first two of Natural Instructions, the last of own data
 
 
-def data(config: RunConfig, verify: bool = False) -> Checkout | OwnData:
+def data(config: RunConfig, verify: bool = False) -> Checkout | UserData:
     """What `config.data.path` names: Natural Instructions, or data of one's own.
 
     Raises:
@@ -52,7 +54,8 @@ def data(config: RunConfig, verify: bool = False) -> Checkout | OwnData:
         keys = ("path", "format", "columns", "strict")
         keys += tuple(key for name in HELD_OUT for key in (name, f"{name}_path"))
         only = DataConfig(**{key: getattr(d, key) for key in keys})
-        return _own_data(only, config.seed if d.validation or d.test else 0)
+        stamps = tuple(map(_stamp, (d.path, d.validation_path, d.test_path)))
+        return _user_data(only, config.seed if d.validation or d.test else 0, stamps)
     for key in ("columns", "validation_path", "test_path", "validation", "test"):
         if found := getattr(d, key):
             raise ConfigError(
@@ -62,7 +65,17 @@ def data(config: RunConfig, verify: bool = False) -> Checkout | OwnData:
     return open_checkout(d.path, d.categories, verify)
 
 
-_own_data = functools.lru_cache(maxsize=2)(own.read)
+@functools.lru_cache(maxsize=2)
+def _user_data(d: DataConfig, seed: int, stamps: tuple[str, ...]) -> UserData:
+    return user_data.read(d, seed)
+
+
+def _stamp(path: str) -> str:
+    """What tells a file from the same one before it was edited; "" for anything else."""
+    if not path or not Path(path).is_file():
+        return ""
+    found = Path(path).stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def fingerprint(config: RunConfig, verify: bool = False) -> str:
@@ -104,7 +117,7 @@ def task_sets(config: RunConfig) -> dict[str, TaskSet]:
     """All sets by name: of Natural Instructions those of the config's round, see `tasksets.draw`;
     of one's own data "train" and, where there are any, "validation" and "test"."""
     found, d = data(config), config.data
-    if isinstance(found, OwnData):
+    if isinstance(found, UserData):
         return found.sets
     return _task_sets(
         d.path, d.categories, config.round, d.sizes, d.train_per_task, d.test_per_task
@@ -171,11 +184,14 @@ def encoder(config: RunConfig) -> Encoder:
         would become NaN; the encoder refuses any other such id where it occurs.
     """
     d = config.data
-    return _encoder(config.model, d.template, d.source_length, d.target_length)
+    stamp = _stamp(d.template)
+    return _encoder(config.model, d.template, d.source_length, d.target_length, stamp)
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(model: str, template: str, source_length: int, target_length: int) -> Encoder:
+def _encoder(
+    model: str, template: str, source_length: int, target_length: int, stamp: str
+) -> Encoder:
     tokenizer, size = load_tokenizer(model), base_weights.read_config(model).vocab_size
     check_vocabulary(tokenizer, size, model)
     return Encoder(tokenizer, template, source_length, target_length, size)
@@ -279,7 +295,7 @@ def check_tests(config: RunConfig, encoder: Encoder) -> None:
             )
 
 
-def load_base(source: str, dtype: str, trains: Any, place: Callable[..., Any] | None = None) -> Any:
+def load_base(source: str, dtype: str, trains: PyTree, put: Put | None = None) -> PyTree:
     """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
 
     A base that stays frozen is cached for the next call.
@@ -288,30 +304,30 @@ def load_base(source: str, dtype: str, trains: Any, place: Callable[..., Any] | 
       source: folder, hub id or GGUF file.
       dtype: of the arithmetic.
       trains: the mask's part for the base, one boolean per leaf.
-      place: (path, numpy array) → the array on its device or devices.
+      put: (path, numpy array) → the array on its device or devices.
     """
     if not any(jax.tree.leaves(trains)):
-        return _frozen_base(source, dtype, place)
+        return _frozen_base(source, dtype, put)
 
-    def put(path, array):
+    def cast(path, array):
         trained = trains
         for key in path:
             trained = trained[key]
-        return (place or _whole)(path, array if trained else array.astype(dtype))
+        return (put or _put_on_device)(path, array if trained else array.astype(dtype))
 
-    return base_weights.load(source, "float32", put)[1]
+    return base_weights.load(source, "float32", cast)[1]
 
 
 @functools.lru_cache(maxsize=1)
-def _frozen_base(source: str, dtype: str, place: Callable[..., Any] | None) -> Any:
-    return base_weights.load(source, dtype, place or _whole)[1]
+def _frozen_base(source: str, dtype: str, put: Put | None) -> PyTree:
+    return base_weights.load(source, dtype, put or _put_on_device)[1]
 
 
-def _whole(_, array: Any) -> jax.Array:
+def _put_on_device(_, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None) -> Any:
+def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None) -> PyTree:
     """The adapters that a run starts from, see `new_adapters`; drawn ones made on the mesh."""
     c = config.lora
     draw = functools.partial(
@@ -339,7 +355,7 @@ def new_adapters(
     scaling: str,
     init: str,
     variant: str,
-) -> Any:
+) -> PyTree:
     """Adapters before the first step, but for what needs the base (see `on_base`).
 
     Args:
@@ -396,8 +412,8 @@ def new_adapters(
 
 
 def on_base(
-    adapters: Any, params: Any, config: LlamaConfig, *, init: str, variant: str, folder: Path
-) -> tuple[Any, Any]:
+    adapters: PyTree, params: PyTree, config: LlamaConfig, *, init: str, variant: str, folder: Path
+) -> tuple[PyTree, PyTree]:
     """Finish what starts from the base: DoRA's magnitudes, PiSSA's principal parts.
 
     Args:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -129,7 +129,7 @@ def end_ids(
     return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and 0 <= i < vocab_size))
 
 
-def _from_tokenizer_json(folder: Path) -> Any:
+def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = folder / "tokenizer_config.json"
@@ -156,12 +156,12 @@ def _damaged(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: its tokenizer cannot be read: {reason}") from None
 
 
-def _from_tokenizer_model(folder: Path) -> Any:
+def _from_tokenizer_model(folder: Path) -> PreTrainedTokenizerFast:
     with _damaged(folder):
         return _from_sentencepiece(folder)
 
 
-def _from_sentencepiece(folder: Path) -> Any:
+def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     spm = read_sentencepiece(folder / "tokenizer.model")
     inner = _sentencepiece(spm.pieces, spm.scores, spm.kinds, spm.add_prefix)
     settings = {}
@@ -185,17 +185,16 @@ def _from_sentencepiece(folder: Path) -> Any:
     )
 
 
-def _from_gguf(path: Path) -> Any:
+def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
     metadata = open_gguf(path).metadata
     with _damaged(path):
         return _from_metadata(path, metadata)
 
 
-def _from_metadata(path: Path, metadata: dict[str, Any]) -> Any:
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
-
+def _from_metadata(path: Path, metadata: dict) -> PreTrainedTokenizerFast:
+    prefix = "tokenizer.ggml."
+    own: dict = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    get = own.get
     model, tokens = get("model"), get("tokens")
     if model not in ("gpt2", "llama"):
         raise DataError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")
@@ -305,7 +304,7 @@ def _finish(
     add_bos: bool,
     add_eos: bool,
     chat_template: str | None,
-) -> Any:
+) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     names = {k: str(inner.id_to_token(i)) for k, i in ids.items() if i is not None}

@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patched:
         patched.setattr(cache.os, "replace", full)
         assert cache.remembered(path, {"a": "2"}, str.upper) == {"a": "A"}
-    assert "facts.json: not kept" in caplog.text and "No space left" in caplog.text
+    assert "facts.json: not written" in caplog.text and "No space left" in caplog.text
     assert [file.name for file in tmp_path.iterdir()] == ["facts.json"]
     assert cache.remembered(path, {"a": "1"}, pytest.fail) == {"a": "A"}
 
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written_costs_no_run(checkout, tmp_path, caplog
     kept = read_checkout(checkout, cache=tmp_path / "file" / "cache")
     assert kept == read_checkout(checkout)
     assert everything(kept) == everything(read_checkout(checkout))
-    assert "tasks.json: not kept, so it takes as long next time" in caplog.text
+    assert "tasks.json: not written, so it takes as long next time" in caplog.text
 
 
 def test_only_a_large_checkout_goes_to_the_users_cache(checkout, tmp_path, monkeypatch, caplog):

@@ -10,7 +10,7 @@ import pytest
 
 from jax_lora.config import DataConfig, RunConfig
 from jax_lora.data.example import Example, Message
-from jax_lora.data.sources import own, tables
+from jax_lora.data.sources import tables, user_data
 from jax_lora.errors import ConfigError, DataError, MissingFileError
 from jax_lora.run import inputs
 
@@ -42,7 +42,7 @@ def write(path, rows):
 
 
 def read(path, seed=0, **options):
-    return own.read(DataConfig(path=str(path), **options), seed)
+    return user_data.read(DataConfig(path=str(path), **options), seed)
 
 
 def train(path, **options):

@@ -185,5 +185,7 @@ def test_an_end_token_is_a_token_of_its_own(tmp_path):
         tokenizer.save_pretrained(tmp_path / "t")
         path = tmp_path / "t" / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": token}))
-        with pytest.raises(DataError, match="eos token: found .*, expected a token of its own|below"):
+        with pytest.raises(
+            DataError, match="eos token: found .*, expected a token of its own|below"
+        ):
             check_vocabulary(load_tokenizer(tmp_path / "t"), len(tokenizer), tmp_path)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import io
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import datasets
 
 FILES = ("jsonl", "json", "csv", "parquet")
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,30 @@ def is_natural_instructions(source: str, format: str = "auto") -> bool:
             return found == "ni"
     elif source.count("/") != 1 or path.suffix[1:] in FILES:
         return False  # read_tables says that there is no such file
+    return _has_ni_columns(source)
+
+
+@functools.lru_cache(maxsize=8)
+def _has_ni_columns(source: str) -> bool:
     loaded = load(source, "hub")
     return all(NI_COLUMNS <= set(table.column_names) for table in loaded.values())
 
 
-def load(source: str, format: str) -> Mapping[str, datasets.Dataset]:
-    """What `datasets` makes of a folder or hub id, by split."""
+def load(source: str, format: str, cache: str | None = None) -> Mapping[str, datasets.Dataset]:
+    """What `datasets` makes of a folder or hub id, by split.
+
+    Args:
+      source: the folder or hub id.
+      format: "datasets", a folder made by `save_to_disk`; or "hub".
+      cache: where `datasets` keeps its Arrow files; None is its own default.
+    """
     import datasets  # here and not above: it takes a second, and a file needs none of it
 
     try:
         if format == "datasets":
             loaded = datasets.load_from_disk(source)
         else:
-            loaded = datasets.load_dataset(source)
+            loaded = datasets.load_dataset(source, cache_dir=cache)
     except Exception as error:  # datasets, pyarrow and the hub's client have a hundred kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         text = f"datasets cannot load it ({reason})"

@@ -97,8 +97,20 @@ def test_the_content_of_a_template_file_belongs_to_the_data(config, tmp_path):
     mine = config.replace(**{"data.template": str(path)})
     before = inputs.fingerprint(mine)
     assert before != inputs.fingerprint(config) == inputs.data(config).fingerprint
-    path.write_text("{{ instruction }}:\n")
+    train = inputs.training_set(config)
+    rows = inputs.training_rows(inputs.encoder(mine), train, "first", 0)
+    path.write_text("{{ instruction }}: \n")
     assert inputs.fingerprint(mine) != before
+    again = inputs.training_rows(inputs.encoder(mine), train, "first", 0)  # nothing stale
+    assert again[0].prompt == rows[0].prompt[:-1] + ": \n"
+
+
+def test_an_edited_file_is_read_again(config, tmp_path):
+    path = tmp_path / "a.json"
+    mine = config.replace(**{"data.path": str(path), "data.test": 0.0, "data.validation": 0.0})
+    for answer in ("a", "bb"):
+        path.write_text(json.dumps([{"prompt": "p", "completion": answer}]))
+        assert inputs.training_set(mine).examples[0].references == (answer,)
 
 
 def test_rows_that_do_not_fit_are_left_out_or_refused(config, tmp_path, caplog):
@@ -109,7 +121,9 @@ def test_rows_that_do_not_fit_are_left_out_or_refused(config, tmp_path, caplog):
     encoder, train = inputs.encoder(mine), inputs.examples(mine)["train"]
     with caplog.at_level(logging.WARNING, logger="jax_lora"):
         assert len(inputs.training_rows(encoder, train, "first", 0, strict=False)) == 3
-    assert "train: 1 rows left out that are longer than a row; the first is all row 4" in caplog.text
+    assert (
+        "train: 1 rows left out that are longer than a row; the first is all row 4" in caplog.text
+    )
     strict = mine.replace(**{"data.strict": True})
     with pytest.raises(ConfigError, match="all row 4: the prompt has .* raise source_length"):
         jax_lora.Run.open(strict, tmp_path / "r").train()

@@ -24,7 +24,7 @@ HELD_OUT = ("test", "validation")  # the first one wins where two have a questio
 
 
 @dataclass(frozen=True)
-class OwnData:
+class UserData:
     """Examples by set, as the study's task sets are.
 
     Attributes:
@@ -56,7 +56,7 @@ class OwnData:
         return (e.references for rows in self.examples.values() for e in rows if e.task == task)
 
 
-def read(config: DataConfig, seed: int) -> OwnData:
+def read(config: DataConfig, seed: int) -> UserData:
     """Read, check and split what `config.path` and the paths beside it name.
 
     Args:
@@ -99,7 +99,7 @@ def read(config: DataConfig, seed: int) -> OwnData:
     for name, rows in sets.items():
         if not rows:
             raise DataError(f"{config.path}: found no usable row for {name}, expected some")
-    return OwnData({name: tuple(sets[name]) for name in ("train", *HELD_OUT) if name in sets})
+    return UserData({name: tuple(sets[name]) for name in ("train", *HELD_OUT) if name in sets})
 
 
 def take_shares(
