@@ -22,7 +22,7 @@ from jax_lora.planning import counts
 from jax_lora.training import masks
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.tokenizers import load_tokenizer
+from jax_lora.weights.tokenizers import end_ids, load_tokenizer
 
 _apply = jax.jit(Llama.apply, static_argnums=0)
 
@@ -37,6 +37,7 @@ class LoadedModel:
       adapters: the adapter's tree (see `jax_lora.model.lora`), or None.
       tokenizer: a transformers tokenizer.
       dtype: of the arithmetic.
+      end_ids: any of these ends an answer; by default the tokenizer's end token alone.
     """
 
     config: LlamaConfig
@@ -44,6 +45,7 @@ class LoadedModel:
     adapters: dict[str, Any] | None
     tokenizer: Any
     dtype: Any
+    end_ids: tuple[int, ...] = ()
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class LoadedModel:
             self._unstacked,
             rows,
             max_new_tokens=max_new_tokens,
-            end_ids=(end,),
+            end_ids=self.end_ids or (end,),
             buckets=(width,),
             batch_tokens=64 * width,
             max_batch=64,
@@ -145,7 +147,9 @@ def load(
     adapters = None
     if adapter is not None:
         adapters = jax.tree.map(jnp.asarray, peft.load_trained(adapter, config).adapters)
-    return LoadedModel(config, base, adapters, load_tokenizer(source), jnp.dtype(dtype))
+    tokenizer = load_tokenizer(source)
+    ends = end_ids(tokenizer, config.vocab_size, source)
+    return LoadedModel(config, base, adapters, tokenizer, jnp.dtype(dtype), ends)
 
 
 def parameter_table(

@@ -95,12 +95,17 @@ class Chat:
     @cached_property
     def _end_token(self) -> str | None:
         """The control token that the template writes behind an assistant's turn, if any."""
+        import jinja2
+
         turns = [Message("user", "question"), Message("assistant", "answer")]
 
         def render(mark: Mark) -> str:
             return self._render([Message(role, mark(role, text)) for role, text in turns], False)
 
-        text, spans = control_tokens.rendered(render), control_tokens.locate(render)
+        try:
+            text, spans = control_tokens.rendered(render), control_tokens.locate(render)
+        except (DataError, jinja2.TemplateError):  # said of the first conversation, by its name
+            return None
         found = [self._end.match(text, span.stop) for span in spans if span.is_answer]
         return found[0].group().strip() if found and found[0] else None
 

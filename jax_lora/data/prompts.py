@@ -22,6 +22,7 @@ from jax_lora.data import control_tokens
 from jax_lora.data.chat import Chat
 from jax_lora.data.control_tokens import Mark
 from jax_lora.data.example import Example
+from jax_lora.data.jinja_file import jinja_template, read_text
 from jax_lora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -64,52 +65,6 @@ def plain(example: Example) -> str:
 
 Template = Callable[[Example], str]
 TEMPLATES: dict[str, Template] = {"alpaca": alpaca, "tk": tk, "plain": plain}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error}") from None
-
-
-def jinja_template(text: str, path: str) -> Callable[[Example, Mark], str]:
-    """A prompt template in the text of a Jinja file; `path` names it in messages.
-
-    It is rendered in jinja2's sandbox as transformers renders chat templates, and gets
-    `instruction`, `input`, `task`, `category`, `id` and `messages`, but no answer.
-
-    Returns:
-      A function of an example and of what is done to the strings that the text shows.
-
-    Raises:
-      DataError: the file is no template; the function, that it cannot render an example.
-    """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, **settings)
-    try:
-        template = environment.from_string(text)
-    except jinja2.TemplateError as error:
-        raise DataError(f"{path}: not a Jinja template: {error}") from None
-
-    def render(example: Example, mark: Mark) -> str:
-        fields = dataclasses.asdict(example) | {
-            name: mark("user", text) if (text := getattr(example, name)) else ""
-            for name in ("instruction", "input")
-        }
-        del fields["references"]
-        fields["messages"] = [
-            {"role": role, "content": mark("user", text)} for role, text in example.messages
-        ]
-        try:
-            return template.render(fields)
-        except Exception as error:  # what a template computes may raise anything
-            raise DataError(f"{path}: {example.name}: {error}") from None
-
-    return render
 
 
 # ---------------------------------------------------------------- token ids
@@ -188,7 +143,7 @@ class Encoder:
                     f"config.data.template: found {self.template!r}, expected one of "
                     f"{', '.join(TEMPLATES)}, chat, or a Jinja file"
                 )
-            object.__setattr__(self, "template_text", _read_text(Path(self.template)))
+            object.__setattr__(self, "template_text", read_text(Path(self.template)))
             _ = self._file  # checks it
 
     @property
@@ -233,12 +188,15 @@ class Encoder:
         chat = self._chat
         end = [] if chat else self._answer_ids(answer)
 
-        def fits(cut: Example, prompt: list[int]) -> bool:
-            whole = chat.row(cut, answer)[0] if chat else [*prompt, *end]
-            return len(prompt) <= self.source_length and len(whole) <= self.row_length
+        ids: list[int] = []
+        answers: np.ndarray | None = None
+
+        def fits(cut: Example, prompt: list[int]) -> bool:  # the last call is of what is returned
+            nonlocal ids, answers
+            ids, answers = chat.row(cut, answer) if chat else ([*prompt, *end], None)
+            return len(prompt) <= self.source_length and len(ids) <= self.row_length
 
         cut, prompt, start = self._fit(example, fits, len(end))
-        ids, answers = chat.row(cut, answer) if chat else ([*start, *end], None)
         row = Row(np.asarray(ids, np.int32), len(start), prompt, cut is not example, answers)
         self._check_ids(example, row.ids)
         return row

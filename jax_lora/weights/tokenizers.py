@@ -176,12 +176,13 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
             expected = inner.get_vocab_size()
             raise DataError(f"{path}: added token {i}: found a gap, expected id {expected}")
         inner.add_tokens([added[i]])
+    template = folder / "chat_template.jinja"
     return _finish(
         inner,
         {"bos": spm.bos, "eos": spm.eos, "unk": spm.unk, "pad": spm.pad},
         bool(settings.get("add_bos_token", True)),
         bool(settings.get("add_eos_token", False)),
-        settings.get("chat_template"),
+        template.read_text("utf-8") if template.is_file() else settings.get("chat_template"),
     )
 
 

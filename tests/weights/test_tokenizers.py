@@ -178,6 +178,16 @@ def test_every_end_id_that_the_files_name_ends_an_answer(tmp_path):
         end_ids(tokenizer, size, folder)
 
 
+def test_a_chat_template_in_a_file_of_its_own(tmp_path):
+    for keys, name in ((tiny_bpe("smollm"), "a"), (tiny_sentencepiece(True), "b")):
+        folder = tmp_path / name
+        folder.mkdir()
+        load_tokenizer(tiny(folder, keys)).save_pretrained(folder)
+        (folder / "tiny.gguf").unlink()
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n")
+        assert load_tokenizer(folder).chat_template == "{{ messages[0]['content'] }}\n"
+
+
 def test_an_end_token_is_a_token_of_its_own(tmp_path):
     tokenizer = load_tokenizer(tiny(tmp_path, tiny_bpe("smollm")))
     check_vocabulary(tokenizer, len(tokenizer), tmp_path)
