@@ -79,7 +79,8 @@ class LoadedModel:
         return _apply(self.module, self.variables, jnp.asarray(ids, jnp.int32))
 
     def generate(self, prompts: Sequence[str] | str, max_new_tokens: int = 128) -> list[str]:
-        """Greedy continuations of texts taken as they are (no template is put around them).
+        """Greedy continuations of texts taken as they are: no template is put around them, and a
+        control token such as `</s>` in a text is one.
 
         The first call makes a second copy of the weights, one array per layer in place of stacks
         of all layers, and keeps it with the object: from then on it holds the model twice.

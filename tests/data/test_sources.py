@@ -316,3 +316,34 @@ def test_natural_instructions_keeps_its_own_sets(tmp_path):
     assert list(inputs.examples(config)) == ["train", "seen", "unseen"]
     with pytest.raises(ConfigError, match="data.test: found 0.1 with Natural Instructions"):
         inputs.data(config.replace(**{"data.test": 0.1}))
+
+
+def test_a_hub_id(monkeypatch):
+    import datasets
+
+    splits = {"train": ROWS[:50], "test": ROWS[50:]}
+    hub = {
+        "me/alpaca": splits,
+        "me/instructions": {
+            split: [
+                {"task_name": split, "id": str(i), "definition": "Do.", "inputs": i, "targets": i}
+                for i in map(str, range(3))
+            ]
+            for split in splits
+        },
+    }
+
+    def load_dataset(name, cache_dir=None):
+        if name not in hub:
+            raise FileNotFoundError(f"no {name} on the hub")
+        tables = {split: datasets.Dataset.from_list(rows) for split, rows in hub[name].items()}
+        return datasets.DatasetDict(tables)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = RunConfig().replace(**{"data.path": "me/alpaca"})
+    found = inputs.examples(config)
+    assert {name: len(one.examples) for name, one in found.items()} == {"train": 50, "test": 10}
+    found = inputs.data(config.replace(**{"data.path": "me/instructions"}))
+    assert [task.name for task in (*found.train, *found.test)] == ["train", "test"]
+    with pytest.raises(MissingFileError, match="me/nothing: datasets cannot load it"):
+        inputs.data(config.replace(**{"data.path": "me/nothing"}))
