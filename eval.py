@@ -19,7 +19,9 @@ from absl import app, flags
 from jax_lora.errors import ConfigError, RunFailed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")
-_SETS = flags.DEFINE_list("sets", ["seen", "unseen"], "test sets: seen, unseen")
+_SETS = flags.DEFINE_list(
+    "sets", None, "test sets: seen, unseen; of data of one's own: test; by default all"
+)
 _ADAPTER = flags.DEFINE_string(
     "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
 )

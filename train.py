@@ -1,10 +1,10 @@
-"""Fine-tune a LLaMA on Natural Instructions, with LoRA or fully.
+"""Fine-tune a LLaMA on instructions, with LoRA or fully.
 
     python train.py --config=configs/lora.py:rank=16 --workdir=runs/r16
 
 The work folder then holds the resolved config, parameter counts, metrics, TensorBoard events,
 checkpoints and, for LoRA, the adapter in PEFT's format. Rerun the same command to resume an
-interrupted run.
+interrupted run. `--show=3` prints what three rows look like to the model, and trains nothing.
 
     python train.py --status=runs/r16
 """
@@ -27,6 +27,9 @@ _STATUS = flags.DEFINE_string("status", None, "a run's folder: print how far it 
 _VERIFY = flags.DEFINE_boolean(
     "verify", False, "read every file of a large checkout, whatever its size and time say"
 )
+_SHOW = flags.DEFINE_integer(
+    "show", 0, "print tokens, loss mask and lengths of so many training rows, and train nothing"
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "with several processes: host:port of the first; auto where a cluster knows"
 )
@@ -46,9 +49,15 @@ def main(_):
     with cli.exit_codes():
         if _CONFIG.value is None:
             raise ConfigError("--config: found none, expected a file such as configs/lora.py")
+        config = RunConfig.from_config_dict(_CONFIG.value)
+        if _SHOW.value:
+            from jax_lora.run.show import samples
+
+            cli.log_progress()
+            print(samples(config, _SHOW.value))
+            return
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected the run's folder")
-        config = RunConfig.from_config_dict(_CONFIG.value)
         from jax_lora import distributed
 
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

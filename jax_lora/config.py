@@ -72,13 +72,20 @@ class LoraConfig:
 class DataConfig:
     """The tasks, prompts and rows."""
 
-    path: str = ""  # Natural Instructions checkout, or the id of the data set on the hub
-    categories: str = ""  # JSON, task → category; for the hub's data set, which has none
+    path: str = ""  # file, folder or hub id, see docs/data.md; or a Natural Instructions checkout
+    format: str = "auto"  # by the content; "ni" (Natural Instructions), "jsonl", "json", "csv", …
+    columns: str = ""  # other names of columns, such as "instruction=question,output=answer"
+    validation_path: str = ""  # as path; of one's own data, Natural Instructions has its own sets
+    test_path: str = ""
+    validation: float = 0.0  # share of the distinct questions, in place of a path
+    test: float = 0.0
+    strict: bool = False  # refuse rows that cannot be used; False: leave them out and log it
+    categories: str = ""  # JSON, task → category; for the hub's Natural Instructions, without any
     set: str = "T100"  # T100 T250 T500 Tall T*100 T*500
     sizes: tuple[int, ...] = (100, 250, 500)  # tasks in the three nested sets, which they name
     train_per_task: int = 100  # examples
     test_per_task: int = 100  # examples, seen and unseen
-    template: str = "alpaca"  # or "tk"
+    template: str = "alpaca"  # "tk", "plain"; "chat", the tokenizer's own; or a Jinja file
     answer: str = "first"  # which of several references to train on; or "random"
     answer_only: bool = False  # loss on the answer alone; False: on the prompt too
     loss_mean: str = "tokens"  # over a global batch; "examples": each weighs the same
@@ -111,6 +118,7 @@ class EvalConfig:
 
     metrics: tuple[str, ...] = ("exact_match", "rougeL")  # names in evaluation/metrics.py
     max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()  # texts that end an answer, as the model's end tokens do
     buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1024)  # prompt lengths
     batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
     max_batch: int = 64  # rows per batch on a device
@@ -214,6 +222,14 @@ class RunConfig:
                 )
         if len(self.data.sizes) != 3:
             raise ConfigError(f"config.data.sizes: found {self.data.sizes}, expected three sizes")
+        if self.data.validation + self.data.test >= 1:
+            found = f"{self.data.validation} and {self.data.test}"
+            raise ConfigError(
+                f"config.data.validation and test: found {found}, expected shares that leave "
+                "something to train on"
+            )
+        if "" in self.eval.stop:
+            raise ConfigError("config.eval.stop: found an empty text, expected none")
         if self.data.source_length > max(self.eval.buckets):
             raise ConfigError(
                 f"config.data.source_length: found {self.data.source_length}, expected at most "
@@ -242,8 +258,10 @@ SPEED = (
     "attention",
     "loss_chunk",
 )
+# The content of data files is known by its digest.
+DATA_FILES = ("data.path", "data.format", "data.validation_path", "data.test_path")
 # A run that stopped over a step that is not finite may be resumed to skip it.
-FREE = (*SPEED, "on_nonfinite", "model", "data.path", "data.categories")
+FREE = (*SPEED, "on_nonfinite", "model", "data.categories", *DATA_FILES)
 # Optimizer → the keys of `optim` that it reads, besides those that all of them do.
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),
@@ -261,6 +279,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lora.scaling": ("alpha/r", "alpha/sqrt(r)"),
     "lora.variant": ("lora", "dora"),
     "lora.materialize_delta": ("auto", "never"),
+    "data.format": ("auto", "ni", "jsonl", "json", "csv", "parquet", "datasets", "hub"),
     "data.answer": ("first", "random"),
     "data.loss_mean": ("tokens", "examples"),
     "optim.name": tuple(OPTIMIZER_KEYS),
@@ -288,6 +307,7 @@ DOMAINS: Mapping[str, tuple[float, float, str]] = (
     | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.b1", "optim.b2", "optim.momentum"), _SHARE)
+    | dict.fromkeys(("data.validation", "data.test"), _SHARE)
     # A mask has 16 random bits per element: no rate is nearer to 1 than half of one of them.
     | {"lora.dropout": (0.0, 1 - 2**-16, "at least 0 and below 1, by 2^-16 or more")}
 )

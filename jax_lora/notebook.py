@@ -24,7 +24,7 @@ from jax_lora.planning import counts
 from jax_lora.training import trainable_mask
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.tokenizers import load_tokenizer
+from jax_lora.weights.tokenizers import end_ids, load_tokenizer
 
 _apply = jax.jit(Llama.apply, static_argnums=0)
 
@@ -39,6 +39,7 @@ class LoadedModel:
       adapters: the adapter's tree (see `jax_lora.model.lora`), or None.
       tokenizer: a transformers tokenizer.
       dtype: of the arithmetic.
+      end_ids: any of these ends an answer; by default the tokenizer's end token alone.
     """
 
     config: LlamaConfig
@@ -46,6 +47,7 @@ class LoadedModel:
     adapters: PyTree | None
     tokenizer: Any  # the types of transformers allow what no tokenizer returns
     dtype: jnp.dtype
+    end_ids: tuple[int, ...] = ()
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -79,7 +81,8 @@ class LoadedModel:
         return _apply(self.module, self.variables, jnp.asarray(ids, jnp.int32))
 
     def generate(self, prompts: Sequence[str] | str, max_new_tokens: int = 128) -> list[str]:
-        """Greedy continuations of texts taken as they are (no template is put around them).
+        """Greedy continuations of texts taken as they are: no template is put around them, and a
+        control token such as `</s>` in a text is one.
 
         The first call makes a second copy of the weights, one array per layer in place of stacks
         of all layers, and keeps it with the object: from then on it holds the model twice.
@@ -107,7 +110,7 @@ class LoadedModel:
             self._unstacked,
             rows,
             max_new_tokens=max_new_tokens,
-            end_ids=(end,),
+            end_ids=self.end_ids or (end,),
             buckets=(width,),
             batch_tokens=64 * width,
             max_batch=64,
@@ -147,7 +150,9 @@ def load(
     adapters = None
     if adapter is not None:
         adapters = jax.tree.map(jnp.asarray, peft.load_trained(adapter, config).adapters)
-    return LoadedModel(config, base, adapters, load_tokenizer(source), jnp.dtype(dtype))
+    tokenizer = load_tokenizer(source)
+    ends = end_ids(tokenizer, config.vocab_size, source)
+    return LoadedModel(config, base, adapters, tokenizer, jnp.dtype(dtype), ends)
 
 
 def parameter_table(

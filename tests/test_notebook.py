@@ -1,5 +1,6 @@
 """The notebook face: `jax_lora.load`, `LoadedModel`, `parameter_table`."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -59,6 +60,10 @@ def test_generate_continues_each_prompt_alone(tiny_model):
     for _ in range(5):
         text.append(int(model.logits([text])[0, -1].argmax()))
     assert together[0] == model.tokenizer.decode(text[-5:], skip_special_tokens=True).strip()
+    ends = dataclasses.replace(model, end_ids=(0, text[-3]))  # as a model's files may name several
+    end = text[-5:].index(text[-3]) + 1
+    expected = model.tokenizer.decode(text[-5:][:end], skip_special_tokens=True).strip()
+    assert ends.generate(prompts[0], max_new_tokens=5) == [expected]
 
 
 def test_an_adapter_is_applied_and_counted(tiny_model, tmp_path):

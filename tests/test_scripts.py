@@ -110,6 +110,13 @@ def test_the_adapter_folder_is_the_last_checkpoint(finished):
     assert texts[0] == texts[1]
 
 
+def test_show_prints_rows_and_trains_nothing(tiny_model, toy, tmp_path):
+    done = run([*training(tiny_model, toy, tmp_path / "r"), "--show=2"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" in the loss; a prompt of ") == 2
+    assert not (tmp_path / "r").exists()
+
+
 def test_the_untuned_base_stands_beside(finished):
     for arguments in (["--adapter=none"], []):
         scored = run("eval.py", f"--workdir={finished}", "--sets=unseen", *arguments)

@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jax_lora.files import write_bytes
 
@@ -39,11 +38,11 @@ def cache_folder() -> Path | None:
 def remembered(
     path: Path | None,
     guards: Mapping[str, str],
-    make: Callable[[str], Any],
+    make: Callable[[str], object],
     *,
     verify: bool = False,
-) -> dict[str, Any]:
-    """The value of every key: from the file where its guard still holds, else made and kept.
+) -> dict:
+    """The value of every key: from the file where its guard still holds, else made and stored.
 
     A cache that cannot be written costs time, not the run: it is logged.
 
@@ -65,7 +64,7 @@ def remembered(
     return result
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict:
     try:
         head, _, body = path.read_bytes().partition(b"\n")
     except OSError:
@@ -76,9 +75,9 @@ def _load(path: Path) -> dict[str, Any]:
     return json.loads(body)
 
 
-def _save(path: Path, entries: Mapping[str, Any]) -> None:
+def _save(path: Path, entries: Mapping[str, object]) -> None:
     body = json.dumps(entries).encode()
     try:
         write_bytes(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     except OSError as error:
-        logger.warning("%s: not kept, so it takes as long next time (%s)", path, error)
+        logger.warning("%s: not written, so it takes as long next time (%s)", path, error)

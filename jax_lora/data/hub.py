@@ -1,10 +1,11 @@
-"""The hub's copy of Natural Instructions: one row an answer, no categories.
+"""The hub's copy of Natural Instructions: one row per answer, no categories.
 
 Source of the format: the hub's data set Muennighoff/natural-instructions, whose folders `train/`
-and `test/` hold one jsonl file a task.
+and `test/` hold one jsonl file per task.
 """
 
-import errno
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +25,11 @@ from jax_lora.data.instructions import (
     parse_object,
     unique_id,
 )
-from jax_lora.errors import DataError, MissingFileError
+from jax_lora.data.sources.tables import NI_COLUMNS, load
+from jax_lora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +77,9 @@ def read_hub(
     return Checkout(train=train, test=test)
 
 
-def _load_splits(source: str, cache: str | None) -> Any:
-    import datasets  # here and not above: it takes a second, and a checkout needs none of it
-
-    try:
-        table = datasets.load_dataset(source, cache_dir=cache)
-    except Exception as error:  # datasets, pyarrow and the hub's client have a hundred kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        text = f"datasets cannot load it ({reason})"
-        if isinstance(error, FileNotFoundError):
-            raise MissingFileError(errno.ENOENT, text, source) from error
-        raise DataError(f"{source}: {text}") from error
-    needed = {"task_name", "definition", "inputs", "targets"}
+def _load_splits(source: str, cache: str | None) -> Mapping[str, Dataset]:
+    table = load(source, "hub", cache)
+    needed = {*NI_COLUMNS}
     for split in ("train", "test"):
         if split not in table:
             raise DataError(f"{source}: found splits {sorted(table)}, expected train and test")
@@ -101,7 +97,7 @@ def _read_categories(categories: Mapping[str, str] | str | Path | None) -> Mappi
     record, _ = parse_object(Path(categories))
     rows = record.get("tasks", [{"task": k, "category": v} for k, v in record.items()])
     try:
-        known: dict[str, Any] = {row["task"]: row["category"] for row in rows}
+        known: dict = {row["task"]: row["category"] for row in rows}
     except (KeyError, TypeError):
         known = {"": None}
     if not all(isinstance(category, str) for category in known.values()):
@@ -112,15 +108,17 @@ def _read_categories(categories: Mapping[str, str] | str | Path | None) -> Mappi
     return known
 
 
-def _read(table: Any, rows: int | slice, where: str) -> Any:
+def _read(table: Dataset, rows: int | slice, where: str) -> dict:
     """`table[rows]`; the bytes of a text are looked at here for the first time."""
     try:
-        return table[rows]
+        found = table[rows]
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error}") from None
+    assert isinstance(found, dict)
+    return found
 
 
-def _hub_tasks(table: Any, where: str, categories: Mapping[str, str]) -> tuple[Task, ...]:
+def _hub_tasks(table: Dataset, where: str, categories: Mapping[str, str]) -> tuple[Task, ...]:
     rows_of: dict[str, list[np.ndarray]] = defaultdict(list)
     step = 100_000  # names in slices, positions in arrays: 8 bytes a row, 5 million rows
     for start in range(0, len(table), step):
@@ -134,7 +132,7 @@ def _hub_tasks(table: Any, where: str, categories: Mapping[str, str]) -> tuple[T
 
 
 def _hub_task(
-    table: Any, rows: np.ndarray, name: str, where: str, categories: Mapping[str, str]
+    table: Dataset, rows: np.ndarray, name: str, where: str, categories: Mapping[str, str]
 ) -> Task:
     read = partial(_hub_instances, table, rows, name, where)
     instances = read()
@@ -152,7 +150,7 @@ def _hub_task(
     )
 
 
-def _hub_instances(table: Any, rows: np.ndarray, name: str, where: str) -> tuple[Instance, ...]:
+def _hub_instances(table: Dataset, rows: np.ndarray, name: str, where: str) -> tuple[Instance, ...]:
     """One task's rows as instances, in the order in which each first appears."""
     columns = _read(table.select(rows), slice(None), f"{where}:{name}")
     ids = columns.get("id") or [None] * len(rows)

@@ -1,7 +1,7 @@
 """Instruction tasks, and a checkout of Natural Instructions on disk (the hub's copy: hub.py).
 
-    <checkout>/tasks/<name>.json                                   one task a file
-    <checkout>/splits/default/{train,test}_tasks.txt               one task name a line
+    <checkout>/tasks/<name>.json                                   one task per file
+    <checkout>/splits/default/{train,test}_tasks.txt               one task name per line
 
 A full checkout holds 2.8 million instances, so a `Task` keeps only what sampling needs (category,
 definition, counts, a content hash) and reads its instances anew whenever they are asked for. What
@@ -14,13 +14,15 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import posixpath
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from jax_lora.data.cache import cache_folder, remembered
+from jax_lora.data.example import Example
 from jax_lora.errors import ConfigError, DataError, MissingFileError
 
 FORMAT = 1  # raise it when what is remembered changes: a task's facts, or the way of drawing
@@ -38,18 +40,6 @@ class Instance(NamedTuple):
     def key(self) -> str:
         """What makes an input distinct: its text without the white space around it."""
         return self.input.strip()
-
-
-@dataclass(frozen=True)
-class Example:
-    """One instance together with its task: all that a prompt and a score need."""
-
-    task: str
-    category: str
-    id: str
-    definition: str
-    input: str
-    references: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +73,12 @@ class Task:
     def example(self, instance: Instance) -> Example:
         """The instance as a self-contained example."""
         return Example(
+            instruction=self.definition,
+            input=instance.input,
+            references=instance.outputs,
             task=self.name,
             category=self.category,
             id=instance.id,
-            definition=self.definition,
-            input=instance.input,
-            references=instance.outputs,
         )
 
 
@@ -117,6 +107,10 @@ class Checkout:
                 f"no task {name!r} among {len(self.train)} train and {len(self.test)} test tasks"
             )
         return self._by_name[name]
+
+    def answers(self, name: str) -> Iterable[Sequence[str]]:
+        """The accepted answers of all instances of a task."""
+        return (instance.outputs for instance in self.task(name).instances())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -186,7 +180,7 @@ def read_checkout(
     def task(name: str) -> Task:
         file, known = tasks / f"{name}.json", facts[name]
         return Task(
-            name=file.stem, path=str(file), read=partial(_reread, file, known["content"]), **known
+            name=name, path=str(file), read=partial(_reread, file, known["content"]), **known
         )
 
     return Checkout(tuple(map(task, train)), tuple(map(task, test)), folder)
@@ -204,16 +198,20 @@ def _read_split(path: Path) -> list[str]:
         text = "no such file, expected one task name a line"
         raise MissingFileError(errno.ENOENT, text, str(path))
     try:
-        names = [line.strip() for line in path.read_bytes().decode().splitlines()]
+        names = [line.strip() for line in path.read_bytes().decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}), expected one task name a line") from None
     unique = sorted({name for name in names if name})
     if not unique:
         raise DataError(f"{path}: no task names found, expected one a line")
+    for name in unique:
+        # Another spelling of a path would be the same task under two names.
+        if "\0" in name or PurePosixPath(name).is_absolute() or posixpath.normpath(name) != name:
+            raise DataError(f"{path}: found {name!r:.60}, expected a task's name in UTF-8")
     return unique
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read_facts(path: Path) -> dict:
     """What a `Task` says about its file."""
     record, content = parse_object(path)
     instances = _instances(record, path)
@@ -237,7 +235,7 @@ def _reread(path: Path, content: str) -> tuple[Instance, ...]:
     return _instances(record, path)
 
 
-def parse_object(path: Path) -> tuple[dict[str, Any], str]:
+def parse_object(path: Path) -> tuple[dict, str]:
     """The file's JSON object and the sha256 of its bytes."""
     raw = path.read_bytes()
     try:
@@ -249,7 +247,7 @@ def parse_object(path: Path) -> tuple[dict[str, Any], str]:
     return record, hashlib.sha256(raw).hexdigest()
 
 
-def first_text(record: dict[str, Any], key: str, path: Path) -> str:
+def first_text(record: dict, key: str, path: Path) -> str:
     """A text field that the wild writes as a list of one string or as a plain string."""
     value = record.get(key)
     text = value[0] if isinstance(value, list) and value else value
@@ -257,10 +255,27 @@ def first_text(record: dict[str, Any], key: str, path: Path) -> str:
         raise DataError(
             f"{path}: {key} is {value!r:.60}, expected a non-empty string or a list of one"
         )
+    check_unicode(text, f"{path}: {key}")
     return text
 
 
-def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
+def check_unicode(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold, but no file and no tokenizer.
+
+    Raises:
+      DataError: names `where`.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: found {text!r:.60}, which has half of a surrogate pair, expected "
+                "Unicode text"
+            ) from None
+
+
+def _instances(record: dict, path: Path) -> tuple[Instance, ...]:
     rows = record.get("Instances")
     if not isinstance(rows, list) or not rows:
         found = f"{type(rows).__name__} of length {len(rows)}" if isinstance(rows, list) else rows
@@ -270,7 +285,7 @@ def _instances(record: dict[str, Any], path: Path) -> tuple[Instance, ...]:
     return tuple(_instance(row, index, path, task, seen) for index, row in enumerate(rows))
 
 
-def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> Instance:
+def _instance(row: object, index: int, path: Path, task: str, seen: set[str]) -> Instance:
     if not isinstance(row, dict):
         raise DataError(f"{path}: instance {index} is {row!r:.60}, expected an object")
     text, outputs = row.get("input"), row.get("output")
@@ -282,10 +297,13 @@ def _instance(row: Any, index: int, path: Path, task: str, seen: set[str]) -> In
             f"{path}: instance {index} has output {outputs!r:.60}, "
             "expected a string or a non-empty list of strings"
         )
-    return Instance(unique_id(row.get("id"), index, task, seen), text, tuple(outputs))
+    name = unique_id(row.get("id"), index, task, seen)
+    for one in (name, text, *outputs):
+        check_unicode(one, f"{path}: instance {index}")
+    return Instance(name, text, tuple(outputs))
 
 
-def unique_id(given: Any, index: int, task: str, seen: set[str]) -> str:
+def unique_id(given: object, index: int, task: str, seen: set[str]) -> str:
     """The given id; `<task>-<index>` where there is none; a repeated one gets `-<index>`."""
     name = str(given) if given not in (None, "") else f"{task}-{index}"
     while name in seen:

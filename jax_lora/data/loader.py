@@ -150,8 +150,8 @@ class Batches:
                 row = self.rows[chosen[position]]
                 end = start + len(row.ids)
                 tokens[r, start:end] = row.ids
-                first = start + (row.prompt_length if self.answer_only else 1)
-                loss_weights[r, first:end] = 1 / (end - first) if self.by_example else 1
+                mask = row.loss_mask(self.answer_only)
+                loss_weights[r, start:end] = mask / mask.sum() if self.by_example else mask
                 segment_ids[r, start:end] = position
                 start = end
         return MicroBatch(tokens, loss_weights, segment_ids)

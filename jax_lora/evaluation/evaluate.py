@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jax_lora.data.instructions import Checkout, Example
+from jax_lora.data.example import Example
 from jax_lora.data.prompts import Encoder, Row
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.evaluation import behaviour, metrics
 from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, rename, write_json, write_text
+from jax_lora.generation import stop_texts
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def predict(
     rows: Sequence[tuple[Example, Row]],
     *,
     end_ids: Sequence[int],
+    stop: Sequence[str] = (),
 ) -> Iterator[list[Prediction]]:
     """Answer prompts; those of a task share what they begin with.
 
@@ -57,6 +59,7 @@ def predict(
       encoder: decodes.
       rows: examples with their prompt rows.
       end_ids: what ends an answer.
+      stop: texts that end one, see `generation.stop_texts`.
 
     Yields:
       Predictions as they are made.
@@ -69,7 +72,8 @@ def predict(
                 id=rows[i][0].id,
                 prediction=encoder.decode(ids.tolist()),
                 truncated=rows[i][1].truncated,
-                finished=int(ids[-1]) in end_ids,
+                finished=int(ids[-1]) in end_ids
+                or stop_texts.ends(rows[i][1].ids, ids, stop, encoder.decode_all),
                 new_tokens=len(ids),
             )
             for i, ids in ended
@@ -87,11 +91,19 @@ def write_examples(folder: Path, rows: Sequence[tuple[Example, Row]]) -> None:
     write_text(folder / "examples.jsonl", "".join(map(jsonl_line, lines)))
 
 
-def write_labels(folder: Path, checkout: Checkout, tasks: Sequence[str]) -> None:
-    """Write `labels.json`: how often each label occurs in all instances of a closed-label task."""
+def write_labels(
+    folder: Path, answers: Callable[[str], Iterable[Sequence[str]]], tasks: Sequence[str]
+) -> None:
+    """Write `labels.json`: how often each label occurs in all instances of a closed-label task.
+
+    Args:
+      folder: of the test set.
+      answers: task → the accepted answers of each of its instances.
+      tasks: those of the test set.
+    """
     labels = {}
     for name in tasks:
-        counts = behaviour.label_counts(i.outputs for i in checkout.task(name).instances())
+        counts = behaviour.label_counts(answers(name))
         if behaviour.closed_label(counts):
             labels[name] = counts
     write_json(folder / "labels.json", labels)

@@ -40,6 +40,11 @@ def convert(
     tokenizer = tokenizers.load_tokenizer(path)
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else None
+    if generation is None and path.is_dir():
+        known = read_json(path / "config.json", dict)
+        if isinstance(known.get("eos_token_id"), list):  # of which the tokenizer knows one
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            generation = {name: known.get(name) for name in names}
 
     if adapter and peft.trained_base(adapter):
         config, params = Run.open(None, peft.run_of(adapter)).weights(base=source)

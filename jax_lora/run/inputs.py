@@ -7,20 +7,27 @@ read, encoded and put on the device once.
 from __future__ import annotations
 
 import functools
+import hashlib
+import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from jax_lora import sharding
-from jax_lora.config import RunConfig
+from jax_lora.config import DataConfig, RunConfig
+from jax_lora.data.example import Example
 from jax_lora.data.hub import read_hub
-from jax_lora.data.instructions import Checkout, Example, read_checkout
-from jax_lora.data.prompts import Encoder, Row
+from jax_lora.data.instructions import Checkout, read_checkout
+from jax_lora.data.prompts import TEMPLATES, Encoder, Row, RowTooLong
+from jax_lora.data.sources import user_data
+from jax_lora.data.sources.tables import is_natural_instructions
+from jax_lora.data.sources.user_data import HELD_OUT, UserData
 from jax_lora.data.tasksets import TaskSet, draw
 from jax_lora.errors import ConfigError
 from jax_lora.model import lora, variants
@@ -28,8 +35,55 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 from jax_lora.weights.tokenizers import check_vocabulary, load_tokenizer
+from jax_lora.weights.tokenizers import end_ids as base_end_ids
 
+logger = logging.getLogger(__name__)
+Put = Callable[..., PyTree]  # (path, numpy array) → the array on its device or devices
 VARIANTS = ("lora", "dora")
+TESTS = ("seen", "unseen", "test")  # the first two of Natural Instructions, the last of own data
+
+
+def data(config: RunConfig, verify: bool = False) -> Checkout | UserData:
+    """What `config.data.path` names: Natural Instructions, or data of one's own.
+
+    Raises:
+      ConfigError, DataError, OSError: one line with the key, or with the file and row.
+    """
+    d = config.data
+    if not is_natural_instructions(d.path, d.format):
+        keys = ("path", "format", "columns", "strict")
+        keys += tuple(key for name in HELD_OUT for key in (name, f"{name}_path"))
+        only = DataConfig(**{key: getattr(d, key) for key in keys})
+        stamps = tuple(map(_stamp, (d.path, d.validation_path, d.test_path)))
+        return _user_data(only, config.seed if d.validation or d.test else 0, stamps)
+    for key in ("columns", "validation_path", "test_path", "validation", "test"):
+        if found := getattr(d, key):
+            raise ConfigError(
+                f"config.data.{key}: found {found!r} with Natural Instructions, which has test "
+                "sets of its own; expected none"
+            )
+    return open_checkout(d.path, d.categories, verify)
+
+
+@functools.lru_cache(maxsize=2)
+def _user_data(d: DataConfig, seed: int, stamps: tuple[str, ...]) -> UserData:
+    return user_data.read(d, seed)
+
+
+def _stamp(path: str) -> str:
+    """What tells a file from the same one before it was edited; "" for anything else."""
+    if not path or not Path(path).is_file():
+        return ""
+    found = Path(path).stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def fingerprint(config: RunConfig, verify: bool = False) -> str:
+    """sha256 of the data, and of a Jinja file that is `config.data.template`."""
+    found, template = data(config, verify).fingerprint, Path(config.data.template)
+    if config.data.template in (*TEMPLATES, "chat") or not template.is_file():
+        return found
+    return hashlib.sha256(found.encode() + template.read_bytes()).hexdigest()
 
 
 def open_checkout(source: str, categories: str = "", verify: bool = False) -> Checkout:
@@ -60,8 +114,11 @@ def _open_checkout(source: str, categories: str) -> Checkout:
 
 
 def task_sets(config: RunConfig) -> dict[str, TaskSet]:
-    """The sets of the config's round by name, see `tasksets.draw`."""
-    d = config.data
+    """All sets by name: of Natural Instructions those of the config's round, see `tasksets.draw`;
+    of one's own data "train" and, where there are any, "validation" and "test"."""
+    found, d = data(config), config.data
+    if isinstance(found, UserData):
+        return found.sets
     return _task_sets(
         d.path, d.categories, config.round, d.sizes, d.train_per_task, d.test_per_task
     )
@@ -69,7 +126,7 @@ def task_sets(config: RunConfig) -> dict[str, TaskSet]:
 
 @functools.lru_cache(maxsize=8)
 def _task_sets(
-    source: str, categories: str, round: int, sizes: Any, train: int, test: int
+    source: str, categories: str, round: int, sizes: tuple[int, int, int], train: int, test: int
 ) -> dict[str, TaskSet]:
     checkout = open_checkout(source, categories)
     return draw(checkout, round, sizes=sizes, train_per_task=train, test_per_task=test)
@@ -82,11 +139,41 @@ def training_set(config: RunConfig) -> TaskSet:
       ConfigError: no set of that name.
     """
     sets = task_sets(config)
+    if "train" in sets:
+        return sets["train"]
     if config.data.set not in sets:
         raise ConfigError(
             f"config.data.set: found {config.data.set!r}, expected one of {', '.join(sets)}"
         )
     return sets[config.data.set]
+
+
+def examples(config: RunConfig) -> dict[str, TaskSet]:
+    """The sets of a run: "train", "validation" where there is one, and those of `TESTS`."""
+    sets = task_sets(config)
+    held_out = {name: sets[name] for name in ("validation", *TESTS) if name in sets}
+    return {"train": training_set(config), **held_out}
+
+
+def test_sets(config: RunConfig, names: Sequence[str] | None = None) -> dict[str, TaskSet]:
+    """The test sets of a run by name.
+
+    Args:
+      config: of the run.
+      names: some of them; None is all.
+
+    Raises:
+      ConfigError: a set that is not there, or none.
+    """
+    sets = {name: one for name, one in task_sets(config).items() if name in TESTS}
+    if not sets:
+        raise ConfigError(
+            "config.data: found no test set, expected test_path, or a share such as test=0.1"
+        )
+    for name in names or ():
+        if name not in sets:
+            raise ConfigError(f"--sets: found {name!r}, expected some of {', '.join(sets)}")
+    return {name: sets[name] for name in names or sets}
 
 
 def encoder(config: RunConfig) -> Encoder:
@@ -97,14 +184,25 @@ def encoder(config: RunConfig) -> Encoder:
         would become NaN; the encoder refuses any other such id where it occurs.
     """
     d = config.data
-    return _encoder(config.model, d.template, d.source_length, d.target_length)
+    stamp = _stamp(d.template)
+    return _encoder(config.model, d.template, d.source_length, d.target_length, stamp)
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(model: str, template: str, source_length: int, target_length: int) -> Encoder:
+def _encoder(
+    model: str, template: str, source_length: int, target_length: int, stamp: str
+) -> Encoder:
     tokenizer, size = load_tokenizer(model), base_weights.read_config(model).vocab_size
     check_vocabulary(tokenizer, size, model)
     return Encoder(tokenizer, template, source_length, target_length, size)
+
+
+def end_ids(config: RunConfig) -> tuple[int, ...]:
+    """Every id that ends an answer: those that the base's files name, and what is taught."""
+    one = encoder(config)
+    assert one.vocab_size is not None
+    known = base_end_ids(one.tokenizer, one.vocab_size, config.model)
+    return tuple(dict.fromkeys((*known, *one.end_ids)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -113,22 +211,40 @@ def base_digest(model: str) -> str:
     return base_weights.digest(model)
 
 
+def is_strict(config: RunConfig) -> bool:
+    """Whether examples that do not fit into a row are refused, and not left out."""
+    return config.data.strict or isinstance(data(config), Checkout)
+
+
 @functools.cache
 def _training_row(encoder: Encoder, example: Example, answer: str) -> Row:
     return encoder.training_row(example, answer)
 
 
-def training_rows(encoder: Encoder, taskset: TaskSet, answer: str, seed: int) -> list[Row]:
+def training_rows(
+    encoder: Encoder, taskset: TaskSet, answer: str, seed: int, strict: bool = True
+) -> list[Row]:
     """One row per example, on its first reference or, where `answer` is "random", on one drawn by
-    (seed, task, id). Nested task sets share their rows."""
-    rows = []
-    for example in taskset.examples:
+    (seed, task, id). Nested task sets share their rows.
+
+    Args:
+      encoder: of the run.
+      taskset: what is trained on.
+      answer, seed: see above.
+      strict: refuse an example that does not fit into a row; False leaves it out and logs it.
+
+    Raises:
+      RowTooLong: see `strict`.
+    """
+
+    def encode(example: Example) -> Row:
         gold = example.references[0]
         if answer == "random":
             chance = random.Random(f"{seed} {example.task} {example.id}")
             gold = chance.choice(example.references)
-        rows.append(_training_row(encoder, example, gold))
-    return rows
+        return _training_row(encoder, example, gold)
+
+    return [row for _, row in _fitting(encode, taskset, strict)]
 
 
 @functools.cache
@@ -136,12 +252,50 @@ def _prompt_row(encoder: Encoder, example: Example) -> Row:
     return encoder.prompt_row(example)
 
 
-def prompt_rows(encoder: Encoder, taskset: TaskSet) -> list[tuple[Example, Row]]:
-    """What is to be answered: every example with its prompt."""
-    return [(example, _prompt_row(encoder, example)) for example in taskset.examples]
+def prompt_rows(
+    encoder: Encoder, taskset: TaskSet, strict: bool = True
+) -> list[tuple[Example, Row]]:
+    """What is to be answered: every example with its prompt; for `strict` see `training_rows`."""
+    return _fitting(functools.partial(_prompt_row, encoder), taskset, strict)
 
 
-def load_base(source: str, dtype: str, trains: Any, place: Callable[..., Any] | None = None) -> Any:
+def _fitting(
+    encode: Callable[[Example], Row], taskset: TaskSet, strict: bool
+) -> list[tuple[Example, Row]]:
+    found, too_long = [], []
+    for example in taskset.examples:
+        try:
+            found.append((example, encode(example)))
+        except RowTooLong as error:
+            if strict:
+                raise
+            too_long.append(str(error))
+    if too_long:
+        logger.warning(
+            "%s: %d rows left out that are longer than a row; the first is %s",
+            taskset.name,
+            len(too_long),
+            too_long[0],
+        )
+    return found
+
+
+def check_tests(config: RunConfig, encoder: Encoder) -> None:
+    """Ask before training what scoring will ask: that every test prompt can be encoded.
+
+    Raises:
+      ConfigError, DataError: as `Encoder.prompt_row`.
+    """
+    for name, taskset in examples(config).items():
+        if name in TESTS and not prompt_rows(encoder, taskset, is_strict(config)):
+            logger.warning(
+                "%s: no example is left to score; tasks of a single distinct input have none "
+                "besides those that are trained on",
+                name,
+            )
+
+
+def load_base(source: str, dtype: str, trains: PyTree, put: Put | None = None) -> PyTree:
     """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
 
     A base that stays frozen is cached for the next call.
@@ -150,30 +304,30 @@ def load_base(source: str, dtype: str, trains: Any, place: Callable[..., Any] | 
       source: folder, hub id or GGUF file.
       dtype: of the arithmetic.
       trains: the mask's part for the base, one boolean per leaf.
-      place: (path, numpy array) → the array on its device or devices.
+      put: (path, numpy array) → the array on its device or devices.
     """
     if not any(jax.tree.leaves(trains)):
-        return _frozen_base(source, dtype, place)
+        return _frozen_base(source, dtype, put)
 
-    def put(path, array):
+    def cast(path, array):
         trained = trains
         for key in path:
             trained = trained[key]
-        return (place or _whole)(path, array if trained else array.astype(dtype))
+        return (put or _put_on_device)(path, array if trained else array.astype(dtype))
 
-    return base_weights.load(source, "float32", put)[1]
+    return base_weights.load(source, "float32", cast)[1]
 
 
 @functools.lru_cache(maxsize=1)
-def _frozen_base(source: str, dtype: str, place: Callable[..., Any] | None) -> Any:
-    return base_weights.load(source, dtype, place or _whole)[1]
+def _frozen_base(source: str, dtype: str, put: Put | None) -> PyTree:
+    return base_weights.load(source, dtype, put or _put_on_device)[1]
 
 
-def _whole(_, array: Any) -> jax.Array:
+def _put_on_device(_, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None) -> Any:
+def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None) -> PyTree:
     """The adapters that a run starts from, see `new_adapters`; drawn ones made on the mesh."""
     c = config.lora
     draw = functools.partial(
@@ -201,7 +355,7 @@ def new_adapters(
     scaling: str,
     init: str,
     variant: str,
-) -> Any:
+) -> PyTree:
     """Adapters before the first step, but for what needs the base (see `on_base`).
 
     Args:
@@ -258,8 +412,8 @@ def new_adapters(
 
 
 def on_base(
-    adapters: Any, params: Any, config: LlamaConfig, *, init: str, variant: str, folder: Path
-) -> tuple[Any, Any]:
+    adapters: PyTree, params: PyTree, config: LlamaConfig, *, init: str, variant: str, folder: Path
+) -> tuple[PyTree, PyTree]:
     """Finish what starts from the base: DoRA's magnitudes, PiSSA's principal parts.
 
     Args:

@@ -99,9 +99,8 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     jax.eval_shape(resolved.model().apply, shapes, jnp.zeros((1, 2), jnp.int32))
 
     logger.info("reading tasks")
-    checkout = inputs.open_checkout(config.data.path, config.data.categories, verify)
     digests = {
-        "data_fingerprint": checkout.fingerprint,
+        "data_fingerprint": inputs.fingerprint(config, verify),
         "base_digest": inputs.base_digest(config.model),
     }
     folder.check_same_run(workdir, config, digests)
@@ -109,7 +108,10 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
 
     logger.info("encoding examples")
     encoder = inputs.encoder(config)
-    rows = inputs.training_rows(encoder, taskset, config.data.answer, config.seed)
+    rows = inputs.training_rows(
+        encoder, taskset, config.data.answer, config.seed, inputs.is_strict(config)
+    )
+    inputs.check_tests(config, encoder)
     batches, total = batches_of(config, rows, resolved.row_groups)
     resolved.schedule(total)  # checks the warm-up
     return Inputs(resolved, mesh, shapes, mask, digests, taskset, rows, batches, total)

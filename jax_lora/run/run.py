@@ -133,7 +133,7 @@ class Run:
 
     def score(
         self,
-        sets: Sequence[str] = scoring.TESTS,
+        sets: Sequence[str] | None = None,
         adapter: str = "last",
         *,
         overwrite: bool = False,
@@ -143,7 +143,8 @@ class Run:
         """Answer test sets greedily and score the answers.
 
         Args:
-          sets: "seen", held-out examples of the smallest task set; "unseen", the test tasks.
+          sets: "seen", held-out examples of the smallest task set, and "unseen", the test tasks;
+            of data of one's own "test". None is all that there are.
           adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
           overwrite: make answers again that are there already.
           base_on_host: the host keeps the base, and a device holds it once; False leaves it on the
@@ -158,6 +159,7 @@ class Run:
           RunFailed: a fault while running.
         """
         config = self._with_eval(eval_options)
+        sets = list(inputs.test_sets(config, sets))
         place = scoring.on_host if base_on_host else None
         folder.read_saved(self.workdir)
         with folder.owned(self.workdir, "scoring"):
@@ -182,14 +184,14 @@ class Run:
         """
         config = self._with_eval(eval_options)
         meshes = scoring.copies(config)
-        sets, encoder = inputs.task_sets(config), inputs.encoder(config)
+        sets, encoder = inputs.examples(config), inputs.encoder(config)
         # Every so many examples, so that all tasks take part.
-        seen = sets["seen"].examples
+        seen = next(iter(inputs.test_sets(config).values())).examples
         some = seen[:: -(-len(seen) // prompts)]
         asked, tasks = [encoder.prompt_row(e) for e in some], [e.task for e in some]
-        train = sets["T" + str(config.data.sizes[0])].examples
+        train = sets["train"].examples
         trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
-        end_ids = (encoder.tokenizer.eos_token_id,)
+        end_ids = inputs.end_ids(config)
         good, several = True, len(jax.devices()) > 1
         for dtype in dict.fromkeys((config.dtype, "float32")):
             config = config.replace(dtype=dtype)

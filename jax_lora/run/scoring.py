@@ -23,7 +23,7 @@ from jax_lora.data.packing import bucket_for
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import evaluate, metrics
 from jax_lora.files import read_json, write_json
-from jax_lora.generation import greedy, scheduler
+from jax_lora.generation import greedy, scheduler, stop_texts
 from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -39,7 +39,6 @@ from jax_lora.weights import peft
 
 logger = logging.getLogger(__name__)
 Place = Callable[..., Any]
-TESTS = ("seen", "unseen")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def folder_name(adapter: str) -> str:
 def score(
     workdir: Path,
     config: RunConfig,
-    names: Sequence[str] = TESTS,
+    names: Sequence[str],
     adapter: str = "last",
     *,
     say: Callable[[str], None],
@@ -194,7 +193,7 @@ def score(
     Args:
       workdir: the run's folder.
       config: of the run, perhaps with another `eval`.
-      names: of the test sets.
+      names: of the test sets, see `inputs.test_sets`.
       say: gets the table of a set as soon as its scores.json is written, from another thread.
       adapter, place: see `load`.
       overwrite: make all answers again.
@@ -207,40 +206,43 @@ def score(
     meshes = copies(config)
     if config.eval.devices_per_copy > 1:
         place = on_host
-    for name in names:
-        if name not in TESTS:
-            raise ConfigError(f"--sets: found {name!r}, expected seen, unseen or both")
-    checkout = inputs.open_checkout(config.data.path, config.data.categories)
+    data, sets = inputs.data(config), inputs.test_sets(config, names)
     digests = {
-        "data_fingerprint": checkout.fingerprint,
+        "data_fingerprint": inputs.fingerprint(config),
         "base_digest": inputs.base_digest(config.model),
     }
     run_folder.check_same_run(workdir, config, digests)
-    sets, encoder = inputs.task_sets(config), inputs.encoder(config)
-    rows = {name: inputs.prompt_rows(encoder, sets[name]) for name in names}
+    encoder, strict = inputs.encoder(config), inputs.is_strict(config)
+    rows = {name: inputs.prompt_rows(encoder, sets[name], strict) for name in names}
     shape = base_weights.read_config(config.model)
     for name in names:
+        if not rows[name]:
+            raise DataError(f"{config.data.path}: found no example of {name}, expected some")
         bucket = bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
         shape.check_length(bucket + config.eval.max_new_tokens)
 
     scored = load(workdir, config, adapter, place)
-    end_ids = (encoder.tokenizer.eos_token_id,)
+    end_ids = inputs.end_ids(config)
     settings = digests | {
         "origin": scored.origin,
         "weights_digest": scored.digest,
         "version": run_folder.package_version(),
         "config": config.identity(),
         "max_new_tokens": config.eval.max_new_tokens,
+        "end_ids": list(end_ids),
+        "stop": list(config.eval.stop),
     }
     results = workdir / folder_name(adapter)
     for name in names:
         evaluate.write_examples(results / name, rows[name])
-        evaluate.write_labels(results / name, checkout, sets[name].tasks)
+        evaluate.write_labels(results / name, data.answers, sets[name].tasks)
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
     generate = scheduler.round_robin(generators(config, model, scored.variables, meshes, end_ids))
+    stop = config.eval.stop
+    generate = stop_texts.stopped(generate, stop, encoder.decode_all)
     origin = scored.origin
     del scored
-    answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids)
+    answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids, stop=stop)
 
     def finish(name: str) -> None:
         scores = evaluate.score(results / name, config.eval.metrics)

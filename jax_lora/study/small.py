@@ -90,7 +90,7 @@ def write_base(
         for name in CHECKOUTS:
             for task in read_checkout(tasks / name).train:
                 for one in task.instances():
-                    yield TEMPLATES[template](task.definition, one.input) + one.outputs[0]
+                    yield TEMPLATES[template](task.example(one)) + one.outputs[0]
 
     tokenizer = _tokenizer(texts(), vocabulary)
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **asdict(shape))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -21,7 +21,7 @@ from jax_lora.weights.hf import resolve
 from jax_lora.weights.sentencepiece import NORMAL_KINDS, read_sentencepiece
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 # Where torch is missing, which nothing here needs, transformers would remark on it on stderr.
 logging.getLogger("transformers").addFilter(
@@ -73,9 +73,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str | os.PathLike[str]
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
 ) -> None:
-    """Refuse a tokenizer whose special tokens have no row in the model's embedding table.
+    """Refuse a tokenizer whose special tokens are no tokens of the model.
 
     An added token beyond the table may never occur; `data.prompts.Encoder` with a `vocab_size`
     refuses the row where one does.
@@ -86,16 +86,48 @@ def check_vocabulary(
       source: where the tokenizer is from, for the message.
 
     Raises:
-      DataError: its BOS, EOS or padding token has an id of `vocab_size` or more.
+      DataError: its BOS, EOS or padding token has an id of `vocab_size` or more; or its EOS is
+        none of its tokens, such as "", whose id would be the unknown token's.
     """
     for name in ("bos", "eos", "pad"):
-        i = getattr(tokenizer, f"{name}_token_id")
+        i, token = (getattr(tokenizer, f"{name}_token{part}") for part in ("_id", ""))
         if i is not None and i >= vocab_size:
-            token = getattr(tokenizer, f"{name}_token")
             raise DataError(
                 f"{source}: {name} token {token!r}: found id {i}, expected below the model's "
                 f"vocab_size {vocab_size}"
             )
+        if name == "eos" and (i is None or tokenizer.convert_ids_to_tokens(i) != token):
+            raise DataError(f"{source}: eos token: found {token!r}, expected a token of its own")
+
+
+def end_ids(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
+) -> tuple[int, ...]:
+    """Every id that ends an answer of the model, the tokenizer's own first.
+
+    Args:
+      tokenizer: as of `load_tokenizer`.
+      vocab_size: rows of the model's embedding table; an id beyond them can never be generated.
+      source: a folder, whose generation_config.json and config.json name more, or a GGUF file,
+        whose metadata do.
+
+    Raises:
+      DataError: an `eos_token_id` that is neither a number nor a list of numbers.
+    """
+    found: list[object] = [tokenizer.eos_token_id]
+    path = resolve(source)
+    if path.is_file():
+        metadata = open_gguf(path).metadata
+        names = ("eos", "eot", "eom")
+        found += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    else:
+        for file in (path / "generation_config.json", path / "config.json"):
+            given = read_json(file, dict).get("eos_token_id") if file.is_file() else None
+            ids = given if isinstance(given, list) else [given]
+            if not all(i is None or type(i) is int for i in ids):
+                raise DataError(f"{file}: eos_token_id: found {given!r:.60}, expected ids")
+            found += ids
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and 0 <= i < vocab_size))
 
 
 def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
@@ -145,12 +177,13 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
             expected = inner.get_vocab_size()
             raise DataError(f"{path}: added token {i}: found a gap, expected id {expected}")
         inner.add_tokens([added[i]])
+    template = folder / "chat_template.jinja"
     return _finish(
         inner,
         {"bos": spm.bos, "eos": spm.eos, "unk": spm.unk, "pad": spm.pad},
         bool(settings.get("add_bos_token", True)),
         bool(settings.get("add_eos_token", False)),
-        settings.get("chat_template"),
+        template.read_text("utf-8") if template.is_file() else settings.get("chat_template"),
     )
 
 
@@ -160,11 +193,10 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
         return _from_metadata(path, metadata)
 
 
-def _from_metadata(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
-
+def _from_metadata(path: Path, metadata: dict) -> PreTrainedTokenizerFast:
+    prefix = "tokenizer.ggml."
+    own: dict = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    get = own.get
     model, tokens = get("model"), get("tokens")
     if model not in ("gpt2", "llama"):
         raise DataError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, Instance, read_checkout
+from jax_lora.errors import DataError
 
 
 def record(**changes) -> dict:
@@ -43,7 +44,7 @@ def test_a_regular_checkout(tmp_path):
     )
     assert task.instances()[1] == Instance("t-1", "in 1", ("out 1",))
     example = task.example(task.instances()[2])
-    assert (example.task, example.definition, example.references) == ("t1", "Other.", ("out 2",))
+    assert (example.task, example.instruction, example.references) == ("t1", "Other.", ("out 2",))
     with pytest.raises(ValueError, match="no task 'nope' among 2 train and 1 test tasks"):
         checkout.task("nope")
 
@@ -114,6 +115,60 @@ def test_a_file_cut_anywhere_is_refused(tmp_path_factory, share):
     path.write_bytes(raw[: int(share * len(raw))])
     with pytest.raises(ValueError, match=r"t1\.json: not valid JSON .* expected one whole object"):
         read_checkout(root)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (one_row(input="a \ud83d"), "instance 1"),
+        (one_row(output=["a", "\udc00"]), "instance 1"),
+        (one_row(id="\ud83d"), "instance 1"),
+        (record(Definition=["\ud83d"]), "Definition"),
+        (record(Categories="\ud83d"), "Categories"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused(tmp_path, split, content, where):
+    tasks = {"t1": record(), "t2": content}
+    root = write(tmp_path / "c", tasks if split == "train" else {"t1": record()})
+    if split == "test":
+        (root / "tasks" / "t2.json").write_text(json.dumps(content))
+        (root / "splits" / "default" / "test_tasks.txt").write_text("t2\n")
+    with pytest.raises(DataError, match=rf"t2\.json: {where}: found .*half of a surrogate pair"):
+        read_checkout(root)
+
+
+def test_encodings_of_a_split_file(tmp_path):
+    root = write(tmp_path / "c", {"t1": record()})
+    path = root / "splits" / "default" / "train_tasks.txt"
+    path.write_bytes("t1\n".encode("utf-8-sig"))
+    assert [task.name for task in read_checkout(root).train] == ["t1"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        path.write_bytes("t1\n".encode(encoding))
+        with pytest.raises(DataError, match="train_tasks.txt: .*(not UTF-8|in UTF-8)"):
+            read_checkout(root)
+    path.write_bytes("täsk\n".encode("latin-1"))
+    with pytest.raises(DataError, match="train_tasks.txt: not UTF-8"):
+        read_checkout(root)
+
+
+def test_tasks_in_folders_of_one_name_are_two_tasks(tmp_path):
+    root = write(tmp_path / "c", {"t1": record()})
+    splits = root / "splits" / "default"
+    for folder, text in (("en", "English"), ("de", "German")):
+        (root / "tasks" / folder).mkdir()
+        content = json.dumps(record(Definition=[text]))
+        (root / "tasks" / folder / "polar.json").write_text(content)
+    (splits / "train_tasks.txt").write_text("en/polar\nt1\n")
+    (splits / "test_tasks.txt").write_text("de/polar\n")
+    checkout = read_checkout(root)
+    assert [task.name for task in checkout.train] == ["en/polar", "t1"]
+    assert checkout.task("de/polar").definition == "German"
+    assert checkout.task("en/polar").definition == "English"
+    for other in ("./t1", "en//polar", "en/../t1", str(root / "tasks" / "t1")):
+        (splits / "test_tasks.txt").write_text(f"{other}\n")  # would be trained on and tested
+        with pytest.raises(DataError, match="test_tasks.txt: found .*, expected a task's name"):
+            read_checkout(root)
 
 
 def test_missing_and_contradicting_files(tmp_path):

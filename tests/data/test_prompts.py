@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from jax_lora.data.instructions import Example, read_checkout
+from jax_lora.data.example import Example
+from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import Encoder, alpaca, tk
 from jax_lora.data.toy import write_checkout
-from jax_lora.errors import DataError
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.weights.tokenizers import load_tokenizer
 
 
 def example(definition="Say it back.", text="hello world", answer="hello world"):
-    return Example("task1_echo", "Echo", "task1-0", definition, text, (answer,))
+    return Example(definition, text, (answer,), "task1_echo", "Echo", "task1-0")
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +21,17 @@ def tokenizer(tiny_model):
 
 
 def test_the_alpaca_template_is_that_of_its_source():
-    assert alpaca("Do it.", "this") == (
+    assert alpaca(example("Do it.", "this")) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nDo it.\n\n### Input:\nthis\n\n### Response:\n"
     )
-    assert alpaca("Do it.", "") == (
+    assert alpaca(example("Do it.", "")) == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nDo it.\n\n### Response:\n"
     )
     # Braces in the data are text, not fields of the template.
-    assert "\n{x}\n\n### Input:\n{\n" in alpaca("{x}", "{")
+    assert "\n{x}\n\n### Input:\n{\n" in alpaca(example("{x}", "{"))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_the_alpaca_template_is_that_of_its_source():
     ],
 )
 def test_the_tk_template_is_that_of_its_source(definition, text, expected):
-    assert tk(definition, text) == expected
+    assert tk(example(definition, text)) == expected
 
 
 @pytest.mark.parametrize("template", ["alpaca", "tk"])
@@ -85,7 +86,9 @@ def test_a_long_answer_stays_whole(tokenizer):
 def test_what_cannot_fit_is_refused(tokenizer):
     with pytest.raises(ValueError, match="task1_echo task1-0: the prompt has .* raise source_len"):
         Encoder(tokenizer, source_length=100).prompt_row(example(definition="Do it. " * 200))
-    with pytest.raises(ValueError, match="template: found 'chat'"):
+    with pytest.raises(ConfigError, match="template: found 'other', expected one of alpaca"):
+        Encoder(tokenizer, "other")
+    with pytest.raises(ConfigError, match="template: found chat, but .* no chat template"):
         Encoder(tokenizer, "chat")
 
 

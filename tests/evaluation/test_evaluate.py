@@ -41,7 +41,7 @@ def oracle(encoder, rows, right=lambda example: True):
 def test_right_answers_score_full_marks(setting, tmp_path):
     checkout, tasks, encoder, rows = setting
     evaluate.write_examples(tmp_path, rows)
-    evaluate.write_labels(tmp_path, checkout, tasks)
+    evaluate.write_labels(tmp_path, checkout.answers, tasks)
     evaluate.write_predictions(tmp_path, rows, oracle(encoder, rows), {"model": "oracle"})
     scores = evaluate.score(tmp_path)
     assert scores["metrics"]["exact_match"] == 100.0
@@ -57,7 +57,7 @@ def test_wrong_answers_are_out_of_options(setting, tmp_path):
     checkout, tasks, encoder, rows = setting
     closed = tasks[0]
     evaluate.write_examples(tmp_path, rows)
-    evaluate.write_labels(tmp_path, checkout, tasks)
+    evaluate.write_labels(tmp_path, checkout.answers, tasks)
     answer = oracle(encoder, rows, right=lambda e: e.task != closed)
     evaluate.write_predictions(tmp_path, rows, answer, {})
     scores = evaluate.score(tmp_path)

@@ -206,6 +206,30 @@ def test_ids_outside_of_the_vocabulary_are_named_before_compute(config, monkeypa
     assert not (tmp_path / "r").exists()
 
 
+def test_what_scoring_would_refuse_is_told_before_training(config, tmp_path):
+    toy = write_checkout(tmp_path / "toy", instances_per_task=12)
+    name = (toy / "splits" / "default" / "test_tasks.txt").read_text().split()[0]
+    path = toy / "tasks" / f"{name}.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"Definition": ["word " * 400]}))
+    with pytest.raises(ConfigError, match=f"{name} .*: the prompt has .* without its input"):
+        jax_lora.Run.open(config.replace(**{"data.path": str(toy)}), tmp_path / "r").train()
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_test_set_without_examples_is_told_before_training(config, tmp_path, caplog):
+    toy = write_checkout(tmp_path / "toy", instances_per_task=12)
+    for path in (toy / "tasks").glob("*.json"):
+        record = json.loads(path.read_text())
+        for row in record["Instances"]:
+            row["input"] = "the same"
+        path.write_text(json.dumps(record))
+    own = config.replace(**{"data.path": str(toy)})
+    with caplog.at_level("WARNING", logger="jax_lora"):
+        inputs.check_tests(own, inputs.encoder(own))
+    assert "seen: no example is left to score; tasks of a single distinct input" in caplog.text
+
+
 def test_the_draw_of_a_and_dropout_share_no_key():
     for seed in range(3):
         keys = [jax.random.key(seed), *lora.seed_keys(seed)]

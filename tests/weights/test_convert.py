@@ -53,6 +53,10 @@ def test_a_folder_becomes_a_folder_with_its_own_generation_settings(tmp_path, so
     convert.main([str(tmp_path / "one"), str(tmp_path / "two"), "--dtype=float32"])
     assert json.loads((tmp_path / "two" / "generation_config.json").read_text()) == settings
     assert json.loads((tmp_path / "two" / "config.json").read_text())["eos_token_id"] == [0, 5]
+    (tmp_path / "two" / "generation_config.json").unlink()  # config.json alone has the list
+    convert.main([str(tmp_path / "two"), str(tmp_path / "three"), "--dtype=float32"])
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "three" / name).read_text())["eos_token_id"] == [0, 5]
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
     assert all(one[k].tobytes() == two[k].tobytes() for k in one)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jax_lora.errors import DataError
 from jax_lora.weights import gguf, hf
-from jax_lora.weights.tokenizers import check_vocabulary, load_tokenizer
+from jax_lora.weights.tokenizers import check_vocabulary, end_ids, load_tokenizer
 from tests.weights.builders import (
     CORPUS,
     hf_weights,
@@ -151,3 +152,50 @@ def test_special_tokens_beyond_the_model_are_refused(tmp_path, name):
     said = f"here: {name} token '<new>': found id {size}, expected below the model's vocab_size"
     assert refusal(check_vocabulary, tokenizer, size, "here") == f"{said} {size}"
     check_vocabulary(tokenizer, size + 1, "here")
+
+
+# ---------------------------------------------------------------- ends
+
+
+def test_every_end_id_that_the_files_name_ends_an_answer(tmp_path):
+    keys = tiny_bpe("smollm") | {"eot_token_id": 7}
+    path = tiny(tmp_path, keys)
+    tokenizer = load_tokenizer(path)
+    size = len(tokenizer)
+    assert end_ids(tokenizer, size, path) == (0, 7)
+    folder = tmp_path / "m"
+    tokenizer.save_pretrained(folder)
+    for generation, config, expected in (
+        (None, None, (0,)),
+        ([5, 6], 4, (0, 5, 6, 4)),
+        (6, [0, 6, size, -1, None], (0, 6)),  # what cannot be generated ends nothing
+    ):
+        for name, ids in (("generation_config", generation), ("config", config)):
+            (folder / f"{name}.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert end_ids(tokenizer, size, folder) == expected
+    (folder / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(DataError, match="config.json: eos_token_id: found '</s>', expected ids"):
+        end_ids(tokenizer, size, folder)
+
+
+def test_a_chat_template_in_a_file_of_its_own(tmp_path):
+    for keys, name in ((tiny_bpe("smollm"), "a"), (tiny_sentencepiece(True), "b")):
+        folder = tmp_path / name
+        folder.mkdir()
+        load_tokenizer(tiny(folder, keys)).save_pretrained(folder)
+        (folder / "tiny.gguf").unlink()
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n")
+        assert load_tokenizer(folder).chat_template == "{{ messages[0]['content'] }}\n"
+
+
+def test_an_end_token_is_a_token_of_its_own(tmp_path):
+    tokenizer = load_tokenizer(tiny(tmp_path, tiny_bpe("smollm")))
+    check_vocabulary(tokenizer, len(tokenizer), tmp_path)
+    for token in ("", "<nothing>", None):
+        tokenizer.save_pretrained(tmp_path / "t")
+        path = tmp_path / "t" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": token}))
+        with pytest.raises(
+            DataError, match="eos token: found .*, expected a token of its own|below"
+        ):
+            check_vocabulary(load_tokenizer(tmp_path / "t"), len(tokenizer), tmp_path)
