@@ -9,6 +9,11 @@ adapter into the weights; it prints how far the rounding moves the logits of 32 
 that trained weights of the base, all or some, is written from its last checkpoint, on the base SRC.
 """
 
+from jax_lora import stops
+
+if __name__ == "__main__":
+    stops.stop_on_signals()
+
 import argparse
 from collections.abc import Sequence
 
@@ -33,5 +38,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.stop_on_signals()
     main()

@@ -10,12 +10,13 @@ same command to resume after an interruption. Only what is answered in full is s
 import functools
 from typing import Any
 
-from jax_lora import cli
+from jax_lora import stops
 
-cli.stop_on_signals()
+stops.stop_on_signals()
 
 from absl import app, flags
 
+from jax_lora import cli
 from jax_lora.errors import ConfigError, RunFailed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")

@@ -13,15 +13,16 @@ from __future__ import annotations
 import functools
 import os
 
-from jax_lora import cli
+from jax_lora import stops
 
-cli.stop_on_signals()
+stops.stop_on_signals()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: take no accelerator
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from jax_lora import cli
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.planning import report

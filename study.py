@@ -10,15 +10,15 @@ it; rerun the same command to resume. The second one writes the report from resu
 import functools
 from pathlib import Path
 
-from jax_lora import cli
+from jax_lora import stops
 
-cli.stop_on_signals()
+stops.stop_on_signals()
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from jax_lora import distributed
+from jax_lora import cli, distributed
 from jax_lora.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)

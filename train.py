@@ -11,13 +11,14 @@ interrupted run. `--show=3` prints what three rows look like to the model, and t
 
 import functools
 
-from jax_lora import cli
+from jax_lora import stops
 
-cli.stop_on_signals()
+stops.stop_on_signals()
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from jax_lora import cli
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 

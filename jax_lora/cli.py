@@ -9,7 +9,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +19,9 @@ from pathlib import Path
 from jax_lora.config import RENAMED
 from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
+from jax_lora.stops import STOPPED, end, heeded
 
-WRONG_INPUT, FAILED, STOPPED = 2, 1, 75
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-PATIENCE = 8.0  # seconds that a process has to end after a stop
+WRONG_INPUT, FAILED = 2, 1
 
 
 @contextmanager
@@ -52,32 +50,6 @@ def exit_codes() -> Iterator[None]:
         raise SystemExit(code) from error
 
 
-def stop_on_signals() -> None:
-    """From now on SIGTERM, SIGINT and SIGHUP end the process: one line, exit code 75.
-
-    What is open is left by its `finally`s, so that nothing temporary stays. To be called before
-    the first import that takes seconds. A signal that is ignored, as under nohup, stays so.
-    """
-    for number in _heeded():
-        signal.signal(number, _end)
-
-
-def _heeded() -> list[signal.Signals]:
-    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def _end(number: int, _: object) -> None:
-    for each in STOPS:
-        signal.signal(each, signal.SIG_IGN)  # nothing interrupts the `finally`s
-    name = signal.Signals(number).name
-    os.write(2, f"\nstopped by {name}; rerun the same command to resume\n".encode())
-    # A library may swallow the exception, or wait for a thread.
-    last = threading.Timer(PATIENCE, os._exit, (STOPPED,))
-    last.daemon = True
-    last.start()
-    raise SystemExit(STOPPED)
-
-
 class StopRequest:
     """A signal of STOPS asks for a checkpoint after the running step; a second one ends at once.
 
@@ -91,7 +63,7 @@ class StopRequest:
         self.asked, self._runs = False, together
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in _heeded()}
+        self._before = {number: signal.signal(number, self._ask) for number in heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,7 +76,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked or not self._runs:
-            _end(number, frame)
+            end(number, frame)
         self.asked = True
 
 

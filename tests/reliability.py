@@ -298,13 +298,16 @@ def signals(ground: Ground, tries: int) -> list[Result]:
             began = time.monotonic()
             _, text = process.communicate(timeout=60)
             slowest = max(slowest, time.monotonic() - began)
-            outcomes[process.returncode] += 1
+            if process.returncode == -number and not text:  # before Python had read the script
+                outcomes["before the script"] += 1
+                continue
+            outcomes[f"exit code {process.returncode}"] += 1
             lines = [line for line in text.splitlines() if line.lstrip("\r").startswith("stopped")]
             good = process.returncode == 0 or (process.returncode == 75 and len(lines) == 1)
             if not good or "Traceback" in text:
                 broken.append(f"{name}, {number.name}: {process.returncode} {text[-500:]}")
         left = [path.name for path in ground.folder.glob(".*.new")]
-        said = ", ".join(f"{count} × exit code {code}" for code, count in outcomes.items())
+        said = ", ".join(f"{count} × {what}" for what, count in outcomes.items())
         results.append(
             Result(
                 "a stop: one line, exit code 75 (0 at the end), nothing temporary left",

@@ -9,7 +9,7 @@ from importlib import metadata
 import jax
 import pytest
 
-from jax_lora import cli
+from jax_lora import cli, stops
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import write_json
@@ -126,9 +126,9 @@ def test_xla_flags_of_the_user_are_left(monkeypatch):
 
 STOPPED = """
 import os, signal, sys, threading
-from jax_lora import cli
-cli.PATIENCE = 0.5
-cli.stop_on_signals()
+from jax_lora import cli, stops
+stops.PATIENCE = 0.5
+stops.stop_on_signals()
 def ask(): os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 {body}
 """
@@ -138,11 +138,12 @@ BODIES = {
     "waits for a thread": "threading.Thread(target=threading.Event().wait).start()\nask()",
     "before the first step": "with cli.StopRequest():\n    ask()",
     "twice": "with cli.StopRequest() as stop:\n    stop()\n    ask()\n    assert stop()\n    ask()",
+    "at the end": "import atexit\natexit.register(os.abort)\nask()",  # as a library might crash
     "in a handler": "with cli.exit_codes():\n    try:\n        ask()\n    finally:\n        ask()",
 }
 
 
-@pytest.mark.parametrize("name", [number.name for number in cli.STOPS])
+@pytest.mark.parametrize("name", [number.name for number in stops.STOPS])
 @pytest.mark.parametrize("body", BODIES)
 def test_a_stop_is_a_line_and_an_exit_code(name, body):
     program = STOPPED.format(body=BODIES[body])
@@ -155,14 +156,14 @@ def test_a_stop_is_a_line_and_an_exit_code(name, body):
 
 
 def test_the_loop_is_asked_to_stop_and_processes_that_train_together_always():
-    before = [signal.getsignal(number) for number in cli.STOPS]
+    before = [signal.getsignal(number) for number in stops.STOPS]
     for together in (False, True):
-        for number in cli.STOPS:
+        for number in stops.STOPS:
             with cli.StopRequest(together) as stop:
                 assert together or not stop()
                 os.kill(os.getpid(), number)
                 assert stop() and stop.asked
-    assert [signal.getsignal(number) for number in cli.STOPS] == before
+    assert [signal.getsignal(number) for number in stops.STOPS] == before
 
 
 def test_a_signal_that_is_ignored_stays_so():

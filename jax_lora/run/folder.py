@@ -127,14 +127,13 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
     path = workdir / "error.json"
     try:
         yield
-    except (ConfigError, DataError, Stopped):
+    except (ConfigError, DataError, OSError, Stopped):  # wrong input, or no error
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         said = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
-        if (workdir / "config.json").is_file():  # else nothing is to be left
-            with suppress(OSError):  # a full disk has no room for it
-                write_json(path, said)
+        with suppress(OSError):  # a full disk has no room for it
+            write_json(path, said)
         raise
     path.unlink(missing_ok=True)
 

@@ -74,7 +74,12 @@ def _not_finite(tree: PyTree) -> list[str]:
 
 @jax.jit
 def _finite(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+    def one(x):
+        if x.dtype == jnp.uint16:  # as xla_cpu.bitcast_bf16 leaves bfloat16
+            x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+        return jnp.isfinite(x).all()
+
+    return jax.tree.map(one, tree)
 
 
 @jax.jit
