@@ -91,6 +91,15 @@ def run_of(folder: str | os.PathLike[str]) -> Path:
     return found.parent if found.name == "adapter" else found
 
 
+def base_digest(folder: str | os.PathLike[str]) -> str | None:
+    """The digest of the base that an adapter or a run was trained on, where its files name it."""
+    found = origin.read(resolve(folder)).get("base_digest")
+    config = run_of(folder) / "config.json"
+    if found is None and config.is_file():
+        found = read_json(config, dict).get("base_digest")
+    return found if isinstance(found, str) else None
+
+
 def trained_base(folder: str | os.PathLike[str]) -> list[str]:
     """Weights of the base that the run of this folder (see `run_of`) trained."""
     table = run_of(folder) / "parameters.json"

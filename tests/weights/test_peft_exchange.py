@@ -173,7 +173,7 @@ LAYER_OPTIONS = [
     {"layers_to_transform": 0, "layers_pattern": "layers"},
     {"layers_to_transform": [0], "layers_pattern": ["h", "layers"], "use_rslora": True},
     {"target_modules": r"model\.layers\.1\..*(q|down)_proj"},
-    {"target_modules": r".*layers\.0\.self_attn\.q_proj|.*layers\.1\.mlp\.\w+"},
+    {"target_modules": r".*layers\.0\.self_attn\.q_proj|.*layers\.1\.mlp\.\w+_proj"},
     {"exclude_modules": r".*\.0\..*"},
     {"exclude_modules": ["layers.1.self_attn.q_proj", "0.mlp.down_proj"]},
     {"target_modules": ["q_proj", "0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]},
@@ -187,7 +187,7 @@ LAYER_OPTIONS = [
 def test_against_peft_an_adapter_of_some_layers_gives_its_logits(tmp_path, options):
     from jax_lora.weights import hf
 
-    settings = dict(r=4, lora_alpha=6, init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = dict(r=4, lora_alpha=60, init_lora_weights=False, task_type="CAUSAL_LM")
     targets = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
     model = theirs.get_peft_model(base(), theirs.LoraConfig(**settings, **(targets | options)))
     model.save_pretrained(tmp_path / "theirs")
