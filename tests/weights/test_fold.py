@@ -64,7 +64,7 @@ def test_dora_is_refused(tmp_path):
 def test_against_peft_the_plain_adapter_gives_the_same_logits(tmp_path, layers):
     pytest.importorskip("torch")
     theirs = pytest.importorskip("peft")
-    from tests.weights.test_peft_exchange import PATTERNS, TOKENS, base, logits, our_logits
+    from tests.weights.test_peft_exchange import TOKENS, base, logits, our_logits
 
     config = theirs.LoraConfig(
         r=4,
@@ -74,7 +74,8 @@ def test_against_peft_the_plain_adapter_gives_the_same_logits(tmp_path, layers):
         target_modules=["q_proj", "v_proj", "down_proj"],
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
-        **PATTERNS,
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 3},
+        alpha_pattern={r"model\.layers\.1\..*q_proj": 50, "v_proj": 25},
     )
     model = theirs.get_peft_model(base(), config)
     model.save_pretrained(tmp_path / "theirs")
