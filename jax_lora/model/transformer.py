@@ -31,7 +31,13 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
 from jax_lora.model.kv_cache import Cache
 from jax_lora.model.rope import rope_tables, rotate
-from jax_lora.model.xla_cpu import checkpoint_name, einsum, from_bits, matmul_transposed
+from jax_lora.model.xla_cpu import (
+    checkpoint_name,
+    einsum,
+    from_bits,
+    lookup,
+    matmul_transposed,
+)
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
 # linear layers' products with frozen kernels and of attention, the expensive ones.
@@ -302,9 +308,8 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
         """Embeddings of the tokens, the input of the first layer."""
-        return self.shard_activation(
-            self.embed_tokens(tokens).astype(self.dtype), "batch", None, "embed"
-        )
+        x = lookup(self.embed_tokens.embedding, jnp.asarray(tokens), self.platform)
+        return self.shard_activation(x.astype(self.dtype), "batch", None, "embed")
 
     def hidden(
         self,
