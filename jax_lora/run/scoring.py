@@ -29,7 +29,7 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
-from jax_lora.run import inputs
+from jax_lora.run import initial_weights, inputs
 from jax_lora.run.training import running
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
@@ -71,7 +71,7 @@ def load(workdir: Path, config: RunConfig, adapter: str, place: Place | None = N
       workdir: the run's folder.
       config: of the run.
       adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
-      place: see `inputs.load_base`.
+      place: see `initial_weights.load_base`.
 
     Raises:
       DataError, OSError: one line that names the file.
@@ -84,7 +84,7 @@ def load(workdir: Path, config: RunConfig, adapter: str, place: Place | None = N
     if adapter != "none":
         adapters = peft.load_trained(adapter, shape).adapters
         variables["lora"] = jax.tree.map(jnp.asarray, adapters)
-    variables["params"] = inputs.load_base(config.model, config.dtype, frozen, place)
+    variables["params"] = initial_weights.load_base(config.model, config.dtype, frozen, place)
     if adapter == "none":
         return Scored(shape, variables, f"{config.model}, untuned", "")
     digest = peft.digest(adapter)
@@ -100,11 +100,13 @@ def _load_last(workdir: Path, config: RunConfig, shape: LlamaConfig, place: Plac
     is_lora = config.method == "lora"
     shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
     if is_lora:
-        shapes["lora"] = inputs.adapters_of(config, shape)
+        shapes["lora"] = initial_weights.adapters_of(config, shape)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
-    variables = {"params": inputs.load_base(config.model, config.dtype, mask["params"], place)}
+    variables = {
+        "params": initial_weights.load_base(config.model, config.dtype, mask["params"], place)
+    }
     if is_lora:
-        variables["lora"], variables["params"] = inputs.on_base(
+        variables["lora"], variables["params"] = initial_weights.on_base(
             shapes["lora"],
             variables["params"],
             shape,
