@@ -88,9 +88,9 @@ def log_progress() -> None:
         logging.getLogger(others).setLevel(logging.WARNING)
     # Orbax shows the traceback of an error that it raises as well.
     logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
-    own = logging.getLogger("jax_lora")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.INFO if _is_primary() else logging.WARNING)
+    logger = logging.getLogger("jax_lora")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if _is_primary() else logging.WARNING)
 
 
 def _is_primary() -> bool:

@@ -160,11 +160,11 @@ class Run:
         """
         config = self._with_eval(eval_options)
         sets = list(inputs.test_sets(config, sets))
-        place = scoring.on_host if base_on_host else None
+        put = scoring.on_host if base_on_host else None
         folder.read_saved(self.workdir)
         with folder.owned(self.workdir, "scoring"):
             scoring.score(
-                self.workdir, config, sets, adapter, say=self._say, place=place, overwrite=overwrite
+                self.workdir, config, sets, adapter, say=self._say, put=put, overwrite=overwrite
             )
         return scoring.score_frame(self.workdir, sets, adapter)
 
