@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pandas as pd
+from jaxtyping import PyTree
 
 from jax_lora import distributed, sharding
 from jax_lora.config import RunConfig
@@ -51,7 +51,7 @@ class Run:
     @classmethod
     def open(
         cls,
-        config: RunConfig | Mapping[str, Any] | None,
+        config: RunConfig | Mapping[str, object] | None,
         workdir: str | os.PathLike[str],
         say: Say = logger.info,
     ) -> Run:
@@ -223,7 +223,7 @@ class Run:
             self._say("\non several devices: one device here, not tried")
         return bool(good)
 
-    def weights(self, base: str | None = None) -> tuple[LlamaConfig, dict[str, Any]]:
+    def weights(self, base: str | None = None) -> tuple[LlamaConfig, PyTree]:
         """The shape, and the weights with all that was trained in float32, adapters merged.
 
         Args:
