@@ -99,6 +99,15 @@ def _is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def configure_process(trains: bool) -> None:
+    """Settings of a script's process, before JAX starts: `keep_memory`, where it trains,
+    `set_xla_flags` and `keep_programs`."""
+    if trains:
+        keep_memory()
+    set_xla_flags()
+    keep_programs()
+
+
 def keep_programs() -> None:
     """Keep what is compiled for the next process of this machine or of one like it.
 

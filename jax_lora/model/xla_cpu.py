@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 
-def einsum(spec: str, dtype: DTypeLike, x: Array, w: Array, platform: str) -> Array:
+def einsum(spec: str, dtype: DTypeLike, x: Array, w: Array | np.ndarray, platform: str) -> Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
 
     A gradient of its own, because the automatic one multiplies mixed dtypes and rounds the
@@ -30,7 +30,7 @@ def einsum(spec: str, dtype: DTypeLike, x: Array, w: Array, platform: str) -> Ar
     return _einsum_vjp(spec, dtype, platform, x, from_bits(w))
 
 
-def matmul_transposed(dtype: DTypeLike, x: Array, w: Array, platform: str) -> Array:
+def matmul_transposed(dtype: DTypeLike, x: Array, w: Array | np.ndarray, platform: str) -> Array:
     """x (B, T, in) by the transpose of w (out, in), for decoding: few rows, a large kernel.
 
     XLA's CPU compiler rearranges the right operand of a product before it multiplies. With the
@@ -81,7 +81,7 @@ def to_bits(x: Array, platform: str) -> Array:
     return x
 
 
-def from_bits(x: Array) -> Array:
+def from_bits(x: Array | np.ndarray) -> Array:
     """What `to_bits` was given."""
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 

@@ -61,7 +61,7 @@ def parse_config(raw: Json, where: str = "config.json") -> LlamaConfig:
         return _typed(where, key, default if value is None else value, kind)
 
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise DataError(f"{where}: model_type: found {name!r}, expected one of {known}")
     family = FAMILIES[name]
