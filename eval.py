@@ -48,8 +48,7 @@ _CHECK_PROMPTS = flags.DEFINE_integer(
 
 
 def main(_):
-    cli.set_xla_flags()
-    cli.keep_programs()
+    cli.configure_process(trains=False)
     with cli.exit_codes():
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected a folder that train.py made")

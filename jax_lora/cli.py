@@ -88,15 +88,24 @@ def log_progress() -> None:
         logging.getLogger(others).setLevel(logging.WARNING)
     # Orbax shows the traceback of an error that it raises as well.
     logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
-    own = logging.getLogger("jax_lora")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.INFO if _is_primary() else logging.WARNING)
+    logger = logging.getLogger("jax_lora")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if _is_primary() else logging.WARNING)
 
 
 def _is_primary() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def configure_process(trains: bool) -> None:
+    """Settings of a script's process, before JAX starts: `keep_memory`, where it trains,
+    `set_xla_flags` and `keep_programs`."""
+    if trains:
+        keep_memory()
+    set_xla_flags()
+    keep_programs()
 
 
 def keep_programs() -> None:

@@ -131,9 +131,9 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        said = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
+        failure = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
         with suppress(OSError):  # a full disk has no room for it
-            write_json(path, said)
+            write_json(path, failure)
         raise
     path.unlink(missing_ok=True)
 
@@ -162,8 +162,8 @@ def _holds_files(folder: Path) -> bool:
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of what decides the numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    own = {"python": platform.python_version(), "jax-lora": package_version()}
-    return own | {name: metadata.version(name) for name in names}
+    versions = {"python": platform.python_version(), "jax-lora": package_version()}
+    return versions | {name: metadata.version(name) for name in names}
 
 
 def package_version() -> str:

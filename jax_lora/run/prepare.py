@@ -27,7 +27,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
-from jax_lora.run import folder, inputs
+from jax_lora.run import folder, initial_weights, inputs
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.resolve import Resolved, resolve
@@ -94,7 +94,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     mesh = mesh if mesh.size > 1 else None
     shapes: dict[str, PyTree] = {"params": counts.base_shapes(shape)}
     if resolved.is_lora:
-        shapes["lora"] = inputs.adapters_of(config, shape, mesh)
+        shapes["lora"] = initial_weights.adapters_of(config, shape, mesh)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
     jax.eval_shape(resolved.model().apply, shapes, jnp.zeros((1, 2), jnp.int32))
 
@@ -161,10 +161,10 @@ def build(given: Inputs, workdir: Path) -> Training:
     config, mesh = given.resolved.config, given.mesh
     logger.info("loading the base model")
     sharder = sharding.leaf_sharder(mesh) if mesh else None
-    params = inputs.load_base(config.model, config.dtype, given.mask["params"], sharder)
+    params = initial_weights.load_base(config.model, config.dtype, given.mask["params"], sharder)
     variables = {"params": params}
     if given.resolved.is_lora:
-        variables["lora"], variables["params"] = inputs.on_base(
+        variables["lora"], variables["params"] = initial_weights.on_base(
             given.shapes["lora"],
             params,
             given.resolved.shape,

@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pandas as pd
+from jaxtyping import PyTree
 
 from jax_lora import distributed, sharding
 from jax_lora.config import RunConfig
@@ -51,7 +51,7 @@ class Run:
     @classmethod
     def open(
         cls,
-        config: RunConfig | Mapping[str, Any] | None,
+        config: RunConfig | Mapping[str, object] | None,
         workdir: str | os.PathLike[str],
         say: Say = logger.info,
     ) -> Run:
@@ -160,11 +160,11 @@ class Run:
         """
         config = self._with_eval(eval_options)
         sets = list(inputs.test_sets(config, sets))
-        place = scoring.on_host if base_on_host else None
+        put = scoring.on_host if base_on_host else None
         folder.read_saved(self.workdir)
         with folder.owned(self.workdir, "scoring"):
             scoring.score(
-                self.workdir, config, sets, adapter, say=self._say, place=place, overwrite=overwrite
+                self.workdir, config, sets, adapter, say=self._say, put=put, overwrite=overwrite
             )
         return scoring.score_frame(self.workdir, sets, adapter)
 
@@ -223,7 +223,7 @@ class Run:
             self._say("\non several devices: one device here, not tried")
         return bool(good)
 
-    def weights(self, base: str | None = None) -> tuple[LlamaConfig, dict[str, Any]]:
+    def weights(self, base: str | None = None) -> tuple[LlamaConfig, PyTree]:
         """The shape, and the weights with all that was trained in float32, adapters merged.
 
         Args:

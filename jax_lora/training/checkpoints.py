@@ -82,13 +82,13 @@ class Checkpoints:
 
     Args:
       folder: made if need be.
-      alone: to read in this process, whatever the others do; the folder is there, and is left as
-        it is.
+      single_process: to read in this process, whatever the others do; the folder is there, and is
+        left as it is.
     """
 
-    def __init__(self, folder: str | Path, alone: bool = False):
-        self._folder, self._alone = Path(folder).absolute(), alone
-        self._owns = not alone and jax.process_index() == 0
+    def __init__(self, folder: str | Path, single_process: bool = False):
+        self._folder, self._single_process = Path(folder).absolute(), single_process
+        self._owns = not single_process and jax.process_index() == 0
         if self._owns:
             self._folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self._folder)  # of a process that was killed
@@ -253,7 +253,7 @@ class Checkpoints:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if not self._alone and distributed.any_process(bool(reason), restored):
+        if not self._single_process and distributed.any_process(bool(reason), restored):
             return None, reason or "another process cannot read it"
         if reason:
             return None, reason

@@ -38,10 +38,10 @@ def _digest(x: Array) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     bits = x.astype(word) if x.dtype == bool else jax.lax.bitcast_convert_type(x, word)
     bits = bits.astype(jnp.uint32)
     # Index by index, and not over the flattened array, which would be gathered from its mesh.
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
-        place = _mixed(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
-    term = _mixed(bits ^ place)
+        position = _mixed(position + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+    term = _mixed(bits ^ position)
     return _mixed(term + jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32), term.sum(dtype=jnp.uint32)
 
 

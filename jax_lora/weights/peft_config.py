@@ -145,13 +145,17 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
     layers, layers_pattern = _layers(raw, targets, where)
+    base_name = raw.get("base_model_name_or_path")
+    if base_name is not None and not isinstance(base_name, str):
+        key = "base_model_name_or_path"
+        raise DataError(f"{where}: {key}: found {base_name!r:.60}, expected a name or a folder")
     config = AdapterConfig(
         rank=int(number("r", raw.get("r"), True)),
         alpha=number("lora_alpha", raw.get("lora_alpha"), False),
         dropout=number("lora_dropout", raw.get("lora_dropout", 0.0), False),
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
-        base_name=raw.get("base_model_name_or_path"),
+        base_name=base_name,
         target_modules=targets,
         exclude_modules=_names(raw, "exclude_modules", where),
         layers=layers,

@@ -195,8 +195,10 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 def _from_metadata(path: Path, metadata: dict) -> PreTrainedTokenizerFast:
     prefix = "tokenizer.ggml."
-    own: dict = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    get = own.get
+    settings: dict = {
+        k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)
+    }
+    get = settings.get
     model, tokens = get("model"), get("tokens")
     if model not in ("gpt2", "llama"):
         raise DataError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")

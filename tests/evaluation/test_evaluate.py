@@ -121,7 +121,7 @@ def test_every_metric_goes_by_task_by_category_and_overall(setting, tmp_path, mo
     checkout, tasks, encoder, rows = setting
     monkeypatch.setitem(metrics.METRICS, "is_short", lambda answer, references: len(answer) < 6)
     evaluate.write_examples(tmp_path, rows)
-    evaluate.write_labels(tmp_path, checkout, tasks)
+    evaluate.write_labels(tmp_path, checkout.answers, tasks)
     wrong = oracle(encoder, rows, right=lambda e: False)  # "wrong" is short
     evaluate.write_predictions(tmp_path, rows, wrong, {})
     official = evaluate.score(tmp_path)

@@ -77,7 +77,7 @@ def test_no_more_than_one_leaf_is_alive_beside_what_is_placed(tmp_path):
     placed: list[tuple[str, ...]] = []
     tracemalloc.start()
     try:
-        hf.load(folder, "float32", place=lambda path, array: placed.append(path))
+        hf.load(folder, "float32", put=lambda path, array: placed.append(path))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -149,7 +149,7 @@ def test_a_spoilt_folder_is_refused_before_any_weight_is_read(tmp_path, spoil, m
     folder = write_hf(tmp_path / "m", hf_weights())
     spoil(folder)
     placed = []
-    found = refusal(hf.load, folder, "float32", place=lambda path, array: placed.append(path))
+    found = refusal(hf.load, folder, "float32", put=lambda path, array: placed.append(path))
     assert message in found and str(folder) in found and not placed
 
 
