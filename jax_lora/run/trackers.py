@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -63,7 +64,7 @@ class WandB:
         import wandb
 
         path = workdir / "wandb_run.json"
-        known = read_json(path, dict) if path.is_file() else {"id": wandb.util.generate_id()}
+        known = read_json(path, dict) if path.is_file() else {"id": secrets.token_hex(4)}
         try:
             self._run = wandb.init(
                 id=known["id"],
