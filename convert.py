@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--push", metavar="ORG/NAME", help="send DST to the hub, with a model card")
     options = parser.parse_args(arguments)
     with cli.exit_codes():
+        cli.check_platform()
         from jax_lora.run.convert import convert, convert_adapter, is_adapter
 
         source, destination = options.source, options.destination

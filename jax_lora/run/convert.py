@@ -45,7 +45,7 @@ def convert(
       ConfigError, DataError, OSError: one line that names the file.
       RunFailed: the folder is written, and sending it failed.
     """
-    check_vacant(destination)
+    destination = str(check_vacant(destination))
     hub.check(push_to)
     path = hf.resolve(source)
     # What is small is read first.
@@ -100,7 +100,7 @@ def convert_adapter(
       ConfigError, DataError, OSError: one line that names the file.
       RunFailed: the folder is written, and sending it failed.
     """
-    check_vacant(destination)
+    destination = str(check_vacant(destination))
     hub.check(push_to)
     found = peft.load(source)
     found = fold_scale(found, source) if fold else found

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from jax_lora import distributed, sharding
 from jax_lora.config import RunConfig
 from jax_lora.evaluation import metrics
+from jax_lora.files import local_path
 from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -66,7 +67,7 @@ class Run:
         Raises:
           ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
         """
-        path = Path(workdir)
+        path = local_path(workdir)
         if config is None:
             config, _ = folder.read_saved(path)
         elif not isinstance(config, RunConfig):

@@ -34,6 +34,7 @@ from jax_lora.weights.hf import write_tensors
 from jax_lora.weights.peft_config import parse_config
 from jax_lora.weights.peft_tensors import PARTS, module_name
 
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter and all that its files say about it.
@@ -217,9 +218,7 @@ def _stack(
         if any(tensor[part].shape != shapes[part] for part in parts):
             there = ", ".join(f"{PARTS[part]} {tensor[part].shape}" for part in parts)
             expected = ", ".join(f"{PARTS[part]} {shapes[part]}" for part in parts)
-            raise DataError(
-                f"{path}: {module_name(name, i)}: found {there}, expected {expected}"
-            )
+            raise DataError(f"{path}: {module_name(name, i)}: found {there}, expected {expected}")
         leaf["a"][i, :, :r], leaf["b"][i, :r] = tensor["a"].T, tensor["b"].T
     if "m" in parts:
         leaf["m"] = np.stack([layers[i]["m"] for i in range(len(ranks))])

@@ -72,6 +72,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     raise MissingFileError(errno.ENOENT, text, str(path))
 
 
+def has_tokenizer(source: str | os.PathLike[str]) -> bool:
+    """Whether a source has a tokenizer that `load_tokenizer` would read."""
+    path = resolve(source)
+    names = ("tokenizer.json", "tokenizer.model")
+    return path.is_file() or any((path / name).is_file() for name in names)
+
+
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
 ) -> None:

@@ -195,6 +195,7 @@ def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
 
 # ---------------------------------------------------------------- which base
 
+
 def refused(*arguments) -> bool:
     try:
         convert.main([str(one) for one in arguments])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import convert
+from jax_lora.run.convert import convert_adapter
 from jax_lora.weights import peft
 from jax_lora.weights.fold import fold_scale
+from tests.scripts import run
 from tests.weights.builders import refusal
 from tests.weights.test_peft import BOTH, RECORDED, chosen, leaves, pairs
 
@@ -22,9 +23,9 @@ def updates(adapters):
         yield name, s[:, None, None] * (a @ b)
 
 
-def test_an_rslora_adapter_with_patterns_becomes_a_plain_one(tmp_path, capsys):
-    convert.main([str(RECORDED), str(tmp_path / "plain"), "--fold-scale"])
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'plain'}\n"
+def test_an_rslora_adapter_with_patterns_becomes_a_plain_one(tmp_path):
+    done = run("convert.py", str(RECORDED), str(tmp_path / "plain"), "--fold-scale")
+    assert done == (0, f"wrote {tmp_path / 'plain'}\n", "")
     raw = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     plain = {"r": 4, "lora_alpha": 4, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     assert plain.items() <= raw.items()
@@ -79,7 +80,7 @@ def test_against_peft_the_plain_adapter_gives_the_same_logits(tmp_path, layers):
     )
     model = theirs.get_peft_model(base(), config)
     model.save_pretrained(tmp_path / "theirs")
-    convert.main([str(tmp_path / "theirs"), str(tmp_path / "plain"), "--fold-scale"])
+    convert_adapter(str(tmp_path / "theirs"), str(tmp_path / "plain"), fold=True)
     wanted = logits(model, TOKENS)
     plain = theirs.PeftModel.from_pretrained(base(), tmp_path / "plain")
     largest = np.abs(wanted).max()

@@ -284,7 +284,10 @@ def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, mor
         ({"layers_to_transform": "1"}, "layers_to_transform: found '1', expected layers from 0 up"),
         ({"layers_to_transform": [-1]}, "layers_to_transform: found [-1], expected layers from 0"),
         ({"layers_pattern": "h"}, "layers_pattern: found 'h', expected layers_to_transform with"),
-        ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern: found '(', expected"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "("},
+            "layers_pattern: found '(', expected",
+        ),
         (
             {"target_modules": ".*[qv]_proj", "layers_to_transform": 0},
             "layers_to_transform: found 0, expected none where target_modules is a text, as in PE",
