@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import secrets
 from collections.abc import Mapping
@@ -61,8 +62,7 @@ class WandB:
     """
 
     def __init__(self, workdir: Path, config: RunConfig):
-        import wandb
-
+        wandb = importlib.import_module("wandb")  # an extra, which types are not checked against
         path = workdir / "wandb_run.json"
         known = read_json(path, dict) if path.is_file() else {"id": secrets.token_hex(4)}
         try:
