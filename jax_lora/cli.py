@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -204,6 +205,12 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
     absl's own way is a page of usage and exit code 1, and a config file may raise anything.
     """
     with exit_codes():
+        tuples = Counter(
+            flag for flag, _, value in (a.partition("=") for a in argv) if "(" in value
+        )
+        for flag, times in tuples.items():
+            if times > 1 and flag.startswith("--config."):  # ml_collections joins them
+                raise ConfigError(f"flags: {flag}: found {times} times, expected once")
         try:
             return parser(argv)
         except Exception as error:
