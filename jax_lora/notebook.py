@@ -119,7 +119,9 @@ class LoadedModel:
         )
         answers = dict(itertools.chain.from_iterable(ended))
         return [
-            self.tokenizer.decode(answers[i].tolist(), skip_special_tokens=True).strip()
+            self.tokenizer.decode(
+                answers[i].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
             for i in range(len(rows))
         ]
 
