@@ -193,7 +193,7 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
     if "rougeL" in names and (without := sum(not _has_words(row) for row in examples)):
         logger.warning(
             "%s: rougeL counts words of a-z and 0-9 alone, as the official script does: %d of %d "
-            "examples have none in any reference, and score 0",
+            "examples have none in any reference, and score 0; rougeL_xlingual takes any script",
             *(folder, without, len(examples)),
         )
     answers = {key: p["prediction"] for key, p in predictions.items()}

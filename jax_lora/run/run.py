@@ -162,10 +162,10 @@ class Run:
           RunFailed: a fault while running.
         """
         config = self._with_eval(eval_options)
+        self._check_base(adapter, any_base)
         sets = list(inputs.test_sets(config, sets))
         put = scoring.on_host if base_on_host else None
         folder.read_saved(self.workdir)
-        self._check_base(adapter, any_base)
         with folder.owned(self.workdir, "scoring"):
             scoring.score(
                 self.workdir, config, sets, adapter, say=self._say, put=put, overwrite=overwrite

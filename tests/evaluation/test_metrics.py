@@ -220,3 +220,47 @@ def test_a_category_that_is_named_like_a_task_or_another_category_has_a_key_of_i
     assert {key: report[f"exact_match_for_{key}"] for key in wanted} == wanted
     names = [key for key in report if key.startswith("exact_match_for_")]
     assert len(names) == 6 + 4
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """A byte-level tokenizer in place of GPT-2's, and its path."""
+    import huggingface_hub
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["this is a text", "это текст и ещё текст"] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / name))
+    metrics._xlingual_scorer.cache_clear()
+    yield tmp_path / "tokenizer.json"
+    metrics._xlingual_scorer.cache_clear()
+
+
+def test_rouge_l_of_other_scripts_is_that_of_the_official_cross_lingual_track(gpt2):
+    from rouge_score import rouge_scorer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = PreTrainedTokenizerFast(tokenizer_file=str(gpt2))
+
+    class Official:  # as compute_metrics.py of Tk-Instruct has it
+        def tokenize(self, text):
+            return [token.lstrip("Ġ") for token in inner.tokenize(text)]
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=Official())
+    pairs = [("это текст", "текст"), ("ещё один", "и ещё текст"), ("a text", "text"), ("да", "нет")]
+    for prediction, reference in pairs:
+        wanted = scorer.score(target=reference, prediction=prediction)["rougeL"].fmeasure
+        assert metrics.rouge_l_xlingual(prediction, [reference]) == wanted
+    assert metrics.rouge_l_xlingual("ещё", ["нет", "ещё"]) == 1
+    assert metrics.rouge_l("ещё", ["ещё"]) == 0
+    metrics.check_names(["exact_match", "rougeL_xlingual"])
+
+
+def test_the_cross_lingual_tokenizer_is_asked_for_before_any_work(gpt2):
+    gpt2.unlink()
+    with pytest.raises(ConfigError, match="found rougeL_xlingual, expected the tokenizer of open"):
+        metrics.check_names(["rougeL_xlingual"])
