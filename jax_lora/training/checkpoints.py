@@ -46,7 +46,7 @@ ITEMS = ("trainable", "optimizer", "digests")
 Named = dict[str, jax.Array]
 
 
-def _named(tree: PyTree) -> Named:
+def _named(tree: PyTree) -> dict[str, PyTree]:
     # One flat level: the layout on disk does not depend on optax's or our own containers.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
