@@ -43,16 +43,16 @@ from jax_lora.training.step import State
 logger = logging.getLogger(__name__)
 KEEP = 2  # checkpoints: the last one, and one in case that it is damaged
 ITEMS = ("trainable", "optimizer", "digests")
-Named = dict[str, jax.Array]
+Named = dict[str, jax.Array | np.ndarray]
 
 
-def _named(tree: PyTree) -> dict[str, PyTree]:
+def _named(tree: PyTree) -> Named:
     # One flat level: the layout on disk does not depend on optax's or our own containers.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _filled(tree: PyTree, named: Mapping[str, jax.Array]) -> PyTree:
+def _filled(tree: PyTree, named: Named) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
 
 
