@@ -26,6 +26,9 @@ _SETS = flags.DEFINE_list(
 _ADAPTER = flags.DEFINE_string(
     "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
 )
+_ANY_BASE = flags.DEFINE_boolean(
+    "any_base", False, "score an adapter that was trained on another base, too"
+)
 _METRICS = flags.DEFINE_list(
     "metrics", None, "in place of the config's, such as exact_match,rougeL,token_f1"
 )
@@ -60,6 +63,7 @@ def main(_):
             "max_new_tokens": _MAX_NEW_TOKENS.value,
             "devices_per_copy": _DEVICES_PER_COPY.value,
             "metrics": _METRICS.value,
+            "any_base": _ANY_BASE.value or None,
         }
         options: Any = {key: value for key, value in given.items() if value is not None}
         run = Run.open(None, _WORKDIR.value, say=functools.partial(print, flush=True))

@@ -8,7 +8,6 @@ second one writes the report from results.parquet.
 """
 
 import functools
-from pathlib import Path
 
 from jax_lora import stops
 
@@ -20,6 +19,7 @@ from ml_collections import config_flags
 
 from jax_lora import cli, distributed
 from jax_lora.errors import ConfigError
+from jax_lora.files import local_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the study's folder")
@@ -44,7 +44,7 @@ def main(_):
     with cli.exit_codes():
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected the study's folder")
-        workdir = Path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
+        workdir = local_path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
         if _REPORT.value:
             from jax_lora.study import report  # matplotlib, which no worker needs
 

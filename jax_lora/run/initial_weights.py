@@ -122,7 +122,12 @@ def new_adapters(
     if not Path(init).is_dir():
         choices = ", ".join((*lora.INITS, "pissa"))
         raise ConfigError(f"lora init: found {init!r}, expected {choices} or a PEFT folder")
-    found = peft.load(init).adapters
+    read = peft.load(init, config.num_hidden_layers)
+    if partial := [name for name, ranks in read.ranks.items() if not all(ranks)]:
+        raise ConfigError(
+            f"{init}: found layers without an adapter of {', '.join(partial)}, expected one in all"
+        )
+    found = read.adapters
     lora.check(found, config)
     there, here = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -27,7 +27,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
-from jax_lora.run import folder, initial_weights, inputs
+from jax_lora.run import folder, initial_weights, inputs, trackers
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.resolve import Resolved, resolve
@@ -82,6 +82,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     for key, value in (("model", config.model), ("data.path", config.data.path)):
         if not value:
             raise ConfigError(f"config.{key}: found none, expected a folder or a hub id")
+    trackers.check(config)
     if config.lora.init == "pissa" and jax.process_count() > 1:
         raise ConfigError(
             f"config.lora.init: found pissa in {jax.process_count()} processes, expected one "

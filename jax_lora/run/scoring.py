@@ -318,8 +318,9 @@ def score_table(
     tasks, rows = scores["tasks"], []
     for name, task in tasks.items():
         rows.append(row(name[:44], task["examples"], lambda s, key, n=name: s["tasks"][n].get(key)))
-    for category in sorted({task["category"] for task in tasks.values()}):
-        suffix = f"_for_{metrics.category_key(category)}"
+    keys = metrics.category_keys([task["category"] for task in tasks.values()], tasks)
+    for category in sorted(keys):
+        suffix = f"_for_{keys[category]}"
         examples = sum(t["examples"] for t in tasks.values() if t["category"] == category)
         rows.append(row(f"category {category}"[:44], examples, _official(suffix)))
     examples = sum(task["examples"] for task in tasks.values())

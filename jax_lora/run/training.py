@@ -22,6 +22,7 @@ from jax_lora.planning.steps import steps_of
 from jax_lora.run import nonfinite
 from jax_lora.run.folder import MetricsLog
 from jax_lora.run.prepare import Inputs, Training
+from jax_lora.run.trackers import open_tracker
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.step import State
@@ -118,7 +119,10 @@ class _Log:
     def __init__(self, given: Inputs, training: Training, workdir: Path | None):
         self.tokens = self._padded = 0
         self._given, self._training = given, training
-        self._metrics = MetricsLog(workdir, training.start) if workdir else None
+        self._metrics = None
+        if workdir:
+            tracker = open_tracker(workdir, training.start, given.resolved.config)
+            self._metrics = MetricsLog(workdir, training.start, tracker)
         self._bar = tqdm.tqdm(
             total=given.total,
             initial=training.start,
@@ -222,5 +226,6 @@ def save_adapter(given: Inputs, training: Training, state: State, workdir: Path)
             alpha=alpha,
             dropout=config.lora.dropout,
             base_name=config.model,
+            base_digest=given.digests["base_digest"],
             use_rslora=rslora,
         )

@@ -168,8 +168,10 @@ def _parse_rope(raw: Json, where: str, max_positions: int) -> tuple[float, RopeS
     known = {*_ROPE_KEYS[kind], "type", "rope_type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(set(rope) - known):
         logger.warning("%s: %s: %s ignored by rope type %s", where, key, ", ".join(unknown), kind)
-    if "original_max_position_embeddings" in _ROPE_KEYS[kind]:
-        values.setdefault("original_max_position_embeddings", max_positions)
+    if (original := "original_max_position_embeddings") in _ROPE_KEYS[kind]:
+        if raw.get(original) is not None:  # it wins over the table's, as in transformers 5
+            values[original] = raw[original]
+        values.setdefault(original, max_positions)
     if kind == "yarn":
         values.setdefault("factor", max_positions / values["original_max_position_embeddings"])
     for name in values:

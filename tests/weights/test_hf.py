@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_lora.model.config import RopeScaling
 from jax_lora.weights import hf
-from tests.weights.builders import CONFIG, HEADS, LLAMA3, H, hf_weights, refusal, write_hf
+from tests.weights.builders import CONFIG, HEADS, LLAMA3, D, H, hf_weights, refusal, write_hf
 
 # ---------------------------------------------------------------- reading
 
@@ -59,6 +59,20 @@ def test_tied_models_have_no_head_and_old_leftovers_are_ignored(tmp_path):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     _, base = hf.load(write_hf(tmp_path / "m", weights, tie_word_embeddings=True), "float32")
     assert set(base) == {"embed_tokens", "layers", "norm"}
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_a_head_that_is_called_tied_and_differs_is_refused(tmp_path, rows):
+    weights = hf_weights(tied=True)
+    weights["lm_head.weight"] = np.resize(weights["model.embed_tokens.weight"], (rows, D)).copy()
+    weights["lm_head.weight"][39, 3] += 1e-3
+    folder = write_hf(tmp_path / "m", weights, tie_word_embeddings=True)
+    found = refusal(hf.load, folder, "float32")
+    assert found.startswith(f"{folder}: lm_head.weight differs from model.embed_tokens.weight")
+    if rows == 40:
+        write_hf(folder, weights, tie_word_embeddings=False)
+        _, base = hf.load(folder, "float32")
+        assert np.array_equal(base["lm_head"]["kernel"].T, weights["lm_head.weight"])
 
 
 def test_no_more_than_one_leaf_is_alive_beside_what_is_placed(tmp_path):
