@@ -26,8 +26,9 @@ _SETS = flags.DEFINE_list(
 _ADAPTER = flags.DEFINE_string(
     "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
 )
-_ANY_BASE = flags.DEFINE_boolean(
-    "any_base", False, "score an adapter that was trained on another base, too"
+_ANY_BASE = flags.DEFINE_boolean("any_base", False, "take an adapter of another base, too")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "last", "of the run: last; best, by the validation loss; or a step"
 )
 _METRICS = flags.DEFINE_list(
     "metrics", None, "in place of the config's, such as exact_match,rougeL,token_f1"
@@ -68,7 +69,8 @@ def main(_):
         options: Any = {key: value for key, value in given.items() if value is not None}
         run = Run.open(None, _WORKDIR.value, say=functools.partial(print, flush=True))
         if not _CHECK.value:
-            run.score(_SETS.value, _ADAPTER.value, overwrite=_OVERWRITE.value, **options)
+            options |= {"checkpoint": _CHECKPOINT.value, "overwrite": _OVERWRITE.value}
+            run.score(_SETS.value, _ADAPTER.value, **options)
         elif not run.check(_ADAPTER.value, _CHECK_PROMPTS.value, **options):
             raise RunFailed("results depend on how work is cut, or the compiler is wrong")
 

@@ -79,6 +79,7 @@ class DataConfig:
     test_path: str = ""
     validation: float = 0.0  # share of the distinct questions, in place of a path
     test: float = 0.0
+    validation_per_task: int = 0  # examples of Natural Instructions that neither train nor test
     strict: bool = False  # refuse rows that cannot be used; False: leave them out and log it
     categories: str = ""  # JSON, task → category; for the hub's Natural Instructions, without any
     set: str = "T100"  # T100 T250 T500 Tall T*100 T*500
@@ -139,6 +140,9 @@ class RunConfig:
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; the last step is always saved
     tracker: str = "tensorboard"  # or "wandb", "none": of the metrics, beside metrics.jsonl
+    validate_every: int = 0  # steps, and the last one; 0: never
+    keep: str = "last"  # or "best": the checkpoint of the lowest validation loss beside the last
+    stop_after: int = 0  # validations in a row without a lower loss end the run; 0: none does
     on_nonfinite: str = "stop"  # or "skip": a step whose gradient is not finite changes nothing
 
     # ---- the base model
@@ -229,6 +233,11 @@ class RunConfig:
                 f"config.data.validation and test: found {found}, expected shares that leave "
                 "something to train on"
             )
+        if not self.validate_every and (self.keep == "best" or self.stop_after):
+            raise ConfigError(
+                f"config.validate_every: found 0 with keep={self.keep} and "
+                f"stop_after={self.stop_after}, which choose by validation; expected some steps"
+            )
         if "" in self.eval.stop:
             raise ConfigError("config.eval.stop: found an empty text, expected none")
         if self.data.source_length > max(self.eval.buckets):
@@ -242,9 +251,11 @@ class RunConfig:
 
         The base and the data are known by their digests, wherever they lie.
         """
+        # Validation changes nothing that trains, unless it ends the run.
+        every = self.validate_every if self.stop_after else 0
         return {
             key: value
-            for key, value in flatten(self.to_dict())
+            for key, value in flatten(self.to_dict() | {"validate_every": every})
             if key not in FREE and not key.startswith(("mesh.", "eval."))
         }
 
@@ -262,7 +273,7 @@ SPEED = (
 # The content of data files is known by its digest.
 DATA_FILES = ("data.path", "data.format", "data.validation_path", "data.test_path")
 # A run that stopped over a step that is not finite may be resumed to skip it.
-FREE = (*SPEED, "tracker", "on_nonfinite", "model", "data.categories", *DATA_FILES)
+FREE = (*SPEED, "tracker", "keep", "on_nonfinite", "model", "data.categories", *DATA_FILES)
 # Optimizer → the keys of `optim` that it reads, besides those that all of them do.
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),
@@ -275,6 +286,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
     "tracker": ("tensorboard", "wandb", "none"),
     "on_nonfinite": ("stop", "skip"),
+    "keep": ("last", "best"),
     "dtype": ("bfloat16", "float32", "auto"),  # gradients of this loss underflow in float16
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),
@@ -305,6 +317,7 @@ DOMAINS: Mapping[str, tuple[float, float, str]] = (
         _COUNT,
     )
     | dict.fromkeys(("seed", "round", "max_steps", "unroll", "optim.warmup_steps"), _COUNT_OR_NONE)
+    | dict.fromkeys(("validate_every", "stop_after", "data.validation_per_task"), _COUNT_OR_NONE)
     | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)
     | dict.fromkeys(("optim.learning_rate",), _NOT_NEGATIVE)
     | dict.fromkeys(("optim.weight_decay", "optim.clip_norm"), _NOT_NEGATIVE)

@@ -16,6 +16,7 @@ our choice:
    together they are the intra-task test set, "seen", of the round whatever is trained on.
 5. T*100 and T*500 have the tasks of T100 and T500 and the number of examples of T250, drawn with
    replacement from all of a task's instances whose inputs are not held out.
+   Validation, where it is asked for, takes what follows in the same order.
 6. "unseen" is `Instances[:test_per_task]` of each test task: the official, balanced ones.
 
 All randomness is sha256 of (round, purpose, names): the same on every machine, in every version
@@ -150,6 +151,49 @@ def draw(
     return {one.name: one for one in sets}
 
 
+def validation_set(
+    checkout: Checkout, round: int, trained: TaskSet, tested: TaskSet, per_task: int
+) -> TaskSet:
+    """Examples of the tasks of a training set whose inputs neither train nor test.
+
+    They are what follows the examples of `draw` in a task's order, for the control sets without
+    the inputs that those drew. A task that has no input left has no examples.
+
+    Arguments:
+        checkout: as for `draw`.
+        round: as for `draw`.
+        trained: the set that is trained on.
+        tested: "seen" of the same round.
+        per_task: examples of a task (fewer where it has fewer).
+    Returns:
+        The set "validation".
+    """
+
+    def examples() -> tuple[Example, ...]:
+        used: defaultdict[str, set[str]] = defaultdict(set)
+        for example in (*trained.examples, *tested.examples):
+            used[example.task].add(example.input.strip())
+
+        def pick(name: str) -> list[Instance]:
+            shuffled = _shuffled(checkout.task(name), round)
+            return [one for one in shuffled if one.key not in used[name]][:per_task]
+
+        tasks = [checkout.task(name) for name in trained.tasks]
+        guards = {
+            task.name: f"{task.content} {per_task} {_hash(*sorted(used[task.name])):x}"
+            for task in tasks
+        }
+        file = f"validation-{trained.name.replace('*', 'x')}-round{round}.json"
+        rows = remembered(checkout.cache and checkout.cache / file, guards, pick)
+        return tuple(
+            task.example(Instance(id, text, tuple(outputs)))
+            for task in tasks
+            for id, text, outputs in rows[task.name]
+        )
+
+    return TaskSet("validation", trained.tasks, examples)
+
+
 # ---------------------------------------------------------------- which tasks (steps 1 to 3)
 
 
@@ -247,14 +291,19 @@ def _split(
 
     A task that is to be tested but is too short for both counts trains on half of its inputs.
     """
+    shuffled = _shuffled(task, round)
+    if test_count and len(shuffled) < train_count + test_count:
+        train_count = min(train_count, max(1, len(shuffled) // 2))
+    return shuffled[:train_count], shuffled[train_count : train_count + test_count]
+
+
+def _shuffled(task: Task, round: int) -> list[Instance]:
+    """The first instance of every distinct input, in the order of a round."""
     first: dict[str, Instance] = {}
     for instance in task.instances():
         first.setdefault(instance.key, instance)
     keys = sorted(first, key=lambda key: _hash(round, "instance", task.name, key))
-    shuffled = [first[key] for key in keys]
-    if test_count and len(shuffled) < train_count + test_count:
-        train_count = min(train_count, max(1, len(shuffled) // 2))
-    return shuffled[:train_count], shuffled[train_count : train_count + test_count]
+    return [first[key] for key in keys]
 
 
 def _resample(

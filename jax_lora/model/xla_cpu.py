@@ -27,7 +27,7 @@ def einsum(spec: str, dtype: DTypeLike, x: Array, w: Array | np.ndarray, platfor
     gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
     its three terms. `w` may hold the bits of bfloat16 numbers, see `bitcast_bf16`.
     """
-    return _einsum_vjp(spec, dtype, platform, x, from_bits(w))
+    return _einsum_vjp(spec, dtype, platform, x, from_bits(jnp.asarray(w)))
 
 
 def matmul_transposed(dtype: DTypeLike, x: Array, w: Array | np.ndarray, platform: str) -> Array:
@@ -37,7 +37,7 @@ def matmul_transposed(dtype: DTypeLike, x: Array, w: Array | np.ndarray, platfor
     kernel on the left that is the few rows; it is read once, in the order in which it is stored.
     Has JAX's own gradient, see `einsum`.
     """
-    return _einsum("fd,btd->fbt", w.astype(x.dtype), x, dtype, platform).transpose(1, 2, 0)
+    return _einsum("fd,btd->fbt", jnp.asarray(w, x.dtype), x, dtype, platform).transpose(1, 2, 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -81,7 +81,7 @@ def to_bits(x: Array, platform: str) -> Array:
     return x
 
 
-def from_bits(x: Array | np.ndarray) -> Array:
+def from_bits(x: Array) -> Array:
     """What `to_bits` was given."""
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 

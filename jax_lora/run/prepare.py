@@ -27,11 +27,12 @@ from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
-from jax_lora.run import folder, initial_weights, inputs, trackers
+from jax_lora.run import folder, initial_weights, inputs, trackers, validation
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.resolve import Resolved, resolve
 from jax_lora.training.step import State, Step
+from jax_lora.training.validation import ValidationData
 from jax_lora.weights import base as base_weights
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Inputs:
       taskset: what is trained on.
       rows: one per example.
       batches, total: the global batches, and how many steps the run has.
+      validation: what the run validates on; None where there is nothing.
     """
 
     resolved: Resolved
@@ -61,6 +63,7 @@ class Inputs:
     rows: list[Row]
     batches: Batches
     total: int
+    validation: ValidationData | None
 
     @property
     def parameters(self) -> pd.DataFrame:
@@ -115,7 +118,8 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     inputs.check_tests(config, encoder)
     batches, total = batches_of(config, rows, resolved.row_groups)
     resolved.schedule(total)  # checks the warm-up
-    return Inputs(resolved, mesh, shapes, mask, digests, taskset, rows, batches, total)
+    held_out = validation.read(config, encoder, resolved.row_groups)
+    return Inputs(resolved, mesh, shapes, mask, digests, taskset, rows, batches, total, held_out)
 
 
 def batches_of(config: RunConfig, rows: list[Row], row_groups: int = 1) -> tuple[Batches, int]:
@@ -157,8 +161,8 @@ class Training:
     start: int
 
 
-def build(given: Inputs, workdir: Path) -> Training:
-    """Load the base, shard the variables, and restore the last checkpoint if there is one."""
+def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
+    """Both halves of the variables before the first step, trainable and frozen, on the devices."""
     config, mesh = given.resolved.config, given.mesh
     logger.info("loading the base model")
     sharder = sharding.leaf_sharder(mesh) if mesh else None
@@ -174,14 +178,21 @@ def build(given: Inputs, workdir: Path) -> Training:
             folder=workdir / "pissa",
         )
     del params
+    variables = sharding.shard(variables, mesh)
+    trainable, frozen = trainable_mask.partition(variables, given.mask)
+    return trainable, bitcast_bf16(frozen, given.resolved.platform)
+
+
+def build(given: Inputs, workdir: Path) -> Training:
+    """Load the base, shard the variables, and restore the last checkpoint if there is one."""
+    config, mesh = given.resolved.config, given.mesh
+    trainable, frozen = load_variables(given, workdir)
     rate = given.resolved.schedule(given.total)
     optimizer = given.resolved.optimizer(rate)
-    number, variables = sharding.shard((jnp.zeros((), jnp.int32), variables), mesh)
-    trainable, frozen = trainable_mask.partition(variables, given.mask)
-    frozen = bitcast_bf16(frozen, given.resolved.platform)
+    number = sharding.shard(jnp.zeros((), jnp.int32), mesh)
     state = State(number, trainable, sharding.init_sharded(optimizer.init, mesh, trainable))
-    del variables, trainable  # a resumed run holds one copy of what trains
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    del trainable  # a resumed run holds one copy of what trains
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_best=config.keep == "best")
     state = checkpoints.restore(state)
     start = int(state.step)
     step = given.resolved.step(optimizer, mesh)

@@ -114,10 +114,19 @@ class Run:
                 prepare.write_start(given, self.workdir)
             ready = prepare.build(given, self.workdir)
         say(_summary(given))
-        if ready.start:
+        best, stop_after = ready.checkpoints.best, self.config.stop_after
+        if ready.start and not best.ends(stop_after):
             say(f"resuming from step {ready.start}")
         began = time.perf_counter()
         state, tokens = training.fit(given, ready, self.workdir, asked_to_stop)
+        best, last = ready.checkpoints.best, int(state.step)
+        if best.step is not None:
+            say(f"lowest validation loss: {best.loss:.4f} at step {best.step}")
+        if last < given.total:
+            say(
+                f"finished at step {last} of {given.total}: {best.since} validations in a row "
+                "brought no lower loss"
+            )
         if self.config.method == "lora":
             safe = "rerun the same command to write the adapter again"
             with training.running(lambda _: safe):
@@ -132,11 +141,29 @@ class Run:
         """What metrics.jsonl holds: one row per logged step."""
         return pd.DataFrame(folder.read_metrics(self.workdir))
 
+    def validate(self, checkpoint: str = "last") -> dict[str, float]:
+        """The loss of a checkpoint on the validation data, as training computes it.
+
+        Args:
+          checkpoint: "last"; "best", the one with the lowest validation loss; or a step.
+
+        Returns:
+          step, validation_loss, validation_bits_per_byte and validation_tokens, see
+          `training.validation.Validation`.
+
+        Raises:
+          ConfigError, DataError, OSError: wrong input, no validation data or no such checkpoint.
+        """
+        folder.read_saved(self.workdir)
+        step, found = training.validate_checkpoint(self.config, self.workdir, checkpoint)
+        return {"step": step, **found.values()}
+
     def score(
         self,
         sets: Sequence[str] | None = None,
         adapter: str = "last",
         *,
+        checkpoint: str = "last",
         overwrite: bool = False,
         base_on_host: bool = True,
         any_base: bool = False,
@@ -147,7 +174,9 @@ class Run:
         Args:
           sets: "seen", held-out examples of the smallest task set, and "unseen", the test tasks;
             of data of one's own "test". None is all that there are.
-          adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
+          adapter: "last", the run's own; "none", the bare base; or a PEFT folder.
+          checkpoint: "last"; "best", the one with the lowest validation loss; or a step. It has
+            results of its own, `eval-best` or `eval-step-N`.
           overwrite: make answers again that are there already.
           base_on_host: the host keeps the base, and a device holds it once; False leaves it on the
             device, where several runs of a process share it.
@@ -168,9 +197,16 @@ class Run:
         folder.read_saved(self.workdir)
         with folder.owned(self.workdir, "scoring"):
             scoring.score(
-                self.workdir, config, sets, adapter, say=self._say, put=put, overwrite=overwrite
+                self.workdir,
+                config,
+                sets,
+                adapter,
+                checkpoint,
+                say=self._say,
+                put=put,
+                overwrite=overwrite,
             )
-        return scoring.score_frame(self.workdir, sets, adapter)
+        return scoring.score_frame(self.workdir, sets, adapter, checkpoint)
 
     def check(
         self,

@@ -33,7 +33,7 @@ from jax_lora.run import initial_weights, inputs
 from jax_lora.run.training import running
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
-from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.checkpoints import Checkpoints, step_named
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 
@@ -64,7 +64,13 @@ def on_host(_: Any, array: Any) -> Any:
     return array
 
 
-def load(workdir: Path, config: RunConfig, adapter: str, put: Put | None = None) -> Scored:
+def load(
+    workdir: Path,
+    config: RunConfig,
+    adapter: str,
+    put: Put | None = None,
+    checkpoint: str = "last",
+) -> Scored:
     """Load what is to be scored.
 
     Args:
@@ -72,13 +78,14 @@ def load(workdir: Path, config: RunConfig, adapter: str, put: Put | None = None)
       config: of the run.
       adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
       put: see `initial_weights.load_base`.
+      checkpoint: of the run, where `adapter` is "last": "last", "best" or a step.
 
     Raises:
-      DataError, OSError: one line that names the file.
+      ConfigError, DataError, OSError: one line that names the file or the flag.
     """
     shape = base_weights.read_config(config.model)
     if adapter == "last":
-        return _load_last(workdir, config, shape, put)
+        return _load_checkpoint(workdir, config, shape, put, checkpoint)
     frozen = jax.tree.map(lambda _: False, counts.base_shapes(shape))
     variables = {}
     if adapter != "none":
@@ -91,12 +98,15 @@ def load(workdir: Path, config: RunConfig, adapter: str, put: Put | None = None)
     return Scored(shape, variables, f"{config.model} with {adapter} ({digest})", digest)
 
 
-def _load_last(workdir: Path, config: RunConfig, shape: LlamaConfig, put: Put | None) -> Scored:
+def _load_checkpoint(
+    workdir: Path, config: RunConfig, shape: LlamaConfig, put: Put | None, checkpoint: str
+) -> Scored:
     # The folder must exist before Orbax looks into it: it would make it.
     path = workdir / "checkpoints"
     manager = Checkpoints(path, single_process=True) if path.is_dir() else None
     if manager is None or manager.latest() is None:
         raise DataError(f"{path}: no checkpoint, expected a run that trained (or --adapter=none)")
+    chosen = step_named(path, checkpoint)
     is_lora = config.method == "lora"
     shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
     if is_lora:
@@ -115,7 +125,7 @@ def _load_last(workdir: Path, config: RunConfig, shape: LlamaConfig, put: Put | 
             folder=workdir / "pissa",
         )
     trainable, frozen = trainable_mask.partition(variables, mask)
-    step, trained = manager.restore_trainable(trainable)
+    step, trained = manager.restore_trainable(trainable, chosen)
     variables = trainable_mask.combine(trained, frozen)
     # Master copies of the base are for training; answers are made in the dtype of the arithmetic.
     variables["params"] = jax.tree.map(lambda x: x.astype(config.dtype), variables["params"])
@@ -170,11 +180,12 @@ def generators(
     ]
 
 
-def folder_name(adapter: str) -> str:
-    """`eval` for the run's own result, `eval-none` for the base's; those of other adapters are
-    told apart by what they hold, as a run's is always called "adapter"."""
+def folder_name(adapter: str, checkpoint: str = "last") -> str:
+    """`eval` for the run's own result, `eval-best` or `eval-step-N` for that of another checkpoint,
+    `eval-none` for the base's; those of other adapters are told apart by what they hold, as a run's
+    is always called "adapter"."""
     if adapter == "last":
-        return "eval"
+        return {"last": "eval", "best": "eval-best"}.get(checkpoint, f"eval-step-{checkpoint}")
     if adapter == "none":
         return "eval-none"
     return f"eval-{Path(adapter).resolve().name}-{peft.digest(adapter)}"
@@ -185,6 +196,7 @@ def score(
     config: RunConfig,
     names: Sequence[str],
     adapter: str = "last",
+    checkpoint: str = "last",
     *,
     say: Callable[[str], None],
     put: Put | None = None,
@@ -197,7 +209,7 @@ def score(
       config: of the run, perhaps with another `eval`.
       names: of the test sets, see `inputs.test_sets`.
       say: gets the table of a set as soon as its scores.json is written, from another thread.
-      adapter, put: see `load`.
+      adapter, checkpoint, put: see `load`.
       overwrite: make all answers again.
 
     Raises:
@@ -205,6 +217,12 @@ def score(
       RunFailed: a fault while running.
     """
     metrics.check_names(config.eval.metrics)
+    if checkpoint != "last":
+        if adapter != "last":
+            raise ConfigError(
+                f"--checkpoint: found {checkpoint!r} with --adapter={adapter}, expected one of them"
+            )
+        step_named(workdir / "checkpoints", checkpoint)  # asks before the data is read
     meshes = copies(config)
     if config.eval.devices_per_copy > 1:
         put = on_host
@@ -223,7 +241,7 @@ def score(
         bucket = bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
         shape.check_length(bucket + config.eval.max_new_tokens)
 
-    scored = load(workdir, config, adapter, put)
+    scored = load(workdir, config, adapter, put, checkpoint)
     end_ids = inputs.end_ids(config)
     settings = digests | {
         "origin": scored.origin,
@@ -234,7 +252,7 @@ def score(
         "end_ids": list(end_ids),
         "stop": list(config.eval.stop),
     }
-    results = workdir / folder_name(adapter)
+    results = workdir / folder_name(adapter, checkpoint)
     for name in names:
         evaluate.write_examples(results / name, rows[name])
         evaluate.write_labels(results / name, data.answers, sets[name].tasks)
@@ -280,9 +298,11 @@ def untuned_scores(folder: Path, settings: Mapping[str, Any]) -> dict | None:
     return read_json(folder / "scores.json")
 
 
-def score_frame(workdir: Path, names: Sequence[str], adapter: str = "last") -> pd.DataFrame:
+def score_frame(
+    workdir: Path, names: Sequence[str], adapter: str = "last", checkpoint: str = "last"
+) -> pd.DataFrame:
     """The scores of a run: one row per test set and task, percentages."""
-    results = workdir / folder_name(adapter)
+    results = workdir / folder_name(adapter, checkpoint)
     return pd.DataFrame(
         {"set": name, "task": task, **values}
         for name in names

@@ -9,7 +9,7 @@ from pathlib import Path
 from jax_lora import locks
 from jax_lora.files import read_json
 from jax_lora.run import folder
-from jax_lora.training.checkpoints import pinned_in, steps_in
+from jax_lora.training.checkpoints import best_in, steps_in
 
 WINDOW = 20  # logged steps that the speed is the median of
 
@@ -29,7 +29,7 @@ def status(workdir: str | Path) -> str:
       DataError, OSError: no run's folder; names the file.
     """
     path = Path(workdir)
-    _, saved = folder.read_saved(path)
+    config, saved = folder.read_saved(path)
     total = saved.get("steps")
     metrics = folder.read_metrics(path)
     last = metrics[-1] if metrics else {}
@@ -38,20 +38,28 @@ def status(workdir: str | Path) -> str:
     failed = read_json(path / "error.json", dict) if (path / "error.json").is_file() else {}
     owner = locks.holder(path, folder.LOCK) if locks.is_held(path, folder.LOCK) else {}
     seconds = _seconds_per_step(metrics)
-    lines = {"state": _state(owner, failed, checkpoints, total)}
+    best = best_in(path / "checkpoints")
+    is_over = best.ends(config.stop_after) or (bool(checkpoints) and checkpoints[0] == total)
+    lines = {"state": _state(owner, failed, is_over)}
+    if best.ends(config.stop_after) and not owner and not failed and checkpoints[0] != total:
+        lines["state"] += f": {best.since} validations in a row brought no lower loss"
     if owner:
         lines["owner"] = f"process {owner.get('pid')} on {owner.get('host')}, {owner.get('since')}"
     lines["last step"] = f"{step} of {total}" if total else str(step)
     if skipped := [row["step"] for row in metrics if row.get("skipped")]:
         lines["skipped"] = f"{len(skipped)} steps: {', '.join(map(str, skipped))}"
     lines["last checkpoint"] = f"step {checkpoints[0]}" if checkpoints else "none"
-    if (best := pinned_in(path / "checkpoints")) is not None:
-        lines["best checkpoint"] = f"step {best}"
+    if validated := [row for row in metrics if row.get("validation_loss") is not None]:
+        row = validated[-1]
+        lines["validation"] = f"loss {row['validation_loss']:.4f} at step {row['step']}"
+    if best.step is not None:
+        gone = "" if best.step in checkpoints else ", not kept"
+        lines["best checkpoint"] = f"step {best.step}, validation loss {best.loss:.4f}{gone}"
     if last:
         lines["speed"] = f"{last.get('tokens_per_second', 0):,.0f} tokens/s"
     if seconds is not None:
         lines["speed"] += f", {seconds:.3g} s per step"
-        if isinstance(total, int) and step < total:
+        if isinstance(total, int) and step < total and not is_over:
             lines["time left"] = _duration(seconds * (total - step)) + " of training"
     if failed:
         what, when = failed.get("what"), failed.get("when")
@@ -59,12 +67,12 @@ def status(workdir: str | Path) -> str:
     return "\n".join(f"{name + ':':<17}{text}" for name, text in lines.items())
 
 
-def _state(owner: dict, failed: dict, checkpoints: Sequence[int], total: object) -> str:
+def _state(owner: dict, failed: dict, is_over: bool) -> str:
     if owner:
         return str(owner.get("what") or "at work")
     if failed:
         return f"failed while {failed.get('what')}"
-    if checkpoints and checkpoints[0] == total:
+    if is_over:
         return "finished"
     return "stopped; rerun the same command to resume"
 

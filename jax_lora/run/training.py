@@ -12,20 +12,24 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 import tqdm
 
 from jax_lora import distributed, sharding
-from jax_lora.errors import RunFailed, Stopped
+from jax_lora.config import RunConfig
+from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.model import variants
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import steps_of
-from jax_lora.run import nonfinite
+from jax_lora.run import nonfinite, prepare
 from jax_lora.run.folder import MetricsLog
 from jax_lora.run.prepare import Inputs, Training
 from jax_lora.run.trackers import open_tracker
 from jax_lora.training import loop, trainable_mask
-from jax_lora.training.checkpoints import Checkpoints
+from jax_lora.training.checkpoints import Checkpoints, step_named
 from jax_lora.training.step import State
+from jax_lora.training.validation import Validation, validate
 from jax_lora.weights import peft
 
 logger = logging.getLogger(__name__)
@@ -65,6 +69,10 @@ class Speed:
             self._window.append((tokens, max(seconds, 1e-9)))
         return compiling
 
+    def resume(self) -> None:
+        """Do not count what was done since the last step ended."""
+        self._before = self._clock(), self._compiled()
+
     @property
     def tokens_per_second(self) -> float:
         """The mean of the window."""
@@ -75,7 +83,10 @@ class Speed:
 def fit(
     given: Inputs, training: Training, workdir: Path, asked_to_stop: Callable[[], bool]
 ) -> tuple[State, int]:
-    """Train to the end.
+    """Train to the end, or until `config.stop_after` validations brought no improvement.
+
+    A checkpoint stores what its validations chose: a run that is killed between a validation and
+    its checkpoint validates that step again, and chooses the same.
 
     Returns:
       The last state, and the real tokens that were trained on.
@@ -87,9 +98,10 @@ def fit(
     total, config = given.total, given.resolved.config
     is_primary = jax.process_index() == 0
     checkpoints, state, last = training.checkpoints, training.state, training.start
+    stop = last if checkpoints.best.ends(config.stop_after) else total
     agreement = distributed.StopAgreement(distributed.key_value_store(), jax.process_index())
     put = functools.partial(sharding.shard_batch, mesh=given.mesh)
-    batches = given.batches.stream(training.start, total)
+    batches = given.batches.stream(training.start, stop)
     unread = None  # the report of the step before: read only once the next one is on its way
     stopping = False
     log = _Log(given, training, workdir if is_primary else None)
@@ -100,15 +112,23 @@ def fit(
                 log.read(unread, state)
             unread, last = report, report.step
             stopping = agreement.is_last(last, asked_to_stop())
-            if last == total or last % config.checkpoint_every == 0 or stopping:
-                log.read(unread, state)
+            is_due = last == total or last % config.checkpoint_every == 0 or stopping
+            every = config.validate_every
+            validates = bool(every) and (last == total or last % every == 0)
+            if is_due or validates:
+                before = checkpoints.best
+                log.read(unread, state, validates)
                 unread = None
-                checkpoints.save(state)
+                is_over = checkpoints.best.ends(config.stop_after)
+                is_better = checkpoints.best.step != before.step
+                stop = last if is_over else stop
+                if is_due or is_over or (is_better and config.keep == "best"):
+                    checkpoints.save(state)
             checkpoints.check()
-            if stopping:
+            if stopping or last == stop:
                 break
         checkpoints.close()
-    if last < total:
+    if last < stop:
         raise Stopped(f"stopped at step {last} of {total}; rerun the same command to resume there")
     return state, log.tokens
 
@@ -119,7 +139,8 @@ class _Log:
     def __init__(self, given: Inputs, training: Training, workdir: Path | None):
         self.tokens = self._padded = 0
         self._given, self._training = given, training
-        self._metrics = None
+        self._put = functools.partial(sharding.shard_batch, mesh=given.mesh)
+        self._validation, self._metrics = "", None
         if workdir:
             tracker = open_tracker(workdir, training.start, given.resolved.config)
             self._metrics = MetricsLog(workdir, training.start, tracker)
@@ -132,8 +153,13 @@ class _Log:
         )
         self._speed = Speed()
 
-    def read(self, report: loop.Report, state: State) -> None:
-        """Wait for a step and write it down; `state` is a later one.
+    def read(self, report: loop.Report, state: State, validates: bool = False) -> None:
+        """Wait for a step and write it down.
+
+        Args:
+          report: of the step.
+          state: of the step or a later one.
+          validates: the state is the step's, and validated.
 
         Raises:
           FloatingPointError: its loss or gradient is not finite.
@@ -155,21 +181,65 @@ class _Log:
             "examples": self._given.batches.examples_until(report.step),
             "loss_tokens": report.loss_tokens,
         }
+        if validates:
+            values |= self._validate(report.step, state)
         every = self._given.resolved.config.log_every
-        if skipped or report.step % every == 0 or report.step == self._given.total:
+        is_due = report.step % every == 0 or report.step == self._given.total
+        if skipped or validates or is_due:
             if self._metrics:
                 self._metrics.write(report.step, values, skipped)
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, lr {values['learning_rate']:.1e}, "
             f"{values['tokens_per_second']:.0f} tokens/s, {values['padding_percent']:.0f}% padding"
+            f"{self._validation}"
         )
         self._bar.update()
+
+    def _validate(self, step: int, state: State) -> dict[str, float]:
+        data, training = self._given.validation, self._training
+        assert data is not None  # see `validation.read`
+        found = validate(state, training.frozen, data, training.step, self._put)
+        training.checkpoints.best = training.checkpoints.best.after(step, found.loss)
+        self._validation = f", validation {found.loss:.3f}"
+        self._speed.resume()
+        return found.values()
 
     def close(self) -> None:
         """Finish the files and the bar."""
         self._bar.close()
         if self._metrics:
             self._metrics.close()
+
+
+def validate_checkpoint(
+    config: RunConfig, workdir: Path, checkpoint: str = "last"
+) -> tuple[int, Validation]:
+    """Validate a checkpoint of a run, which nothing is written to.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      checkpoint: "last", "best" or a step.
+
+    Returns:
+      Its step, and the losses.
+
+    Raises:
+      ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
+    """
+    given = prepare.read_inputs(config, workdir)
+    if given.validation is None:
+        raise ConfigError("config.data: found no validation data, expected some; see docs/data.md")
+    folder = workdir / "checkpoints"
+    step = step_named(folder, checkpoint)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: found no checkpoint, expected a run that trained")
+    trainable, frozen = prepare.load_variables(given, workdir)
+    step, trainable = Checkpoints(folder, single_process=True).restore_trainable(trainable, step)
+    state = State(sharding.shard(jnp.asarray(step, jnp.int32), given.mesh), trainable, None)
+    functions = given.resolved.step(optax.identity(), given.mesh)
+    put = functools.partial(sharding.shard_batch, mesh=given.mesh)
+    return step, validate(state, frozen, given.validation, functions, put)
 
 
 def what_is_safe(given: Inputs, checkpoints: Checkpoints) -> Callable[[BaseException], str]:

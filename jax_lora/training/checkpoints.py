@@ -2,14 +2,16 @@
 
     <folder>/<step>/trainable   leaf name → array, frozen leaves absent
     <folder>/<step>/optimizer   leaf name → array
-    <folder>/<step>/digests     the step, and leaf name → digest of its array
-    <folder>/best.json          {"step": …}: a checkpoint that is kept, however old
+    <folder>/<step>/digests     the step, leaf name → digest of its array, and the best step so far
 
 The step is also the position in the data: a batch is a function of (seed, step). Orbax writes
 beside and renames, so a step that has its folder was written to its end. Whether it still holds
 what was written is checked when it is read: a damaged one is passed over for the one before, which
-is why the last two are kept. Only finite states are written. Many processes write one checkpoint,
-each its part, into a folder that all of them see; it knows no mesh, and is restored onto any other.
+is why the last two are kept. The step that had the lowest validation loss is stored with each
+state, so that a resumed run goes on with what it knew there; where it is asked for, the checkpoint
+of that step is kept too, of each of the last two. Only finite states are written. Many processes
+write one checkpoint, each its part, into a folder that all of them see; it knows no mesh, and is
+restored onto any other.
 
 Orbax's part: tensorstore flushes each data file to the disk before it is renamed; the folders, and
 Orbax's own JSON files, are flushed by this module once the step has its name.
@@ -35,15 +37,16 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jax_lora import distributed
-from jax_lora.errors import DataError
-from jax_lora.files import flush_folder, read_json, write_json
+from jax_lora.errors import ConfigError, DataError
+from jax_lora.files import flush_folder, read_json
 from jax_lora.training.digests import examine
 from jax_lora.training.step import State
+from jax_lora.training.validation import Best
 
 logger = logging.getLogger(__name__)
 KEEP = 2  # checkpoints: the last one, and one in case that it is damaged
 ITEMS = ("trainable", "optimizer", "digests")
-Named = dict[str, jax.Array]
+Named = dict[str, jax.Array | np.ndarray]
 
 
 def _named(tree: PyTree) -> Named:
@@ -52,7 +55,7 @@ def _named(tree: PyTree) -> Named:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _filled(tree: PyTree, named: Mapping[str, jax.Array]) -> PyTree:
+def _filled(tree: PyTree, named: Named) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
 
 
@@ -71,10 +74,39 @@ def steps_in(folder: Path) -> list[int]:
     )
 
 
-def pinned_in(folder: Path) -> int | None:
-    """The step that best.json names; None where there is no such file."""
-    path = folder / "best.json"
-    return read_json(path, dict).get("step") if path.is_file() else None
+def best_at(checkpoint: Path) -> Best:
+    """The lowest validation loss up to a checkpoint, as its files have it."""
+    try:
+        stored = read_json(checkpoint / "digests" / "metadata", dict).get("best")
+    except (DataError, OSError):  # damaged: whoever restores it says so
+        stored = None
+    return Best.from_json(stored if isinstance(stored, dict) else {})
+
+
+def best_in(folder: Path) -> Best:
+    """The lowest validation loss of a run, as its last checkpoint has it."""
+    return best_at(folder / str(next(iter(steps_in(folder)), "none")))
+
+
+def step_named(folder: Path, name: str) -> int | None:
+    """The step of the checkpoint "best" or of a number; None for "last", which may be any.
+
+    Raises:
+      ConfigError: there is no such checkpoint; names those that there are.
+    """
+    if name == "last":
+        return None
+    steps, best = steps_in(folder), best_in(folder).step
+    step = best if name == "best" else int(name) if name.isascii() and name.isdigit() else None
+    if step in steps:
+        return step
+    found = f"best, which no validation chose in {folder}"
+    if name != "best":
+        found = repr(name)
+    elif best is not None:
+        found = f"best, which was step {best} and is not kept; train with config.keep=best"
+    there = ", ".join(map(str, sorted(steps))) or "none"
+    raise ConfigError(f"--checkpoint: found {found}; expected last, best or one of {there}")
 
 
 class Checkpoints:
@@ -84,10 +116,15 @@ class Checkpoints:
       folder: made if need be.
       single_process: to read in this process, whatever the others do; the folder is there, and is
         left as it is.
+      keep_best: keep the checkpoint of the lowest validation loss beside the last ones.
+
+    Attributes:
+      best: the lowest validation loss; that of a state is restored with it and saved with it.
     """
 
-    def __init__(self, folder: str | Path, single_process: bool = False):
+    def __init__(self, folder: str | Path, single_process: bool = False, keep_best: bool = False):
         self._folder, self._single_process = Path(folder).absolute(), single_process
+        self._keep_best, self.best = keep_best, Best()
         self._owns = not single_process and jax.process_index() == 0
         if self._owns:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +161,9 @@ class Checkpoints:
             )
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
-            digests=ocp.args.JsonSave({"step": step, "arrays": digests}),
+            digests=ocp.args.JsonSave(
+                {"step": step, "arrays": digests, "best": self.best.to_json()}
+            ),
         )
         with self._writing():
             self._finish()
@@ -135,11 +174,6 @@ class Checkpoints:
         """OSError where a save in the background has failed meanwhile."""
         with self._writing():
             self._writer.check_for_errors()
-
-    def pin(self, step: int) -> None:
-        """Keep the checkpoint of a step for good, such as the best, in place of the last pinned."""
-        if self._owns:
-            write_json(self._folder / "best.json", {"step": step})
 
     def restore(self, like: State) -> State:
         """The last state that can be trusted, placed like `like`; where there is none, `like`.
@@ -157,6 +191,7 @@ class Checkpoints:
         if found is None:
             return like
         step, restored = found
+        self.best = best_at(self._folder / str(step))
         count = np.asarray(step, like.step.dtype)
         return State(
             jax.make_array_from_callback((), like.step.sharding, lambda _: count),
@@ -164,12 +199,19 @@ class Checkpoints:
             restored["optimizer"],
         )
 
-    def restore_trainable(self, like: PyTree) -> tuple[int, PyTree]:
-        """The step and the trainable half of the last state that can be trusted.
+    def restore_trainable(self, like: PyTree, step: int | None = None) -> tuple[int, PyTree]:
+        """The step and the trainable half of the last state that can be trusted, or of a step.
 
         Raises:
-          DataError: there is none.
+          DataError: there is none, or that step's is damaged.
         """
+        if step is not None:
+            _hush_abandoned_reads()
+            path = self._folder / str(step)
+            parts, reason = self._read(path, step, {"trainable": like})
+            if parts is None:
+                raise DataError(f"{path}: {reason}; expected a whole checkpoint")
+            return step, parts["trainable"]
         found = self._newest({"trainable": like})
         if found is None:
             raise DataError(f"{self._folder}: found no checkpoint, expected one")
@@ -206,8 +248,9 @@ class Checkpoints:
         steps = steps_in(self._folder)
         for step in steps[:1]:
             flush_folder(self._folder / str(step))
+        best = {best_at(self._folder / str(step)).step for step in steps[:KEEP]}
         for step in steps[KEEP:]:
-            if step != pinned_in(self._folder):
+            if not (self._keep_best and step in best):
                 shutil.rmtree(self._folder / str(step))
 
     # ---------------------------------------------------------------- reading

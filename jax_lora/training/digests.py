@@ -12,12 +12,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of an element
 
 
-def examine(arrays: Mapping[str, Array]) -> tuple[dict[str, str], list[str]]:
+def examine(arrays: Mapping[str, Array | np.ndarray]) -> tuple[dict[str, str], list[str]]:
     """The digest of every array, and the names of those that are not finite.
 
     All processes that hold a part of the arrays take part. It reads every array once, and waits

@@ -7,6 +7,7 @@ cutting it differently changes nothing but rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Step(NamedTuple):
       every micro-batch, starting from `zeros(diff_params)`; `weight` is the sum of the loss weights
       of the whole global batch (its loss tokens, where each weighs 1), `step` the state's.
     update(state, frozen, gradients) → (state, gradient norm before the clip).
+    loss(diff_params, frozen, micro) → the sum of loss weight · cross-entropy, without dropout.
 
     accumulate donates the buffers of its first two arguments, update those of its state.
     """
@@ -46,6 +48,7 @@ class Step(NamedTuple):
     prepare: Callable[..., PyTree]
     accumulate: Wrapped
     update: Wrapped
+    loss: Wrapped
 
 
 class State(NamedTuple):
@@ -122,7 +125,12 @@ def make_step(
         trainable = optax.apply_updates(state.trainable, updates)
         return constrained(State(state.step + 1, trainable, opt)), optax.tree.norm(gradients)
 
-    return Step(prepare, accumulate, update)
+    @jax.jit
+    def loss_without_dropout(diff_params, frozen, micro):
+        one, step = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
+        return dataclasses.replace(loss, dropout_rate=0.0)(diff_params, frozen, step, micro, one)
+
+    return Step(prepare, accumulate, update, loss_without_dropout)
 
 
 def zeros(diff_params: PyTree) -> tuple[PyTree, Float[Array, ""]]:

@@ -1,5 +1,6 @@
 """Drawing task sets: the protocol's promises at full scale and on checkouts of any shape."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_lora.data.instructions import Checkout, Instance, Task, read_checkout
-from jax_lora.data.tasksets import TaskSet, _only_eligible, _systematic, draw
+from jax_lora.data.tasksets import TaskSet, _only_eligible, _systematic, draw, validation_set
 from jax_lora.data.toy import write_checkout
 
 
@@ -153,6 +154,56 @@ def test_rounds_differ_in_tasks_and_in_test_examples(full, round_0):
     here, there = inputs_by_task(round_0["seen"]), inputs_by_task(other["seen"])
     assert all(here[name] != there[name] for name in common if full.task(name).count > 250)
     assert round_0["unseen"].examples == other["unseen"].examples
+
+
+# ---------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("name", ["T4", "T7", "T10", "Tall", "T*4", "T*10"])
+@pytest.mark.parametrize("round", range(3))
+def test_validation_neither_trains_nor_tests(name, round):
+    checkout = synthetic(MIXED)
+    sets = draw(checkout, round, **SMALL)
+    found = validation_set(checkout, round, sets[name], sets["seen"], 5)
+    assert found.tasks == sets[name].tasks
+    trained, tested = inputs_by_task(sets[name]), inputs_by_task(sets["seen"])
+    for task, inputs in inputs_by_task(found).items():
+        used = trained[task] | tested.get(task, set())
+        assert inputs.isdisjoint(used)
+        assert len(inputs) == min(5, checkout.task(task).distinct - len(used))
+    tasks = [example.task for example in found.examples]
+    assert len(set(found.examples)) == len(tasks)
+    assert [task for task in found.tasks if task in tasks] == list(dict.fromkeys(tasks))
+
+
+def test_validation_follows_the_test_examples_in_their_order():
+    """What a larger count of test examples would take next."""
+    checkout = synthetic({"A": [60, 50, 40]})
+    sets = draw(checkout, 0, sizes=(1, 2, 3), train_per_task=10, test_per_task=6)
+    longer = draw(checkout, 0, sizes=(1, 2, 3), train_per_task=10, test_per_task=11)
+    found = validation_set(checkout, 0, sets["T1"], sets["seen"], 5)
+    assert found.examples == longer["seen"].examples[6:]
+    fewer = validation_set(checkout, 0, sets["T1"], sets["seen"], 2)
+    assert fewer.examples == found.examples[:2]
+    other = validation_set(checkout, 1, sets["T1"], sets["seen"], 5)
+    assert set(other.examples) != set(found.examples)
+
+
+def test_validation_is_remembered_as_long_as_nothing_changes(tmp_path):
+    checkout = read_checkout(write_checkout(tmp_path / "toy", instances_per_task=30))
+    checkout = dataclasses.replace(checkout, cache=tmp_path / "cache")
+    small = {"sizes": (3, 4, 5), "train_per_task": 10, "test_per_task": 6}
+
+    def found(count, **changes):
+        sets = draw(checkout, 0, **(small | changes))
+        return validation_set(checkout, 0, sets["T3"], sets["seen"], count).examples
+
+    first = found(5)
+    (path,) = (tmp_path / "cache").glob("validation-*")
+    before = path.read_bytes()
+    assert found(5) == first and path.read_bytes() == before
+    assert found(4) != first and found(5, test_per_task=7) != first  # nothing stale
+    assert found(5) == first
 
 
 # ---------------------------------------------------------------- checkouts of other shapes

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from jax_lora.config import OptimConfig
 from jax_lora.errors import DataError
 from jax_lora.training import checkpoints as checkpoints_module
 from jax_lora.training import loop, trainable_mask
-from jax_lora.training.checkpoints import ITEMS, Checkpoints, pinned_in, steps_in
+from jax_lora.training.checkpoints import ITEMS, Checkpoints, best_at, best_in, steps_in
 from jax_lora.training.digests import examine
 from jax_lora.training.optimizers import make_optimizer
 from jax_lora.training.step import State, make_step
@@ -222,16 +223,58 @@ def test_a_state_that_is_not_finite_is_not_saved(saved, folder, value):
     equal(restored(folder), saved[1][4])
 
 
-def test_the_last_two_and_the_pinned_one_are_kept(tmp_path):
-    folder = tmp_path / "checkpoints"
-    checkpoints = Checkpoints(folder)
+def saved_with(folder, losses, keep_best=True):
+    """The steps 1, 2, … with their validation losses."""
+    checkpoints = Checkpoints(folder, keep_best=keep_best)
     state = begin()[0]
-    for step in range(1, 7):
+    for step, loss in enumerate(losses, 1):
+        checkpoints.best = checkpoints.best.after(step, loss)
         checkpoints.save(state._replace(step=jnp.asarray(step, jnp.int32)))
-        if step == 2:
-            checkpoints.pin(2)
     checkpoints.close()
-    assert steps_in(folder) == [6, 5, 2] and pinned_in(folder) == 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 2.0, 2.0, 2.0], [6, 5, 2]),
+        ([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [6, 5]),
+        ([2.0, 3.0, 3.0, 3.0, 3.0, 1.0], [6, 5, 1]),  # 5, should 6 be damaged, has 1 as its best
+    ],
+)
+def test_the_last_two_and_the_best_of_each_are_kept(tmp_path, losses, kept):
+    folder = saved_with(tmp_path / "best", losses)
+    assert steps_in(folder) == kept
+    assert best_in(folder) == (losses.index(min(losses)) + 1, min(losses), best_in(folder).since)
+    assert steps_in(saved_with(tmp_path / "last", losses, keep_best=False)) == [6, 5]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_best_is_restored_with_its_state(tmp_path, caplog):
+    folder = saved_with(tmp_path / "checkpoints", [2.0, 3.0, 3.0, 1.0])
+    for loss, best in ((1.0, (4, 1.0, 0)), (None, (1, 2.0, 2))):
+        if loss is None:
+            shutil.rmtree(folder / "4" / "optimizer")
+        checkpoints = Checkpoints(folder)
+        checkpoints.restore(begin()[0])
+        checkpoints.close()
+        assert checkpoints.best == best
+    assert best[0] in steps_in(folder)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"best": 3}', b'{"best": {"step": "x"}}'])
+def test_a_checkpoint_that_says_nothing_of_validation_has_no_best(folder, damage):
+    (folder / "4" / "digests" / "metadata").write_bytes(damage)
+    assert best_at(folder / "4") == best_at(folder / "none") == (None, math.inf, 0)
+
+
+def test_a_checkpoint_of_a_step_can_be_restored_alone(saved):
+    folder, made = saved
+    step, trainable = Checkpoints(folder, single_process=True).restore_trainable(
+        begin()[0].trainable, 2
+    )
+    assert step == 2
+    equal(trainable, made[2].trainable)
 
 
 def test_a_killed_save_leaves_nothing(folder):
