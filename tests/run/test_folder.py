@@ -19,6 +19,7 @@ from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import read_json, read_jsonl
 from jax_lora.run import folder, prepare
 from jax_lora.run.status import status
+from jax_lora.weights import base
 from tests.study.test_runner import foreign
 
 
@@ -68,6 +69,11 @@ def test_a_folder_at_work_is_left_alone_and_read_freely(config, finished):
         assert len(run.metrics()) == 6
         assert f"owner:           process {os.getpid()} on" in status(finished)
     assert sorted(finished.rglob("*")) == before
+
+
+def test_a_finished_adapter_names_its_base_by_digest(config, finished):
+    wanted = {"base": config.model, "base_digest": base.digest(config.model)}
+    assert read_json(finished / "adapter" / "jax_lora.json") == wanted
 
 
 def test_wrong_input_leaves_no_folder(config, tmp_path):

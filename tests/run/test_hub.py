@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from jax_lora.files import write_json
 from jax_lora.run import hub
@@ -102,12 +103,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def standin(monkeypatch) -> Iterator[StandIn]:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
     server = StandIn()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", server.token)
     yield server
     server.shutdown()
