@@ -26,6 +26,7 @@ _SETS = flags.DEFINE_list(
 _ADAPTER = flags.DEFINE_string(
     "adapter", "last", "last: the latest checkpoint; none: the untuned base; or a PEFT folder"
 )
+_ANY_BASE = flags.DEFINE_boolean("any_base", False, "take an adapter of another base, too")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "of the run: last; best, by the validation loss; or a step"
 )
@@ -51,8 +52,7 @@ _CHECK_PROMPTS = flags.DEFINE_integer(
 
 
 def main(_):
-    cli.set_xla_flags()
-    cli.keep_programs()
+    cli.configure_process(trains=False)
     with cli.exit_codes():
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected a folder that train.py made")
@@ -64,6 +64,7 @@ def main(_):
             "max_new_tokens": _MAX_NEW_TOKENS.value,
             "devices_per_copy": _DEVICES_PER_COPY.value,
             "metrics": _METRICS.value,
+            "any_base": _ANY_BASE.value or None,
         }
         options: Any = {key: value for key, value in given.items() if value is not None}
         run = Run.open(None, _WORKDIR.value, say=functools.partial(print, flush=True))

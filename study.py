@@ -3,12 +3,11 @@
     python study.py --config=configs/study_mini.py --workdir=studies/mini
     python study.py --workdir=studies/mini --report
 
-Every process that runs the first command, on any machine that sees the folder, takes cells from
-it; rerun the same command to resume. The second one writes the report from results.parquet.
+Every process that runs the first command takes cells from the folder; rerun it to resume. The
+second one writes the report from results.parquet.
 """
 
 import functools
-from pathlib import Path
 
 from jax_lora import stops
 
@@ -20,6 +19,7 @@ from ml_collections import config_flags
 
 from jax_lora import cli, distributed
 from jax_lora.errors import ConfigError
+from jax_lora.files import local_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the study's folder")
@@ -40,17 +40,15 @@ _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 
 
 def main(_):
-    cli.keep_memory()
-    cli.set_xla_flags()
-    cli.keep_programs()
+    cli.configure_process(trains=True)
     with cli.exit_codes():
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected the study's folder")
-        workdir = Path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
+        workdir = local_path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
         if _REPORT.value:
-            from jax_lora.study.report import write  # matplotlib, which no worker needs
+            from jax_lora.study import report  # matplotlib, which no worker needs
 
-            return print(write(workdir))
+            return print(report.write(workdir))
         if _CONFIG.value is None:
             raise ConfigError("--config: found none, expected a file such as configs/study_mini.py")
         if _LAUNCHER.value or _DRY_RUN.value:

@@ -44,9 +44,7 @@ def main(_):
             from jax_lora.run.status import status
 
             return print(status(_STATUS.value))
-    cli.keep_memory()
-    cli.set_xla_flags()
-    cli.keep_programs()
+    cli.configure_process(trains=True)
     with cli.exit_codes():
         if _CONFIG.value is None:
             raise ConfigError("--config: found none, expected a file such as configs/lora.py")

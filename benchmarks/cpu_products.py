@@ -68,7 +68,7 @@ def transposed() -> None:
     """The side of a kernel that is stored (out, in), in decoding."""
     for dtype in (F32, BF16):
         w = jnp.ones((1536, 576), dtype)
-        for rows, tokens in ((1, 1), (8, 1), (32, 1), (8, 32)):
+        for rows, tokens in ((1, 1), (8, 1), (32, 1)):
             x = jnp.ones((rows, tokens, 576), dtype)
             left, right = product("fd,btd->fbt", F32), product("btd,fd->btf", F32)
             ways: Ways = {

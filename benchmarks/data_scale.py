@@ -62,8 +62,8 @@ def main() -> None:
                 print(
                     f"{label:15}", program.submit(measure, checkout, cache, name, verify).result()
                 )
-        kept = sum(file.stat().st_size for file in cache.rglob("*.json"))
-        print(f"{kept / 1e6:.1f} MB of cache")
+        cached = sum(file.stat().st_size for file in cache.rglob("*.json"))
+        print(f"{cached / 1e6:.1f} MB of cache")
 
 
 if __name__ == "__main__":

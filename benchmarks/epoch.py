@@ -76,8 +76,8 @@ def _contenders(case: Case, rows: list[Any], peer: bool) -> dict[str, Contender]
         )
         # A trainer donates the buffers of what it trains; the frozen parameters are shared.
         part = "params" if case.rank is None else "lora"
-        own = weights | {part: jax.tree.map(lambda x: x.copy(), weights[part])}
-        trainer = ours.Trainer(case, own, cut.packed)
+        copies = weights | {part: jax.tree.map(lambda x: x.copy(), weights[part])}
+        trainer = ours.Trainer(case, copies, cut.packed)
         found[f"ours, {name}"] = Contender(
             trainer, lambda cut=cut: cut.stream(0, cut.steps_per_epoch)
         )

@@ -269,8 +269,8 @@ Written by `python -m benchmarks.scale`: the fewest devices, a power of two, on 
 by the formula of `jax_lora/planning/memory.py`. Everything is cut by `mesh.fsdp`, a micro-batch is
 one row of 1,024 tokens on each device, frozen weights are bfloat16, what trains and Adam's moments
 float32, layers are computed again in the backward pass (`remat="full"`); LoRA is on q, k, v and o,
-with A·B formed once a step where that is cheaper. A card counts with 95% of its memory; a v5p is a
-chip, of which Google's `v5p-8` has four. The batch has 128 rows, so there is nothing above 128
+with A·B formed once per step where that is cheaper. A card counts with 95% of its memory; a v5p is
+a chip, of which Google's `v5p-8` has four. The batch has 128 rows, so there is nothing above 128
 devices.
 """
 COMPILED = """

@@ -108,8 +108,8 @@ def _padded(rows: Sequence[Any], answer_only: bool) -> Micro:
     for i, row in enumerate(rows):
         n = len(row.ids)
         ids[i, :n], real[i, :n] = row.ids, 1
-        begin = row.prompt_length if answer_only else 0
-        labels[i, begin:n] = row.ids[begin:]
+        start = row.prompt_length if answer_only else 0
+        labels[i, start:n] = row.ids[start:]
     return Micro(*(torch.from_numpy(x) for x in (ids, labels, real)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 import logging
 import os
 import platform
@@ -11,6 +12,7 @@ import signal
 import sys
 import traceback
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -32,6 +34,9 @@ def exit_codes() -> Iterator[None]:
     Any other exception is a fault of ours and passes through. JAX_LORA_TRACEBACK=1 shows the
     traceback of all of them.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that is ASCII has no × and no α
+            stream.reconfigure(errors="replace")
     try:
         yield
     except (ConfigError, DataError, OSError, RunFailed, Stopped) as error:
@@ -81,22 +86,57 @@ class StopRequest:
 
 
 def log_progress() -> None:
-    """Show what the library logs, plain lines on stderr; of other libraries, warnings alone."""
+    """Show what the library logs, plain lines on stderr; of other libraries, warnings alone.
+
+    Raises:
+      ConfigError: see `check_platform`.
+    """
+    check_platform()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for others in (None, "absl"):  # JAX names the backends that it lacks, Orbax every file
         logging.getLogger(others).setLevel(logging.WARNING)
     # Orbax shows the traceback of an error that it raises as well.
     logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
-    own = logging.getLogger("jax_lora")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(logging.INFO if _is_primary() else logging.WARNING)
+    logger = logging.getLogger("jax_lora")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if _is_primary() else logging.WARNING)
+
+
+def check_platform() -> None:
+    """Start JAX, whose own errors over JAX_PLATFORMS are tracebacks.
+
+    Raises:
+      ConfigError: a platform that this machine does not have.
+    """
+    import jax
+
+    platforms = jax.config.values["jax_platforms"]
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if not platforms:
+            raise
+        reason = " ".join(str(error).split()) or "JAX has no such backend here"
+        raise ConfigError(
+            f"JAX_PLATFORMS: found {platforms!r}, expected platforms of this machine, or nothing: "
+            f"{reason}"
+        ) from None
 
 
 def _is_primary() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def configure_process(trains: bool) -> None:
+    """Settings of a script's process, before JAX starts: `keep_memory`, where it trains,
+    `set_xla_flags` and `keep_programs`."""
+    if trains:
+        keep_memory()
+    set_xla_flags()
+    keep_programs()
 
 
 def keep_programs() -> None:
@@ -165,6 +205,12 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
     absl's own way is a page of usage and exit code 1, and a config file may raise anything.
     """
     with exit_codes():
+        tuples = Counter(
+            flag for flag, _, value in (a.partition("=") for a in argv) if "(" in value
+        )
+        for flag, times in tuples.items():
+            if times > 1 and flag.startswith("--config."):  # ml_collections joins them
+                raise ConfigError(f"flags: {flag}: found {times} times, expected once")
         try:
             return parser(argv)
         except Exception as error:

@@ -139,6 +139,7 @@ class RunConfig:
     micro_tokens: int = 4096  # most tokens of a micro-batch on a device, padding included
     log_every: int = 1  # steps
     checkpoint_every: int = 100  # steps; the last step is always saved
+    tracker: str = "tensorboard"  # or "wandb", "none": of the metrics, beside metrics.jsonl
     validate_every: int = 0  # steps, and the last one; 0: never
     keep: str = "last"  # or "best": the checkpoint of the lowest validation loss beside the last
     stop_after: int = 0  # validations in a row without a lower loss end the run; 0: none does
@@ -272,7 +273,7 @@ SPEED = (
 # The content of data files is known by its digest.
 DATA_FILES = ("data.path", "data.format", "data.validation_path", "data.test_path")
 # A run that stopped over a step that is not finite may be resumed to skip it.
-FREE = (*SPEED, "keep", "on_nonfinite", "model", "data.categories", *DATA_FILES)
+FREE = (*SPEED, "tracker", "keep", "on_nonfinite", "model", "data.categories", *DATA_FILES)
 # Optimizer → the keys of `optim` that it reads, besides those that all of them do.
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),
@@ -283,6 +284,7 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
+    "tracker": ("tensorboard", "wandb", "none"),
     "on_nonfinite": ("stop", "skip"),
     "keep": ("last", "best"),
     "dtype": ("bfloat16", "float32", "auto"),  # gradients of this loss underflow in float16

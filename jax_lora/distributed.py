@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 
@@ -131,7 +130,7 @@ class StopAgreement:
         return bool(found) and step >= min(found)
 
 
-def any_process(flag: bool, after: PyTree) -> bool:
+def any_process(flag: bool, after: object) -> bool:
     """Whether a flag is set in any process; all processes must ask.
 
     Args:

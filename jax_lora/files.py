@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import DataError
+from jax_lora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 Json = Any  # what a JSON file holds: whoever reads one checks it
@@ -79,13 +80,28 @@ def rename(source: Path, target: Path) -> None:
         _flush(target.parent)
 
 
+def local_path(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write on this machine; `~` is the user's home.
+
+    Raises:
+      ConfigError: an address such as gs://bucket/run, which a `Path` would make a folder `gs:`.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*://", os.fspath(folder)):
+        raise ConfigError(
+            f"{folder}: found an address, expected a folder of this machine (a mounted bucket is "
+            "one)"
+        )
+    return Path(folder).expanduser()
+
+
 def check_vacant(folder: str | os.PathLike[str]) -> Path:
     """The path of a folder that may be created: not there yet, or there and empty.
 
     Raises:
       FileExistsError: it is a file, or a folder with something in it.
+      ConfigError: see `local_path`.
     """
-    path = Path(folder)
+    path = local_path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "folder that is not empty" if path.is_dir() else "file"
         text = f"found a {kind}, expected a new or empty folder"

@@ -151,8 +151,8 @@ def take(
             return None
         n = max(dead, default=0)
         after = _parse(dead[n]).get("token") if n else None
-        said = {**owner(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        text = json.dumps({**said, "machine": _machine(), "token": token, "after": after})
+        record = {**owner(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        text = json.dumps({**record, "machine": _machine(), "token": token, "after": after})
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())  # before another machine can see its name

@@ -24,7 +24,7 @@ from jax_lora.planning import counts
 from jax_lora.training import trainable_mask
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.tokenizers import end_ids, load_tokenizer
+from jax_lora.weights.tokenizers import end_ids, has_tokenizer, load_tokenizer
 
 _apply = jax.jit(Llama.apply, static_argnums=0)
 
@@ -37,7 +37,7 @@ class LoadedModel:
       config: the base's shape.
       base: its parameters, a nested dict of arrays, layers stacked on axis 0.
       adapters: the adapter's tree (see `jax_lora.model.lora`), or None.
-      tokenizer: a transformers tokenizer.
+      tokenizer: a transformers tokenizer; None where the base has none, which `generate` needs.
       dtype: of the arithmetic.
       end_ids: any of these ends an answer; by default the tokenizer's end token alone.
     """
@@ -95,8 +95,10 @@ class LoadedModel:
           The continuations, without special tokens, stripped.
 
         Raises:
-          ValueError: an empty prompt.
+          ValueError: an empty prompt, or a base without a tokenizer.
         """
+        if self.tokenizer is None:
+            raise ValueError("generate: found a base without a tokenizer, expected one beside it")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [self.tokenizer(prompt).input_ids for prompt in prompts]
         end = self.tokenizer.eos_token_id
@@ -117,7 +119,9 @@ class LoadedModel:
         )
         answers = dict(itertools.chain.from_iterable(ended))
         return [
-            self.tokenizer.decode(answers[i].tolist(), skip_special_tokens=True).strip()
+            self.tokenizer.decode(
+                answers[i].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
             for i in range(len(rows))
         ]
 
@@ -150,8 +154,10 @@ def load(
     adapters = None
     if adapter is not None:
         adapters = jax.tree.map(jnp.asarray, peft.load_trained(adapter, config).adapters)
-    tokenizer = load_tokenizer(source)
-    ends = end_ids(tokenizer, config.vocab_size, source)
+    tokenizer, ends = None, ()
+    if has_tokenizer(source):
+        tokenizer = load_tokenizer(source)
+        ends = end_ids(tokenizer, config.vocab_size, source)
     return LoadedModel(config, base, adapters, tokenizer, jnp.dtype(dtype), ends)
 
 

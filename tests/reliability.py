@@ -133,7 +133,7 @@ def damage(ground: Ground, tries: int) -> list[Result]:
     for step in (newest, before):
         alone = ground.fresh("alone")
         shutil.copytree(source / str(step), alone / str(step))
-        made[step] = Checkpoints(alone, alone=True).restore(like)
+        made[step] = Checkpoints(alone, single_process=True).restore(like)
 
     def is_equal(state, expected):
         return all(map(np.array_equal, *map(jax.tree.leaves, (state, expected))))
@@ -165,7 +165,7 @@ def damage(ground: Ground, tries: int) -> list[Result]:
             only = ground.fresh("only")
             shutil.copytree(folder / str(newest), only / str(newest))
             try:
-                state = Checkpoints(only, alone=True).restore(like)
+                state = Checkpoints(only, single_process=True).restore(like)
                 alone["equal" if is_equal(state, made[newest]) else "silent"] += 1
             except DataError:
                 alone["refused"] += 1

@@ -163,3 +163,28 @@ def test_what_is_written_is_on_the_disk_before_and_after_its_rename(tmp_path, mo
     flushed, (last, renamed) = calls[:-2], calls[-2]
     assert {("fsync", "x"), ("fsync", "sub"), ("fsync", "new")} <= {*flushed}
     assert (last, renamed) == ("rename", "made") and calls[-1] == ("fsync", tmp_path.name)
+
+
+@pytest.mark.parametrize("address", ["gs://b/run", "s3://b/run", "hf://o/n", "file:///tmp/run"])
+def test_an_address_is_no_folder_to_write(tmp_path, monkeypatch, address):
+    import jax_lora
+    from jax_lora.errors import ConfigError
+    from jax_lora.run.convert import convert
+
+    monkeypatch.chdir(tmp_path)
+    for write in (
+        lambda: files.check_vacant(address),
+        lambda: jax_lora.Run.open(jax_lora.RunConfig(), address),
+        lambda: convert("org/name", address),
+    ):
+        with pytest.raises(ConfigError, match=f"^{address}: found an address, expected a folder"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    import jax_lora
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.check_vacant("~/out") == tmp_path / "out"
+    assert jax_lora.Run.open(jax_lora.RunConfig(), "~/run").workdir == tmp_path / "run"

@@ -1,6 +1,7 @@
 """The notebook face: `jax_lora.load`, `LoadedModel`, `parameter_table`."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -107,3 +108,14 @@ def test_tables_by_name_folder_and_file(folder, tiny_model):
 def test_importing_the_package_imports_no_jax():
     code = "import jax_lora, sys; dir(jax_lora); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_logits_need_no_tokenizer_and_texts_say_that_they_do(tmp_path, folder):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*token*"))
+    ids = np.asarray([[5, 6, 7, 8]])
+    model = jax_lora.load(bare, dtype="float32")
+    wanted = jax_lora.load(folder, dtype="float32").logits(ids)
+    np.testing.assert_array_equal(model.logits(ids), wanted)
+    with pytest.raises(ValueError, match="found a base without a tokenizer"):
+        model.generate("Hello")

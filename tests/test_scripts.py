@@ -111,7 +111,7 @@ def test_the_adapter_folder_is_the_last_checkpoint(finished):
 
 
 def test_show_prints_rows_and_trains_nothing(tiny_model, toy, tmp_path):
-    done = run([*training(tiny_model, toy, tmp_path / "r"), "--show=2"])
+    done = run("train.py", *training(tiny_model, toy, tmp_path / "r"), "--show=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" in the loss; a prompt of ") == 2
     assert not (tmp_path / "r").exists()

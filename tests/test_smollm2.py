@@ -49,7 +49,7 @@ def test_the_tokenizer_splits_digits_one_by_one(ours):
 @pytest.mark.parity
 def test_weights_equal_transformers(smollm2, theirs):
     found = {k: v.numpy() for k, v in theirs.state_dict().items()}
-    _, base = gguf.load(smollm2, "float32", place=lambda path, array: array)
+    _, base = gguf.load(smollm2, "float32", put=lambda path, array: array)
     assert "lm_head" not in base
     for i in range(30):
         for group in ("self_attn", "mlp"):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jax_lora.data.toy import write_checkout
-from jax_lora.run import Run, inputs
+from jax_lora.run import Run, initial_weights
 from jax_lora.weights import base as base_weights
 from tests.conftest import REPOSITORY, many_cpus
 from tests.parity.training import adapter_tensors, worst_error
@@ -72,7 +72,7 @@ def start_of_one(one):
     """The adapter that the run on one device began with, drawn again from its seed."""
     config = Run.open(None, one).config
     shape = base_weights.read_config(config.model)
-    return adapter_tensors(inputs.adapters_of(config, shape))
+    return adapter_tensors(initial_weights.adapters_of(config, shape))
 
 
 def adapter(workdir):

@@ -120,7 +120,7 @@ def _read(table: Dataset, rows: int | slice, where: str) -> dict:
 
 def _hub_tasks(table: Dataset, where: str, categories: Mapping[str, str]) -> tuple[Task, ...]:
     rows_of: dict[str, list[np.ndarray]] = defaultdict(list)
-    step = 100_000  # names in slices, positions in arrays: 8 bytes a row, 5 million rows
+    step = 100_000  # names in slices, positions in arrays: 8 bytes per row, 5 million rows
     for start in range(0, len(table), step):
         names = np.asarray(_read(table, slice(start, start + step), where)["task_name"])
         for name in np.unique(names):

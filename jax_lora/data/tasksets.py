@@ -274,8 +274,8 @@ def _only_eligible(
             sum(quotas.values()),
             shorter,
         )
-    for place in range(left):
-        open_to = room if place < left - shorter else limits
+    for number in range(left):
+        open_to = room if number < left - shorter else limits
         lagging = [category for category in result if result[category] < open_to[category]]
         result[max(lagging, key=lambda category: fair[category] - result[category])] += 1
     return result

@@ -195,10 +195,10 @@ def answerable(dice: Dice, label: str) -> str:
 def dialogue_act(dice: Dice, label: str) -> str:
     """You are given what one person says to another. Classify it as question, request, greeting
     or thanks."""
-    who, thing, place = dice.pick(w.PEOPLE), dice.pick(w.THINGS), dice.pick(w.PLACES)
+    who, thing, where = dice.pick(w.PEOPLE), dice.pick(w.THINGS), dice.pick(w.PLACES)
     return {
         "question": f"{who}, where did you buy that {thing}?",
-        "request": f"{who}, please bring me the {thing} from the {place}.",
-        "greeting": f"Good morning, {who}, nice to see you at the {place}!",
+        "request": f"{who}, please bring me the {thing} from the {where}.",
+        "greeting": f"Good morning, {who}, nice to see you at the {where}!",
         "thanks": f"Thank you so much for the {thing}, {who}!",
     }[label]

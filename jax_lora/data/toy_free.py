@@ -95,8 +95,8 @@ def plural(dice: Dice) -> tuple[str, str]:
     """You are given a noun and a sentence with a gap. Write the plural of the noun, which fills
     the gap."""
     one, many = dice.pick(w.PLURALS)
-    place = f"{dice.pick(w.PLACES)} in {dice.pick(w.CITIES)}"
-    return f"Noun: {one}\nSentence: I saw two ___ near the {place}.", many
+    where = f"{dice.pick(w.PLACES)} in {dice.pick(w.CITIES)}"
+    return f"Noun: {one}\nSentence: I saw two ___ near the {where}.", many
 
 
 @train("Fill in The Blank")
@@ -154,10 +154,10 @@ def ask_where(dice: Dice) -> tuple[str, str]:
 def pronoun(dice: Dice) -> tuple[str, str]:
     """You are given a sentence about a woman and a man, and a pronoun from it. Write the name of
     the person that the pronoun stands for."""
-    woman, man, place = dice.pick(w.WOMEN), dice.pick(w.MEN), dice.pick(w.PLACES)
+    woman, man, where = dice.pick(w.WOMEN), dice.pick(w.MEN), dice.pick(w.PLACES)
     first, second = dice.some((woman, man), 2)
     word, answer = dice.pick([("she", woman), ("he", man)])
-    return f"{first} met {second} when {word} left the {place}.\nPronoun: {word}", answer
+    return f"{first} met {second} when {word} left the {where}.\nPronoun: {word}", answer
 
 
 @test("Title Generation")

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from jax_lora.errors import DataError, MissingFileError
 from jax_lora.evaluation import behaviour, metrics
 from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, rename, write_json, write_text
 from jax_lora.generation import stop_texts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,12 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
         if not isinstance(counts, dict) or {type(n) for n in counts.values()} != {int}:
             path = folder / "labels.json"
             raise DataError(f"{path}: {task}: found {counts!r:.60}, expected labels and counts")
+    if "rougeL" in names and (without := sum(not _has_words(row) for row in examples)):
+        logger.warning(
+            "%s: rougeL counts words of a-z and 0-9 alone, as the official script does: %d of %d "
+            "examples have none in any reference, and score 0",
+            *(folder, without, len(examples)),
+        )
     answers = {key: p["prediction"] for key, p in predictions.items()}
     rows = [e | {"prediction": answers.get((e["task"], e["id"]))} for e in examples]
     with tqdm(total=len(rows), unit="answer", desc=f"{folder.name}: scores", delay=1) as bar:
@@ -206,6 +216,10 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
     result["truncated"] = 100 * float(np.mean(truncated))
     result["unfinished"] = 100 * float(np.mean(unfinished))
     return result
+
+
+def _has_words(row: Mapping[str, Sequence[str]]) -> bool:
+    return any(re.search("[a-z0-9]", text.lower()) for text in row["references"])
 
 
 def _score_task(

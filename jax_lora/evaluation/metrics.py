@@ -177,13 +177,12 @@ def aggregate(
     Returns:
         Percentages rounded to 4 places, by metric: `{metric}`, the mean over instances;
         `{metric}_over_tasks`, the mean of the tasks' means; then `{metric}_for_{task}` and
-        `{metric}_for_{category}`, the category lower-cased with underscores for its white space.
+        `{metric}_for_{category}`, the category under its key of `category_keys`.
 
     Raises:
         ConfigError: see `check_names`.
         ValueError: no rows, a row that lacks a field or has a bad one, more or fewer scores than
-            rows, or a task whose name equals a category's, so that their keys could not be told
-            apart.
+            rows.
     """
     rows = list(rows)
     if not rows:
@@ -192,16 +191,12 @@ def aggregate(
     scores = score_all(rows, names) if scores is None else scores
     if len(scores) != len(rows):
         raise ValueError(f"scores: found {len(scores)} of {len(rows)} rows, expected one per row")
+    keys = category_keys([category for _, category in groups], [task for task, _ in groups])
     tasks: dict[str, list[Score]] = {}
     categories: dict[str, list[Score]] = {}
     for (task, category), score in zip(groups, scores, strict=True):
         tasks.setdefault(task, []).append(score)
-        categories.setdefault(category_key(category), []).append(score)
-    if both := sorted(tasks.keys() & categories.keys()):
-        raise ValueError(
-            f"{both[0]!r} names both a task and a category, so {names[0]}_for_{both[0]} would "
-            "mean two things: expected tasks and categories with different names"
-        )
+        categories.setdefault(keys[category], []).append(score)
     report = _percentages(scores, names, "")
     report |= _percentages([_means(group) for group in tasks.values()], names, "_over_tasks")
     for name, group in sorted(tasks.items()) + sorted(categories.items()):
@@ -209,9 +204,30 @@ def aggregate(
     return report
 
 
-def category_key(category: str) -> str:
-    """A category as the keys of the report have it: "Word Analogy" is "word_analogy"."""
-    return "_".join(category.lower().split())
+def category_keys(categories: Iterable[str], tasks: Iterable[str]) -> dict[str, str]:
+    """Categories as the keys of the report have them, each its own.
+
+    "Word Analogy" is "word_analogy", as the official script has it. Where two categories would be
+    the same then ("QA" and "qa"), both keep their names; one that would be a task's is
+    "category_" and its key.
+
+    Args:
+        categories: names, as often as they come.
+        tasks: names of the tasks in the same report.
+
+    Returns:
+        Category → key.
+    """
+    plain = {category: "_".join(category.lower().split()) for category in categories}
+    count = Counter(plain.values())
+    taken, keys = set(tasks), {}
+    for category in sorted(plain):
+        key = plain[category] if count[plain[category]] == 1 else category
+        while key in taken:
+            key = f"category_{key}"
+        taken.add(key)
+        keys[category] = key
+    return keys
 
 
 @cache

@@ -72,8 +72,8 @@ def apply_mask(x: Array, bits: Array, threshold: int) -> Array:
     matrix product saves for its own gradient, is also the mask: no other one is stored.
     """
     scaled = (x / (threshold / RESOLUTION)).astype(x.dtype)
-    kept = jnp.where(scaled == 0, 0, scaled)
-    return jnp.where(bits < threshold, kept, -jnp.zeros((), x.dtype))
+    scaled = jnp.where(scaled == 0, 0, scaled)
+    return jnp.where(bits < threshold, scaled, -jnp.zeros((), x.dtype))
 
 
 def _apply_mask_forward(x, bits, threshold):

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_lora.errors import ConfigError
 from jax_lora.model import arch, attention
@@ -31,7 +32,13 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
 from jax_lora.model.kv_cache import Cache
 from jax_lora.model.rope import rope_tables, rotate
-from jax_lora.model.xla_cpu import checkpoint_name, einsum, from_bits, matmul_transposed
+from jax_lora.model.xla_cpu import (
+    checkpoint_name,
+    einsum,
+    from_bits,
+    lookup,
+    matmul_transposed,
+)
 
 # What the backward pass recomputes: nothing; whole layers; layers but for the results of their
 # linear layers' products with frozen kernels and of attention, the expensive ones.
@@ -266,7 +273,7 @@ class Llama(nn.Module):
     """
 
     config: LlamaConfig
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     remat: str = "none"
     attention: str | Kernel = "xla"
     unroll: int = 1
@@ -276,14 +283,14 @@ class Llama(nn.Module):
 
     if TYPE_CHECKING:  # Linen's own is a union of everything that any module may return
 
-        def apply(self, *args: Any, **options: Any) -> Any: ...
+        def apply(self, *args: PyTree, **options: object) -> PyTree: ...
 
     def setup(self):
         c = self.config
         if self.remat not in REMAT:
             raise ConfigError(f"remat: found {self.remat!r}, expected one of {', '.join(REMAT)}")
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_INIT)
-        block: Any = Block
+        block: PyTree = Block
         if self.remat != "none":
             names = ("states", "product") if self.remat == "products" else ("states",)
             policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -302,9 +309,8 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
         """Embeddings of the tokens, the input of the first layer."""
-        return self.shard_activation(
-            self.embed_tokens(tokens).astype(self.dtype), "batch", None, "embed"
-        )
+        x = lookup(self.embed_tokens.embedding, jnp.asarray(tokens), self.platform)
+        return self.shard_activation(x.astype(self.dtype), "batch", None, "embed")
 
     def hidden(
         self,

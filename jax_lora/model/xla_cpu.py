@@ -19,30 +19,40 @@ from jax import ad_checkpoint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-MANY_TOKENS = 128  # see `matmul_transposed`
 
-
-def einsum(spec: str, dtype: DTypeLike, x: Array, w: Array, platform: str) -> Array:
+def einsum(spec: str, dtype: DTypeLike, x: Array, w: Array | np.ndarray, platform: str) -> Array:
     """`einsum(spec, x, w)` in x's dtype, accumulated in float32, returned in `dtype`.
 
     A gradient of its own, because the automatic one multiplies mixed dtypes and rounds the
     gradient of a float32 master weight to bfloat16. Every index of `spec` must occur in two of
     its three terms. `w` may hold the bits of bfloat16 numbers, see `bitcast_bf16`.
     """
-    return _einsum_vjp(spec, dtype, platform, x, from_bits(w))
+    return _einsum_vjp(spec, dtype, platform, x, from_bits(jnp.asarray(w)))
 
 
-def matmul_transposed(dtype: DTypeLike, x: Array, w: Array, platform: str) -> Array:
-    """x (B, T, in) by the transpose of w (out, in), for decoding.
+def matmul_transposed(dtype: DTypeLike, x: Array, w: Array | np.ndarray, platform: str) -> Array:
+    """x (B, T, in) by the transpose of w (out, in), for decoding: few rows, a large kernel.
 
-    XLA's CPU compiler rearranges the right operand of a product before it multiplies. For few
-    tokens the kernel is on the left: it is read once, in the order in which it is stored. For many
-    the transposition of the result would cost more. Has JAX's own gradient, see `einsum`.
+    XLA's CPU compiler rearranges the right operand of a product before it multiplies. With the
+    kernel on the left that is the few rows; it is read once, in the order in which it is stored.
+    Has JAX's own gradient, see `einsum`.
     """
-    w = w.astype(x.dtype)
-    if x.shape[0] * x.shape[1] >= MANY_TOKENS:
-        return _einsum("btd,fd->btf", x, w, dtype, platform)
-    return _einsum("fd,btd->fbt", w, x, dtype, platform).transpose(1, 2, 0)
+    return _einsum("fd,btd->fbt", jnp.asarray(w, x.dtype), x, dtype, platform).transpose(1, 2, 0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "B T"], platform: str) -> Array:
+    """The rows `ids` of an embedding table, (B, T, D), taken from `to_bits`.
+
+    Where tokens change in a loop, the compiler would convert the whole table before it.
+    """
+    return from_bits(jnp.take(to_bits(table, platform), ids, axis=0))
+
+
+@lookup.defjvp
+def _lookup_jvp(platform, primals, tangents):
+    table, ids = primals
+    return lookup(table, ids, platform), jnp.take(tangents[0], ids, axis=0)
 
 
 def argmax(logits: Float[Array, "B V"], platform: str) -> Int[Array, " B"]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import PyTree
 
 from jax_lora.model import lora
 from jax_lora.model.arch import ATTENTION, GROUP
@@ -19,13 +19,13 @@ from jax_lora.training import trainable_mask
 
 
 @cache
-def base_shapes(config: LlamaConfig) -> Any:
+def base_shapes(config: LlamaConfig) -> PyTree:
     """The base tree as `jax.ShapeDtypeStruct`s; one tree per config, not to be changed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
 
 
-def adapter_shapes(config: LlamaConfig, rank: int, targets: Sequence[str] = ATTENTION) -> Any:
+def adapter_shapes(config: LlamaConfig, rank: int, targets: Sequence[str] = ATTENTION) -> PyTree:
     """A and B of every target as `jax.ShapeDtypeStruct`s.
 
     The vector of scales is no parameter and is left out.
@@ -33,14 +33,14 @@ def adapter_shapes(config: LlamaConfig, rank: int, targets: Sequence[str] = ATTE
     Raises:
       ValueError: a rank below 1 or an unknown target.
     """
-    groups: dict[str, Any] = {}
+    groups: dict[str, PyTree] = {}
     for name, leaf in lora.shapes(config, rank, targets).items():
         sized = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in leaf.items()}
         groups.setdefault(GROUP[name], {})[name] = sized
     return {"layers": groups}
 
 
-def table(variables: Any, trains: Any) -> pd.DataFrame:
+def table(variables: PyTree, trains: PyTree) -> pd.DataFrame:
     """Frozen and trainable parameters by module.
 
     Args:

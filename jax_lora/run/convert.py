@@ -1,13 +1,18 @@
-"""Any LLaMA as a Hugging Face folder, adapters and what a run trained merged into it."""
+"""Any LLaMA as a Hugging Face folder, adapters merged into it; or an adapter as a PEFT folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jax_lora.files import check_vacant, read_json
+from jax_lora.files import check_vacant, fresh_folder, read_json
+from jax_lora.run import hub
+from jax_lora.run.model_card import write_card
 from jax_lora.run.run import Run
-from jax_lora.weights import base, hf, merge, peft, tokenizers
+from jax_lora.weights import base, hf, merge, origin, peft, tokenizers
+from jax_lora.weights.fold import fold_scale
+
+Say = Callable[[str], None]
 
 
 def convert(
@@ -15,7 +20,10 @@ def convert(
     destination: str,
     dtype: str = "bfloat16",
     adapter: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
+    *,
+    any_base: bool = False,
+    push_to: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face folder, which appears whole or not at all.
 
@@ -24,29 +32,30 @@ def convert(
 
     Args:
       source: folder, hub id or GGUF file.
-      destination: a new or empty folder.
+      destination: a new or empty folder. Its `jax_lora.json` names the base by digest.
       dtype: of the weights that are written.
       adapter: a PEFT folder or a run's folder, merged into the weights: each kernel in float32,
         then rounded to `dtype` once. A run that trained weights of the base is written from its
         last checkpoint.
       say: gets how far the rounding moves the logits of 32 fixed tokens.
+      any_base: merge an adapter that was trained on another base, too.
+      push_to: a repository of the hub, "org/name", to send the folder to, with a model card.
 
     Raises:
       ConfigError, DataError, OSError: one line that names the file.
+      RunFailed: the folder is written, and sending it failed.
     """
-    check_vacant(destination)
+    destination = str(check_vacant(destination))
+    hub.check(push_to)
     path = hf.resolve(source)
     # What is small is read first.
     tokenizer = tokenizers.load_tokenizer(path)
-    generation_path = path / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else None
-    if generation is None and path.is_dir():
-        known = read_json(path / "config.json", dict)
-        if isinstance(known.get("eos_token_id"), list):  # of which the tokenizer knows one
-            names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            generation = {name: known.get(name) for name in names}
+    generation = _generation(path)
+    if adapter and not any_base:
+        origin.check_base(adapter, peft.base_digest(adapter), path, "--any-base")
 
-    if adapter and peft.trained_base(adapter):
+    trained = bool(adapter) and bool(peft.trained_base(adapter))
+    if adapter and trained:
         config, params = Run.open(None, peft.run_of(adapter)).weights(base=source)
     else:
         found = peft.load_trained(adapter, base.read_config(path)) if adapter else None
@@ -55,10 +64,80 @@ def convert(
         )
         params = merge.merge(params, found.adapters) if found else params
 
-    hf.save(destination, config, params, tokenizer, dtype, generation=generation)
+    with fresh_folder(destination) as partial:
+        hf.save(partial, config, params, tokenizer, dtype, generation=generation)
+        # Of a folder that was converted before, the first base.
+        more = {"digest": base.digest(partial)}
+        if adapter:
+            more["adapter"] = "trained base" if trained else peft.digest(adapter)
+        origin.write(partial, source, origin.digests(path)[-1], **more)
+        if push_to:
+            write_card(partial, push_to, source, adapter)
     if adapter:
         change, largest = merge.rounding_change(config, params, dtype)
         say(f"{dtype} moves a logit by up to {change:.3g} (logits up to {largest:.3g})")
+    hub.push(destination, push_to, say)
+
+
+def convert_adapter(
+    source: str,
+    destination: str,
+    say: Say = lambda text: None,
+    *,
+    fold: bool = False,
+    push_to: str | None = None,
+) -> None:
+    """Write an adapter as a PEFT folder, which appears whole or not at all.
+
+    Args:
+      source: a PEFT folder or a run's folder.
+      destination: a new or empty folder.
+      say: gets where the folder was sent to.
+      fold: as plain LoRA of one rank and α/r, see `weights.fold`.
+      push_to: as for `convert`.
+
+    Raises:
+      ConfigError, DataError, OSError: one line that names the file.
+      RunFailed: the folder is written, and sending it failed.
+    """
+    destination = str(check_vacant(destination))
+    hub.check(push_to)
+    found = peft.load(source)
+    found = fold_scale(found, source) if fold else found
+    with fresh_folder(destination) as partial:
+        peft.save(
+            partial,
+            found.adapters,
+            rank=found.rank,
+            alpha=found.alpha,
+            dropout=found.dropout,
+            base_name=found.base_name,
+            use_rslora=found.use_rslora,
+            ranks=found.ranks,
+            alphas=found.alphas,
+            base_digest=peft.base_digest(source),
+        )
+        if push_to:
+            write_card(partial, push_to, found.base_name, source)
+    hub.push(destination, push_to, say)
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a source is the folder of an adapter, or of a run that holds one."""
+    return (peft.resolve(source) / "adapter_config.json").is_file()
+
+
+def _generation(path: Path) -> Mapping[str, object] | None:
+    """The generation settings of a source, where it has more than its tokenizer says."""
+    generation_path = path / "generation_config.json"
+    if generation_path.is_file():
+        return read_json(generation_path)
+    if path.is_dir():
+        known = read_json(path / "config.json", dict)
+        if isinstance(known.get("eos_token_id"), list):  # of which the tokenizer knows one
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            return {name: known.get(name) for name in names}
+    return None
 
 
 def stored_dtype(path: Path) -> str:

@@ -18,6 +18,7 @@ from jax_lora.config import RunConfig
 from jax_lora.distributed import KeyValueStore
 from jax_lora.errors import ConfigError, DataError, Stopped
 from jax_lora.files import Json, jsonl_line, read_json, read_jsonl, write_json, write_text
+from jax_lora.run.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"  # the first part of its files' names
@@ -131,9 +132,9 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        said = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
+        failure = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
         with suppress(OSError):  # a full disk has no room for it
-            write_json(path, said)
+            write_json(path, failure)
         raise
     path.unlink(missing_ok=True)
 
@@ -162,8 +163,8 @@ def _holds_files(folder: Path) -> bool:
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of what decides the numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    own = {"python": platform.python_version(), "jax-lora": package_version()}
-    return own | {name: metadata.version(name) for name in names}
+    versions = {"python": platform.python_version(), "jax-lora": package_version()}
+    return versions | {name: metadata.version(name) for name in names}
 
 
 def package_version() -> str:
@@ -183,23 +184,22 @@ def read_metrics(workdir: Path) -> list[dict[str, Json]]:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of a run.
+    """`metrics.jsonl` and the tracker of a run.
 
     A step's line has the time at which it was written, in seconds since 1970.
 
     Args:
       workdir: the run's folder.
       step: where the run is resumed; lines of later steps, written before an interruption, go.
+      tracker: gets the numbers as well, and is closed with this.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter
-
+    def __init__(self, workdir: Path, step: int, tracker: Tracker):
         path = workdir / "metrics.jsonl"
         lines = [line for line in read_metrics(workdir) if line["step"] <= step] if step else []
         write_text(path, "".join(map(jsonl_line, lines)))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._tracker = tracker
 
     def write(self, step: int, values: dict[str, float], skipped: str = "") -> None:
         """Add a step; `skipped`: why it changed nothing."""
@@ -209,10 +209,9 @@ class MetricsLog:
             row["skipped"] = skipped
         self._file.write(jsonl_line(row | {"time": round(time.time(), 3)}))
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._tracker.write(step, values)
 
     def close(self) -> None:
-        """Finish both files."""
+        """Finish the file, and the tracker."""
         self._file.close()
-        self._board.close()
+        self._tracker.close()

@@ -27,7 +27,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
-from jax_lora.run import folder, inputs, validation
+from jax_lora.run import folder, initial_weights, inputs, trackers, validation
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.resolve import Resolved, resolve
@@ -85,6 +85,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     for key, value in (("model", config.model), ("data.path", config.data.path)):
         if not value:
             raise ConfigError(f"config.{key}: found none, expected a folder or a hub id")
+    trackers.check(config)
     if config.lora.init == "pissa" and jax.process_count() > 1:
         raise ConfigError(
             f"config.lora.init: found pissa in {jax.process_count()} processes, expected one "
@@ -97,7 +98,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     mesh = mesh if mesh.size > 1 else None
     shapes: dict[str, PyTree] = {"params": counts.base_shapes(shape)}
     if resolved.is_lora:
-        shapes["lora"] = inputs.adapters_of(config, shape, mesh)
+        shapes["lora"] = initial_weights.adapters_of(config, shape, mesh)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
     jax.eval_shape(resolved.model().apply, shapes, jnp.zeros((1, 2), jnp.int32))
 
@@ -165,10 +166,10 @@ def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
     config, mesh = given.resolved.config, given.mesh
     logger.info("loading the base model")
     sharder = sharding.leaf_sharder(mesh) if mesh else None
-    params = inputs.load_base(config.model, config.dtype, given.mask["params"], sharder)
+    params = initial_weights.load_base(config.model, config.dtype, given.mask["params"], sharder)
     variables = {"params": params}
     if given.resolved.is_lora:
-        variables["lora"], variables["params"] = inputs.on_base(
+        variables["lora"], variables["params"] = initial_weights.on_base(
             given.shapes["lora"],
             params,
             given.resolved.shape,

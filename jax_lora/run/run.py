@@ -7,15 +7,16 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pandas as pd
+from jaxtyping import PyTree
 
 from jax_lora import distributed, sharding
 from jax_lora.config import RunConfig
 from jax_lora.evaluation import metrics
+from jax_lora.files import local_path
 from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -24,7 +25,7 @@ from jax_lora.run import folder, inputs, invariance, prepare, scoring, training
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
 from jax_lora.training.resolve import with_dtype
-from jax_lora.weights import merge
+from jax_lora.weights import merge, origin, peft
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -51,7 +52,7 @@ class Run:
     @classmethod
     def open(
         cls,
-        config: RunConfig | Mapping[str, Any] | None,
+        config: RunConfig | Mapping[str, object] | None,
         workdir: str | os.PathLike[str],
         say: Say = logger.info,
     ) -> Run:
@@ -66,7 +67,7 @@ class Run:
         Raises:
           ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
         """
-        path = Path(workdir)
+        path = local_path(workdir)
         if config is None:
             config, _ = folder.read_saved(path)
         elif not isinstance(config, RunConfig):
@@ -165,6 +166,7 @@ class Run:
         checkpoint: str = "last",
         overwrite: bool = False,
         base_on_host: bool = True,
+        any_base: bool = False,
         **eval_options: object,
     ) -> pd.DataFrame:
         """Answer test sets greedily and score the answers.
@@ -178,6 +180,7 @@ class Run:
           overwrite: make answers again that are there already.
           base_on_host: the host keeps the base, and a device holds it once; False leaves it on the
             device, where several runs of a process share it.
+          any_base: score an adapter that was trained on another base, too.
           **eval_options: other values of `config.eval`, such as max_new_tokens or metrics.
 
         Returns:
@@ -189,8 +192,9 @@ class Run:
         """
         config = self._with_eval(eval_options)
         sets = list(inputs.test_sets(config, sets))
-        place = scoring.on_host if base_on_host else None
+        put = scoring.on_host if base_on_host else None
         folder.read_saved(self.workdir)
+        self._check_base(adapter, any_base)
         with folder.owned(self.workdir, "scoring"):
             scoring.score(
                 self.workdir,
@@ -199,18 +203,24 @@ class Run:
                 adapter,
                 checkpoint,
                 say=self._say,
-                place=place,
+                put=put,
                 overwrite=overwrite,
             )
         return scoring.score_frame(self.workdir, sets, adapter, checkpoint)
 
-    def check(self, adapter: str = "last", prompts: int = 64, **eval_options: object) -> bool:
+    def check(
+        self,
+        adapter: str = "last",
+        prompts: int = 64,
+        any_base: bool = False,
+        **eval_options: object,
+    ) -> bool:
         """Say what changes when answers and updates are batched otherwise.
 
         Args:
           adapter: as for `score`.
           prompts: how many are answered; a quarter as many examples are trained on.
-          **eval_options: as for `score`.
+          any_base, **eval_options: as for `score`.
 
         Returns:
           Whether no answer in float32 changes, and no update by more than rounding.
@@ -219,6 +229,7 @@ class Run:
           ConfigError, DataError, OSError: wrong input, before any compute.
         """
         config = self._with_eval(eval_options)
+        self._check_base(adapter, any_base)
         meshes = scoring.copies(config)
         sets, encoder = inputs.examples(config), inputs.encoder(config)
         # Every so many examples, so that all tasks take part.
@@ -259,7 +270,7 @@ class Run:
             self._say("\non several devices: one device here, not tried")
         return bool(good)
 
-    def weights(self, base: str | None = None) -> tuple[LlamaConfig, dict[str, Any]]:
+    def weights(self, base: str | None = None) -> tuple[LlamaConfig, PyTree]:
         """The shape, and the weights with all that was trained in float32, adapters merged.
 
         Args:
@@ -271,6 +282,11 @@ class Run:
         if "lora" in scored.variables:
             params = merge.merge(params, scored.variables["lora"])
         return scored.shape, params
+
+    def _check_base(self, adapter: str, any_base: bool) -> None:
+        if adapter not in ("last", "none") and not any_base:
+            wanted = peft.base_digest(adapter)
+            origin.check_base(adapter, wanted, self.config.model, "--any_base")
 
     def _with_eval(self, options: Mapping[str, object]) -> RunConfig:
         return self.config.replace(**{f"eval.{key}": value for key, value in options.items()})

@@ -29,7 +29,7 @@ from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
-from jax_lora.run import inputs
+from jax_lora.run import initial_weights, inputs
 from jax_lora.run.training import running
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
@@ -38,7 +38,7 @@ from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 
 logger = logging.getLogger(__name__)
-Place = Callable[..., Any]
+Put = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load(
     workdir: Path,
     config: RunConfig,
     adapter: str,
-    place: Place | None = None,
+    put: Put | None = None,
     checkpoint: str = "last",
 ) -> Scored:
     """Load what is to be scored.
@@ -77,7 +77,7 @@ def load(
       workdir: the run's folder.
       config: of the run.
       adapter: "last", the last checkpoint; "none", the bare base; or a PEFT folder.
-      place: see `inputs.load_base`.
+      put: see `initial_weights.load_base`.
       checkpoint: of the run, where `adapter` is "last": "last", "best" or a step.
 
     Raises:
@@ -85,13 +85,13 @@ def load(
     """
     shape = base_weights.read_config(config.model)
     if adapter == "last":
-        return _load_checkpoint(workdir, config, shape, place, checkpoint)
+        return _load_checkpoint(workdir, config, shape, put, checkpoint)
     frozen = jax.tree.map(lambda _: False, counts.base_shapes(shape))
     variables = {}
     if adapter != "none":
         adapters = peft.load_trained(adapter, shape).adapters
         variables["lora"] = jax.tree.map(jnp.asarray, adapters)
-    variables["params"] = inputs.load_base(config.model, config.dtype, frozen, place)
+    variables["params"] = initial_weights.load_base(config.model, config.dtype, frozen, put)
     if adapter == "none":
         return Scored(shape, variables, f"{config.model}, untuned", "")
     digest = peft.digest(adapter)
@@ -99,22 +99,24 @@ def load(
 
 
 def _load_checkpoint(
-    workdir: Path, config: RunConfig, shape: LlamaConfig, place: Place | None, checkpoint: str
+    workdir: Path, config: RunConfig, shape: LlamaConfig, put: Put | None, checkpoint: str
 ) -> Scored:
     # The folder must exist before Orbax looks into it: it would make it.
     path = workdir / "checkpoints"
-    manager = Checkpoints(path, alone=True) if path.is_dir() else None
+    manager = Checkpoints(path, single_process=True) if path.is_dir() else None
     if manager is None or manager.latest() is None:
         raise DataError(f"{path}: no checkpoint, expected a run that trained (or --adapter=none)")
     chosen = step_named(path, checkpoint)
     is_lora = config.method == "lora"
     shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
     if is_lora:
-        shapes["lora"] = inputs.adapters_of(config, shape)
+        shapes["lora"] = initial_weights.adapters_of(config, shape)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
-    variables = {"params": inputs.load_base(config.model, config.dtype, mask["params"], place)}
+    variables = {
+        "params": initial_weights.load_base(config.model, config.dtype, mask["params"], put)
+    }
     if is_lora:
-        variables["lora"], variables["params"] = inputs.on_base(
+        variables["lora"], variables["params"] = initial_weights.on_base(
             shapes["lora"],
             variables["params"],
             shape,
@@ -197,7 +199,7 @@ def score(
     checkpoint: str = "last",
     *,
     say: Callable[[str], None],
-    place: Place | None = None,
+    put: Put | None = None,
     overwrite: bool = False,
 ) -> None:
     """Answer the test sets and score them; answers that are there are not made again.
@@ -207,7 +209,7 @@ def score(
       config: of the run, perhaps with another `eval`.
       names: of the test sets, see `inputs.test_sets`.
       say: gets the table of a set as soon as its scores.json is written, from another thread.
-      adapter, checkpoint, place: see `load`.
+      adapter, checkpoint, put: see `load`.
       overwrite: make all answers again.
 
     Raises:
@@ -223,7 +225,7 @@ def score(
         step_named(workdir / "checkpoints", checkpoint)  # asks before the data is read
     meshes = copies(config)
     if config.eval.devices_per_copy > 1:
-        place = on_host
+        put = on_host
     data, sets = inputs.data(config), inputs.test_sets(config, names)
     digests = {
         "data_fingerprint": inputs.fingerprint(config),
@@ -239,7 +241,7 @@ def score(
         bucket = bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
         shape.check_length(bucket + config.eval.max_new_tokens)
 
-    scored = load(workdir, config, adapter, place, checkpoint)
+    scored = load(workdir, config, adapter, put, checkpoint)
     end_ids = inputs.end_ids(config)
     settings = digests | {
         "origin": scored.origin,
@@ -288,9 +290,9 @@ def untuned_scores(folder: Path, settings: Mapping[str, Any]) -> dict | None:
     if not (folder / "scores.json").is_file():
         return None
     theirs = read_json(folder / "settings.json")
-    own = ("origin", "weights_digest")
-    if {k: v for k, v in theirs.items() if k not in own} != {
-        k: v for k, v in settings.items() if k not in own
+    differing = ("origin", "weights_digest")
+    if {k: v for k, v in theirs.items() if k not in differing} != {
+        k: v for k, v in settings.items() if k not in differing
     }:
         return None
     return read_json(folder / "scores.json")
@@ -336,8 +338,9 @@ def score_table(
     tasks, rows = scores["tasks"], []
     for name, task in tasks.items():
         rows.append(row(name[:44], task["examples"], lambda s, key, n=name: s["tasks"][n].get(key)))
-    for category in sorted({task["category"] for task in tasks.values()}):
-        suffix = f"_for_{metrics.category_key(category)}"
+    keys = metrics.category_keys([task["category"] for task in tasks.values()], tasks)
+    for category in sorted(keys):
+        suffix = f"_for_{keys[category]}"
         examples = sum(t["examples"] for t in tasks.values() if t["category"] == category)
         rows.append(row(f"category {category}"[:44], examples, _official(suffix)))
     examples = sum(task["examples"] for task in tasks.values())

@@ -25,6 +25,7 @@ from jax_lora.planning.steps import steps_of
 from jax_lora.run import nonfinite, prepare
 from jax_lora.run.folder import MetricsLog
 from jax_lora.run.prepare import Inputs, Training
+from jax_lora.run.trackers import open_tracker
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import Checkpoints, step_named
 from jax_lora.training.step import State
@@ -138,9 +139,11 @@ class _Log:
     def __init__(self, given: Inputs, training: Training, workdir: Path | None):
         self.tokens = self._padded = 0
         self._given, self._training = given, training
-        put = functools.partial(sharding.shard_batch, mesh=given.mesh)
-        self._put, self._validation = put, ""
-        self._metrics = MetricsLog(workdir, training.start) if workdir else None
+        self._put = functools.partial(sharding.shard_batch, mesh=given.mesh)
+        self._validation, self._metrics = "", None
+        if workdir:
+            tracker = open_tracker(workdir, training.start, given.resolved.config)
+            self._metrics = MetricsLog(workdir, training.start, tracker)
         self._bar = tqdm.tqdm(
             total=given.total,
             initial=training.start,
@@ -232,7 +235,7 @@ def validate_checkpoint(
     if not folder.is_dir():
         raise DataError(f"{folder}: found no checkpoint, expected a run that trained")
     trainable, frozen = prepare.load_variables(given, workdir)
-    step, trainable = Checkpoints(folder, alone=True).restore_trainable(trainable, step)
+    step, trainable = Checkpoints(folder, single_process=True).restore_trainable(trainable, step)
     state = State(sharding.shard(jnp.asarray(step, jnp.int32), given.mesh), trainable, None)
     functions = given.resolved.step(optax.identity(), given.mesh)
     put = functools.partial(sharding.shard_batch, mesh=given.mesh)
@@ -293,5 +296,6 @@ def save_adapter(given: Inputs, training: Training, state: State, workdir: Path)
             alpha=alpha,
             dropout=config.lora.dropout,
             base_name=config.model,
+            base_digest=given.digests["base_digest"],
             use_rslora=rslora,
         )

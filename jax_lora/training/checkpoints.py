@@ -46,7 +46,7 @@ from jax_lora.training.validation import Best
 logger = logging.getLogger(__name__)
 KEEP = 2  # checkpoints: the last one, and one in case that it is damaged
 ITEMS = ("trainable", "optimizer", "digests")
-Named = dict[str, jax.Array]
+Named = dict[str, jax.Array | np.ndarray]
 
 
 def _named(tree: PyTree) -> Named:
@@ -55,7 +55,7 @@ def _named(tree: PyTree) -> Named:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _filled(tree: PyTree, named: Mapping[str, jax.Array]) -> PyTree:
+def _filled(tree: PyTree, named: Named) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
 
 
@@ -114,18 +114,18 @@ class Checkpoints:
 
     Args:
       folder: made if need be.
-      alone: to read in this process, whatever the others do; the folder is there, and is left as
-        it is.
+      single_process: to read in this process, whatever the others do; the folder is there, and is
+        left as it is.
       keep_best: keep the checkpoint of the lowest validation loss beside the last ones.
 
     Attributes:
       best: the lowest validation loss; that of a state is restored with it and saved with it.
     """
 
-    def __init__(self, folder: str | Path, alone: bool = False, keep_best: bool = False):
-        self._folder, self._alone, self._keep_best = Path(folder).absolute(), alone, keep_best
-        self.best = Best()
-        self._owns = not alone and jax.process_index() == 0
+    def __init__(self, folder: str | Path, single_process: bool = False, keep_best: bool = False):
+        self._folder, self._single_process = Path(folder).absolute(), single_process
+        self._keep_best, self.best = keep_best, Best()
+        self._owns = not single_process and jax.process_index() == 0
         if self._owns:
             self._folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self._folder)  # of a process that was killed
@@ -296,7 +296,7 @@ class Checkpoints:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if not self._alone and distributed.any_process(bool(reason), restored):
+        if not self._single_process and distributed.any_process(bool(reason), restored):
             return None, reason or "another process cannot read it"
         if reason:
             return None, reason

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of an element
 
 
-def examine(arrays: Mapping[str, Array]) -> tuple[dict[str, str], list[str]]:
+def examine(arrays: Mapping[str, Array | np.ndarray]) -> tuple[dict[str, str], list[str]]:
     """The digest of every array, and the names of those that are not finite.
 
     All processes that hold a part of the arrays take part. It reads every array once, and waits
@@ -38,10 +39,10 @@ def _digest(x: Array) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     bits = x.astype(word) if x.dtype == bool else jax.lax.bitcast_convert_type(x, word)
     bits = bits.astype(jnp.uint32)
     # Index by index, and not over the flattened array, which would be gathered from its mesh.
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
-        place = _mixed(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
-    term = _mixed(bits ^ place)
+        position = _mixed(position + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+    term = _mixed(bits ^ position)
     return _mixed(term + jnp.uint32(0x9E3779B9)).sum(dtype=jnp.uint32), term.sum(dtype=jnp.uint32)
 
 

@@ -65,12 +65,12 @@ class Resolved:
         """The Flax module that training applies."""
         c = self.config
         # What a scan saves without remat XLA's CPU compiler copies stack by stack, see `xla_cpu`.
-        whole = self.platform == "cpu" and c.remat == "none"
+        unrolls = self.platform == "cpu" and c.remat == "none"
         return Llama(
             self.shape,
             dtype=jnp.dtype(c.dtype),
             remat=c.remat,
-            unroll=c.unroll or (self.shape.num_hidden_layers if whole else 1),
+            unroll=c.unroll or (self.shape.num_hidden_layers if unrolls else 1),
             attention=self.attention,
             platform=self.platform,
         )

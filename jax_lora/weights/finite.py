@@ -32,9 +32,9 @@ def check_finite(array: np.ndarray, name: str, path: object) -> np.ndarray:
             bad = (block.view(np.uint16) & exponent) == exponent
         if bad.any():
             first = start + int(bad.argmax())
-            place = tuple(map(int, np.unravel_index(first, array.shape)))
+            index = tuple(map(int, np.unravel_index(first, array.shape)))
             raise DataError(
-                f"{path}: tensor {name}: found {float(flat[first])} at {place}, expected finite "
+                f"{path}: tensor {name}: found {float(flat[first])} at {index}, expected finite "
                 "numbers"
             )
     return array

@@ -195,14 +195,14 @@ def load(
     dtype = numpy_dtype(dtype)
     file = open_gguf(path)
     config = read_config(file)
-    kept = [t for t in file.tensors.values() if not t.name.endswith(_BUFFERS)]
-    found = {_hf_name(t.name): t for t in kept}
+    tensors = [t for t in file.tensors.values() if not t.name.endswith(_BUFFERS)]
+    found = {_hf_name(t.name): t for t in tensors}
 
     def label(name: str) -> str:
         return found[name].name if name in found else _gguf_name(name)
 
     check_tensors(str(path), config, {name: t.shape for name, t in found.items()}, label)
-    for tensor in {t.kind: t for t in kept}.values():
+    for tensor in {t.kind: t for t in tensors}.values():
         try:  # one row of each kind, before anything large
             tensor._replace(
                 shape=(-1,), data=tensor.data.reshape(-1, tensor.data.shape[-1])[:1]

@@ -104,7 +104,24 @@ def load(
         def read(name: str) -> np.ndarray:
             return check_finite(files[name].get_tensor(name), name, folder)
 
+        if config.tie_word_embeddings and "lm_head.weight" in files:
+            _check_tied(folder, files)
         return config, assemble(config, dtype, read, put)
+
+
+def _check_tied(folder: Path, files: Mapping[str, safe_open]) -> None:
+    """Refuse a head that is called tied and is another matrix, which transformers 5 uses."""
+    head, table = (files[n].get_slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    rows, block = head.get_shape()[0], 4096  # rows that are read at a time
+    cuts = [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
+    same = head.get_shape() == table.get_shape() and all(
+        np.array_equal(head[cut], table[cut]) for cut in cuts
+    )
+    if not same:
+        raise DataError(
+            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, though "
+            "tie_word_embeddings is true; expected false in config.json, which keeps the head"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from jax_lora.errors import ConfigError, DataError
+from jax_lora.files import Json
 from jax_lora.model.arch import LINEAR
 from jax_lora.model.config import ROPE_TYPES, LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES, Family
@@ -40,7 +40,7 @@ _ROPE_KEYS = {
 }
 
 
-def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+def parse_config(raw: Json, where: str = "config.json") -> LlamaConfig:
     """Read the contents of a `config.json`, as transformers 4 or 5 writes it.
 
     Args:
@@ -55,13 +55,13 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> LlamaCon
         quantised checkpoint, an unknown kind of rope scaling, or a value of the wrong type.
     """
 
-    def field(key: str, kind: type, default: object = None) -> Any:
+    def field(key: str, kind: type, default: object = None) -> Json:
         value = raw.get(key)
         default = family.defaults.get(key, default)
         return _typed(where, key, default if value is None else value, kind)
 
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise DataError(f"{where}: model_type: found {name!r}, expected one of {known}")
     family = FAMILIES[name]
@@ -115,7 +115,7 @@ def _biases(family: Family, given: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in LINEAR if name in names)
 
 
-def _window(raw: Mapping[str, Any], where: str, family: Family) -> int | None:
+def _window(raw: Json, where: str, family: Family) -> int | None:
     if not family.window:
         return None
     window = raw.get(family.window, family.defaults.get(family.window))
@@ -131,7 +131,7 @@ def _window(raw: Mapping[str, Any], where: str, family: Family) -> int | None:
     return None
 
 
-def _typed(where: str, key: str, value: Any, kind: type) -> Any:
+def _typed(where: str, key: str, value: Json, kind: type) -> Json:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is int and value < 1):
@@ -141,9 +141,7 @@ def _typed(where: str, key: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _parse_rope(
-    raw: Mapping[str, Any], where: str, max_positions: int
-) -> tuple[float, RopeScaling | None]:
+def _parse_rope(raw: Json, where: str, max_positions: int) -> tuple[float, RopeScaling | None]:
     """θ and scaling from `rope_scaling` + `rope_theta` (transformers 4) or `rope_parameters` (5).
 
     Where both are present the old key decides, as in transformers 5.
@@ -166,12 +164,14 @@ def _parse_rope(
     if kind not in ROPE_TYPES:
         expected = ", ".join(("default", *ROPE_TYPES))
         raise DataError(f"{where}: rope_type in {key}: found {kind!r}, expected one of {expected}")
-    values: dict[str, Any] = {k: rope[k] for k in _ROPE_KEYS[kind] if rope.get(k) is not None}
+    values: Json = {k: rope[k] for k in _ROPE_KEYS[kind] if rope.get(k) is not None}
     known = {*_ROPE_KEYS[kind], "type", "rope_type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(set(rope) - known):
         logger.warning("%s: %s: %s ignored by rope type %s", where, key, ", ".join(unknown), kind)
-    if "original_max_position_embeddings" in _ROPE_KEYS[kind]:
-        values.setdefault("original_max_position_embeddings", max_positions)
+    if (original := "original_max_position_embeddings") in _ROPE_KEYS[kind]:
+        if raw.get(original) is not None:  # it wins over the table's, as in transformers 5
+            values[original] = raw[original]
+        values.setdefault(original, max_positions)
     if kind == "yarn":
         values.setdefault("factor", max_positions / values["original_max_position_embeddings"])
     for name in values:
@@ -186,7 +186,7 @@ def _parse_rope(
         raise DataError(f"{where}: {error}") from None
 
 
-def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+def config_to_hf(config: LlamaConfig) -> Json:
     """The inverse of `parse_config`: a `config.json` that transformers 4 and 5 both read.
 
     Raises:

@@ -111,7 +111,9 @@ def rounding_change(config: LlamaConfig, weights: PyTree, dtype: DTypeLike) -> t
     outer = {name: tree for name, tree in weights.items() if name != "layers"}
     logits = []
     for x, cast in zip(states, (np.asarray, rounded), strict=True):
-        params = jax.tree.map(lambda leaf, cast=cast: cast(np.asarray(leaf, np.float32)), outer)
+        params = jax.tree.map(
+            lambda leaf, cast=cast: jnp.asarray(cast(np.asarray(leaf, np.float32))), outer
+        )
         head = Llama(config, jnp.float32).apply({"params": params}, x[None], method="head")
         logits.append(np.asarray(head))
     return float(np.abs(logits[0] - logits[1]).max()), float(np.abs(logits[0]).max())

@@ -13,32 +13,26 @@ nothing to B·A, and `scale` carries the α/r of each layer (or α/√r). Saving
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import PyTree
-from safetensors import SafetensorError, safe_open
 
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.model import lora
 from jax_lora.model.arch import GROUP, LINEAR
 from jax_lora.model.config import LlamaConfig
-from jax_lora.weights.finite import check_finite
+from jax_lora.weights import origin, peft_config
+from jax_lora.weights import peft_tensors as tensors
 from jax_lora.weights.hf import write_tensors
 from jax_lora.weights.peft_config import parse_config
-from jax_lora.weights.tree import numpy_dtype
-
-_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
-    r"\.lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)"
-)
-_PARTS = {"a": "A", "b": "B", "m": "magnitude"}
+from jax_lora.weights.peft_tensors import PARTS, module_name
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,9 @@ class Adapter:
     alphas: dict[str, tuple[float, ...]]
 
 
-def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
+def _scale(use_rslora: bool, alpha: float, rank: int) -> float:
+    if not rank:  # a layer without an adapter
+        return 0.0
     return lora.scale(alpha, rank, "alpha/sqrt(r)" if use_rslora else "alpha/r")
 
 
@@ -96,6 +92,15 @@ def run_of(folder: str | os.PathLike[str]) -> Path:
     return found.parent if found.name == "adapter" else found
 
 
+def base_digest(folder: str | os.PathLike[str]) -> str | None:
+    """The digest of the base that an adapter or a run was trained on, where its files name it."""
+    found = origin.read(resolve(folder)).get("base_digest")
+    config = run_of(folder) / "config.json"
+    if found is None and config.is_file():
+        found = read_json(config, dict).get("base_digest")
+    return found if isinstance(found, str) else None
+
+
 def trained_base(folder: str | os.PathLike[str]) -> list[str]:
     """Weights of the base that the run of this folder (see `run_of`) trained."""
     table = run_of(folder) / "parameters.json"
@@ -123,7 +128,7 @@ def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter
         raise DataError(
             f"{folder}: its run trained {', '.join(base)} of the base, too; expected adapters alone"
         )
-    found = load(folder)
+    found = load(folder, config.num_hidden_layers)
     try:
         lora.check(found.adapters, config)
     except ValueError as error:
@@ -133,20 +138,23 @@ def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter
     return found
 
 
-def load(folder: str | os.PathLike[str]) -> Adapter:
+def load(folder: str | os.PathLike[str], layers: int | None = None) -> Adapter:
     """Read a PEFT LoRA or DoRA adapter of a Llama.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`, or a run's folder with
         such a folder `adapter` in it.
+      layers: of the model; by default up to the last one with an adapter.
 
     Returns:
-      The adapter; tensors are float32, numpy.
+      The adapter; tensors are float32, numpy. Layers that the adapter leaves out (by PEFT's
+      exclude_modules, layers_to_transform, …) have a rank of 0 and zeros, which change nothing.
 
     Raises:
       MissingFileError: one of the two files is missing.
       DataError: another kind of adapter (biases, embeddings, …), a module that is none of the
-        seven linear layers, a layer or target without its tensors, a wrong shape, a damaged file.
+        seven linear layers, other tensors than the config says, a wrong shape, a damaged file;
+        DoRA in some layers of a target only, as a magnitude that changes nothing depends on W.
     """
     folder = resolve(folder)
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -156,45 +164,33 @@ def load(folder: str | os.PathLike[str]) -> Adapter:
             raise MissingFileError(errno.ENOENT, text, str(file))
     config = parse_config(read_json(config_path), str(config_path))
     parts = ("a", "b", "m") if config.use_dora else ("a", "b")
-    found = _read_tensors(path, parts)
-    layers = 1 + max(layer for module in found.values() for layer in module)
-    _check_complete(path, found, config.targets(layers), layers, parts)
+    found = tensors.read(path, parts)
+    layers = max(layers or 0, 1 + max(layer for module in found.values() for layer in module))
+    chosen = {n: [i for i in range(layers) if config.targets(module_name(n, i))] for n in LINEAR}
+    chosen = {name: where for name, where in chosen.items() if where}
+    tensors.check_complete(path, found, chosen, parts)
+    if config.use_dora and any(len(where) < layers for where in chosen.values()):
+        keys = ", ".join(peft_config.SELECTION)
+        raise DataError(f"{config_path}: {keys}: found DoRA in some layers only, expected all")
 
     adapters: PyTree = {}
     ranks: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, tuple[float, ...]] = {}
-    targets = tuple(name for name in LINEAR if name in found)
-    for name in targets:
-        modules = [f"model.layers.{i}.{GROUP[name]}.{name}" for i in range(layers)]
-        ranks[name] = tuple(config.rank_of(module) for module in modules)
+    for name, where in chosen.items():
+        modules = [module_name(name, i) for i in range(layers)]
+        ranks[name] = tuple(config.rank_of(m) if i in where else 0 for i, m in enumerate(modules))
         alphas[name] = tuple(config.alpha_of(module) for module in modules)
-        stack = found.pop(name)  # a target's tensors go when they are stacked
-        tensors = [stack[i] for i in range(layers)]
-        size_in, size_out = tensors[0]["a"].shape[-1], tensors[0]["b"].shape[0]
-        for module, r, tensor in zip(modules, ranks[name], tensors, strict=True):
-            shapes = {"a": (r, size_in), "b": (size_out, r), "m": (size_out,)}
-            if any(tensor[part].shape != shapes[part] for part in parts):
-                there = ", ".join(f"{_PARTS[part]} {tensor[part].shape}" for part in parts)
-                expected = ", ".join(f"{_PARTS[part]} {shapes[part]}" for part in parts)
-                raise DataError(f"{path}: {module}: found {there}, expected {expected}")
-        widest = max(ranks[name])
-        leaf = {
-            "a": np.zeros((layers, size_in, widest), np.float32),
-            "b": np.zeros((layers, widest, size_out), np.float32),
-            "scale": np.zeros(layers, np.float32),
-        }
-        for i, (r, tensor) in enumerate(zip(ranks[name], tensors, strict=True)):
-            leaf["a"][i, :, :r], leaf["b"][i, :r] = tensor["a"].T, tensor["b"].T
-            leaf["scale"][i] = _scale(alphas[name][i], r, config.use_rslora)
-        if config.use_dora:
-            leaf["m"] = np.stack([tensor["m"] for tensor in tensors])
+        # A target's tensors go when they are stacked.
+        leaf = _stack(path, name, found.pop(name), ranks[name], parts)
+        scales = map(functools.partial(_scale, config.use_rslora), alphas[name], ranks[name])
+        leaf["scale"] = np.array(list(scales), np.float32)
         adapters.setdefault("layers", {}).setdefault(GROUP[name], {})[name] = leaf
     return Adapter(
         adapters,
         config.rank,
         config.alpha,
         config.dropout,
-        targets,
+        tuple(chosen),
         config.base_name,
         config.use_rslora,
         ranks,
@@ -202,60 +198,31 @@ def load(folder: str | os.PathLike[str]) -> Adapter:
     )
 
 
-def _read_tensors(path: Path, parts: Sequence[str]) -> dict[str, dict[int, dict[str, np.ndarray]]]:
-    """Linear layer → layer → part → tensor, float32 and in PEFT's orientation."""
-    numpy_dtype("bfloat16")  # registers it, for adapters that are stored so
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {
-                name: check_finite(file.get_tensor(name), name, path)
-                for name in file.keys()  # noqa: SIM118
-            }
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise DataError(f"{path}: damaged or cut short at {size} bytes: {error}") from None
-    found: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        part = match[4][0].lower() if match else ""
-        if match is None or GROUP.get(match[3]) != match[2]:
-            expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR)}).lora_(A|B).weight"
-            raise DataError(f"{path}: found {key}, expected base_model.model.model.{expected}")
-        if part not in parts:
-            raise DataError(f"{path}: found {key}, expected use_dora: true with it")
-        dimensions = 1 if part == "m" else 2
-        if tensor.ndim != dimensions:
-            found_shape = f"found shape {tensor.shape}, expected {dimensions} dimensions"
-            raise DataError(f"{path}: {key}: {found_shape}")
-        layer = found.setdefault(match[3], {}).setdefault(int(match[1]), {})
-        layer[part] = tensor.astype(np.float32, copy=False)
-    if not found:
-        raise DataError(f"{path}: found no tensors, expected a LoRA adapter's")
-    return found
-
-
-def _check_complete(
-    path: Path, found: PyTree, targets: Sequence[str], layers: int, parts: Sequence[str]
-) -> None:
-    if targets and (extra := [name for name in found if name not in targets]):
-        raise DataError(
-            f"{path}: found tensors of {', '.join(extra)}, expected those of target_modules "
-            f"alone: {', '.join(targets)}"
-        )
-    wanted = targets or list(found)
-    lost = [
-        f"{i}.{GROUP[name]}.{name}"
-        for name in wanted
-        for i in range(layers)
-        if set(found.get(name, {}).get(i, {})) != set(parts)
-    ]
-    if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise DataError(
-            f"{path}: found no complete ({', '.join(_PARTS[part] for part in parts)}) for "
-            f"{', '.join(lost[:3])}{more}; expected one in all {layers} layers of "
-            f"{', '.join(wanted)}"
-        )
+def _stack(
+    path: Path,
+    name: str,
+    layers: Mapping[int, Mapping[str, np.ndarray]],
+    ranks: Sequence[int],
+    parts: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """`a`, `b` and perhaps `m` of one target: its layers' tensors, padded to the largest rank."""
+    first = next(iter(layers.values()))
+    size_in, size_out = first["a"].shape[-1], first["b"].shape[0]
+    leaf = {
+        "a": np.zeros((len(ranks), size_in, max(ranks)), np.float32),
+        "b": np.zeros((len(ranks), max(ranks), size_out), np.float32),
+    }
+    for i, tensor in sorted(layers.items()):
+        r = ranks[i]
+        shapes = {"a": (r, size_in), "b": (size_out, r), "m": (size_out,)}
+        if any(tensor[part].shape != shapes[part] for part in parts):
+            there = ", ".join(f"{PARTS[part]} {tensor[part].shape}" for part in parts)
+            expected = ", ".join(f"{PARTS[part]} {shapes[part]}" for part in parts)
+            raise DataError(f"{path}: {module_name(name, i)}: found {there}, expected {expected}")
+        leaf["a"][i, :, :r], leaf["b"][i, :r] = tensor["a"].T, tensor["b"].T
+    if "m" in parts:
+        leaf["m"] = np.stack([layers[i]["m"] for i in range(len(ranks))])
+    return leaf
 
 
 # ---------------------------------------------------------------- writing
@@ -272,6 +239,7 @@ def save(
     use_rslora: bool = False,
     ranks: Mapping[str, Sequence[int]] | None = None,
     alphas: Mapping[str, Sequence[float]] | None = None,
+    base_digest: str | None = None,
 ) -> None:
     """Write an adapter that PEFT, and whatever reads its format, loads; float32, bit for bit.
 
@@ -280,7 +248,9 @@ def save(
       adapters: the tree of the module's docstring, numpy or jax; the targets are what it holds.
       rank, alpha, dropout, use_rslora: as trained; go into `adapter_config.json`.
       base_name: name or path of the base model.
-      ranks, alphas: for every target, the true value in each layer, where they differ.
+      ranks, alphas: for every target, the true value in each layer, where they differ; a rank of
+        0 is a layer without an adapter.
+      base_digest: of the base, see `weights.base.digest`; goes into `jax_lora.json`.
 
     Raises:
       ValueError: no adapters, something in the tree that is no linear layer, a `scale` that
@@ -293,16 +263,24 @@ def save(
     dora = [name for name in leaves if "m" in leaves[name]]
     if dora and len(dora) < len(leaves):
         raise ValueError(f"adapters: found m in {', '.join(dora)} only, expected it in all or none")
-    tensors: dict[str, np.ndarray] = {}
+    written: dict[str, np.ndarray] = {}
+    targets: list[str] = []
     rank_pattern: dict[str, float] = {}
     alpha_pattern: dict[str, float] = {}
     for name, leaf in leaves.items():
         layers = len(leaf["a"])
         layer_ranks = list(ranks[name] if ranks else [rank] * layers)
         layer_alphas = list(alphas[name] if alphas else [alpha] * layers)
-        tensors |= _target_tensors(name, leaf, layer_ranks, layer_alphas, use_rslora)
-        _add_pattern(rank_pattern, name, layer_ranks, rank)
-        _add_pattern(alpha_pattern, name, layer_alphas, alpha)
+        written |= tensors.cut(name, leaf, layer_ranks)
+        expected = list(map(functools.partial(_scale, use_rslora), layer_alphas, layer_ranks))
+        if not np.allclose(leaf["scale"], expected, rtol=1e-6, atol=0):
+            there = float(leaf["scale"][0])
+            raise ValueError(f"adapters of {name}: scale {there:g}, expected {expected[0]:g}")
+        modules = [module_name(name, i).removeprefix("model.") for i in range(layers)]
+        some = [module for module, r in zip(modules, layer_ranks, strict=True) if r]
+        targets += [name] if len(some) == layers else some
+        _add_pattern(rank_pattern, modules, layer_ranks, layer_ranks, rank)
+        _add_pattern(alpha_pattern, modules, layer_ranks, layer_alphas, alpha)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -312,7 +290,7 @@ def save(
         "lora_dropout": dropout,
         "use_rslora": use_rslora,
         "use_dora": bool(dora),
-        "target_modules": list(leaves),
+        "target_modules": targets,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -323,44 +301,24 @@ def save(
     }
     folder = Path(folder)
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    origin.write(folder, base_name, base_digest)
     with fresh_file(config_path) as partial_config, fresh_file(path) as partial:
         write_json(partial_config, config)
-        write_tensors(partial, tensors)
-
-
-def _target_tensors(
-    name: str, leaf: PyTree, ranks: Sequence[int], alphas: Sequence[float], use_rslora: bool
-) -> dict[str, np.ndarray]:
-    """PEFT's tensors of one target, its layers cropped to their ranks."""
-    a, b, scales = (np.asarray(leaf[k], np.float32) for k in ("a", "b", "scale"))
-    if not len(ranks) == len(alphas) == len(a) or max(ranks) > a.shape[-1]:
-        raise ValueError(
-            f"adapters of {name}: found {len(a)} layers of up to rank {a.shape[-1]}, "
-            f"expected {len(ranks)} of ranks {ranks}"
-        )
-    expected = [_scale(x, r, use_rslora) for x, r in zip(alphas, ranks, strict=True)]
-    if not np.allclose(scales, expected, rtol=1e-6, atol=0):
-        raise ValueError(f"adapters of {name}: scale {scales[0]:g}, expected {expected[0]:g}")
-    tensors = {}
-    for i, r in enumerate(ranks):
-        if np.any(a[i, :, r:]) or np.any(b[i, r:]):
-            raise ValueError(f"adapters of {name}: layer {i} is not zero beyond its rank {r}")
-        key = f"base_model.model.model.layers.{i}.{GROUP[name]}.{name}"
-        tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a[i, :, :r].T)
-        tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b[i, :r].T)
-        if "m" in leaf:
-            tensors[f"{key}.lora_magnitude_vector"] = np.array(leaf["m"][i], np.float32)
-    return tensors
+        write_tensors(partial, written)
 
 
 def _add_pattern(
-    pattern: dict[str, float], name: str, values: Sequence[float], common: float
+    pattern: dict[str, float],
+    modules: Sequence[str],
+    ranks: Sequence[int],
+    values: Sequence[float],
+    common: float,
 ) -> None:
-    if all(x == values[0] for x in values):
-        entries = {name: values[0]}
-    else:
-        entries = {f"layers.{i}.{GROUP[name]}.{name}": x for i, x in enumerate(values)}
-    pattern.update({k: _as_json_number(x) for k, x in entries.items() if x != common})
+    """Add what differs from the common value, per target or, where that varies, per layer."""
+    used = {module: x for module, r, x in zip(modules, ranks, values, strict=True) if r}
+    if len(set(used.values())) == 1:
+        used = {modules[0].rsplit(".", 1)[-1]: next(iter(used.values()))}
+    pattern.update({module: _as_json_number(x) for module, x in used.items() if x != common})
 
 
 def _as_json_number(x: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jax_lora.errors import DataError
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import LINEAR
 
 # Options that change what an adapter computes, and the values at which they do not.
 _PLAIN = {
@@ -27,6 +27,11 @@ _PLAIN = {
     "kasa_config": (None,),
     "velora_config": (None,),
 }
+# The options that say which modules have an adapter.
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+ALL_LINEAR = "all-linear"
+_DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for every family here
+_OUTSIDE = ("lm_head", "model.embed_tokens")  # modules that PEFT can adapt, and this cannot
 # These initialisations change the base weights too, which the adapter does not hold. One that
 # PEFT has converted to plain LoRA says `true` instead, and has twice the rank.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -37,7 +42,9 @@ class AdapterConfig:
     """The part of `adapter_config.json` that decides what an adapter computes.
 
     `rank`, `alpha`: where the patterns (a regular expression for the end of a module's name → its
-    own value) say nothing else. `target_modules`: as the file has it, see `targets`.
+    own value) say nothing else. `target_modules`, `exclude_modules`: a regular expression for the
+    whole name of a module, or ends of names. `layers`: the layers that may have an adapter, None
+    for all; `layers_pattern`: names of the list that they are counted in.
     """
 
     rank: int
@@ -46,7 +53,10 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool
     base_name: str | None
-    target_modules: list[str] | str
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
     rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
 
@@ -58,13 +68,29 @@ class AdapterConfig:
         """α of a module."""
         return _by_pattern(self.alpha_pattern, module, self.alpha)
 
-    def targets(self, layers: int) -> list[str]:
-        """Names of the linear layers that should have an adapter in a model of `layers` layers."""
-        named = self.target_modules
-        if isinstance(named, list):
-            return [name.rsplit(".", 1)[-1] for name in named]
-        modules = {n: [f"model.layers.{i}.{GROUP[n]}.{n}" for i in range(layers)] for n in LINEAR}
-        return [n for n in LINEAR if any(re.fullmatch(named, module) for module in modules[n])]
+    def targets(self, module: str) -> bool:
+        """Whether a module such as "model.layers.0.self_attn.q_proj" has an adapter.
+
+        As PEFT's `check_target_module_exists` decides it.
+        """
+        if self.exclude_modules and _is_named(self.exclude_modules, module):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            return module not in _OUTSIDE
+        if not _is_named(self.target_modules, module):
+            return False
+        if self.layers is None:
+            return True
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
+                return int(found["layer"]) in self.layers
+        return False
+
+
+def _is_named(names: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -115,27 +141,70 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
             _check_expression(expression, f"{where}: {key}")
         return {name: number(f"{key}: {name}", value, is_integer) for name, value in table.items()}
 
-    targets = raw.get("target_modules") or []
-    if isinstance(targets, str):
-        _check_expression(targets, f"{where}: target_modules")
-    elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise DataError(f"{where}: target_modules: found {targets!r}, expected names")
-    elif unknown := [name for name in targets if name.rsplit(".", 1)[-1] not in LINEAR]:
-        raise DataError(
-            f"{where}: target_modules: found {', '.join(unknown)}, "
-            f"expected some of {', '.join(LINEAR)}"
-        )
-    return AdapterConfig(
+    targets = _names(raw, "target_modules", where) or _DEFAULT_TARGETS
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = ALL_LINEAR
+    layers, layers_pattern = _layers(raw, targets, where)
+    base_name = raw.get("base_model_name_or_path")
+    if base_name is not None and not isinstance(base_name, str):
+        key = "base_model_name_or_path"
+        raise DataError(f"{where}: {key}: found {base_name!r:.60}, expected a name or a folder")
+    config = AdapterConfig(
         rank=int(number("r", raw.get("r"), True)),
         alpha=number("lora_alpha", raw.get("lora_alpha"), False),
         dropout=number("lora_dropout", raw.get("lora_dropout", 0.0), False),
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
-        base_name=raw.get("base_model_name_or_path"),
+        base_name=base_name,
         target_modules=targets,
+        exclude_modules=_names(raw, "exclude_modules", where),
+        layers=layers,
+        layers_pattern=layers_pattern,
         rank_pattern=pattern("rank_pattern", True),
         alpha_pattern=pattern("alpha_pattern", False),
     )
+    if outside := [name for name in _OUTSIDE if config.targets(name)]:
+        raise DataError(
+            f"{where}: target_modules: found {', '.join(outside)}, expected some of "
+            f"{', '.join(LINEAR)}"
+        )
+    return config
+
+
+def _names(raw: Mapping[str, object], key: str, where: str) -> tuple[str, ...] | str:
+    """A regular expression as it is, a list of names as a tuple."""
+    found = raw.get(key) or []
+    if isinstance(found, str):
+        _check_expression(found, f"{where}: {key}")
+        return found
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{where}: {key}: found {found!r}, expected names")
+    return tuple(found)
+
+
+def _layers(
+    raw: Mapping[str, object], targets: object, where: str
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """`layers` and `layers_pattern`; what PEFT refuses is refused."""
+    found, pattern = raw.get("layers_to_transform"), raw.get("layers_pattern") or []
+    layers = [found] if isinstance(found, int) else found
+    if layers is not None and not (
+        isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
+    ):
+        raise DataError(f"{where}: layers_to_transform: found {found!r}, expected layers from 0 up")
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
+        raise DataError(f"{where}: layers_pattern: found {pattern!r}, expected names")
+    for name in patterns:
+        _check_expression(name, f"{where}: layers_pattern")
+    for key, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+        if value and isinstance(targets, str):
+            text = "expected none where target_modules is a text, as in PEFT"
+            raise DataError(f"{where}: {key}: found {raw[key]!r}, {text}")
+    if patterns and layers is None:
+        text = "expected layers_to_transform with it, as in PEFT"
+        raise DataError(f"{where}: layers_pattern: found {pattern!r}, {text}")
+    return tuple(layers) if layers else None, tuple(patterns)
 
 
 def _check_expression(found: str, where: str) -> None:

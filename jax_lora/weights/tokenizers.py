@@ -72,6 +72,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     raise MissingFileError(errno.ENOENT, text, str(path))
 
 
+def has_tokenizer(source: str | os.PathLike[str]) -> bool:
+    """Whether a source has a tokenizer that `load_tokenizer` would read."""
+    path = resolve(source)
+    names = ("tokenizer.json", "tokenizer.model")
+    return path.is_file() or any((path / name).is_file() for name in names)
+
+
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
 ) -> None:
@@ -165,22 +172,38 @@ def _from_tokenizer_model(folder: Path) -> PreTrainedTokenizerFast:
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     spm = read_sentencepiece(folder / "tokenizer.model")
     inner = _sentencepiece(spm.pieces, spm.scores, spm.kinds, spm.add_prefix)
-    settings = {}
-    if (path := folder / "tokenizer_config.json").is_file():
-        settings = read_json(path, dict)
+    path = folder / "tokenizer_config.json"
+    settings, older, names = (
+        read_json(file, dict) if file.is_file() else {}
+        for file in (path, folder / "special_tokens_map.json", folder / "added_tokens.json")
+    )
+    if "added_tokens_decoder" in settings:  # transformers reads the older files without it alone
+        older, names = {}, {}
+    listed = settings.get("added_tokens_decoder") or {
+        i: {"content": token, "special": False} for token, i in names.items()
+    }
     added = {
         int(i): AddedToken(t["content"], special=t.get("special", True), normalized=False)
-        for i, t in settings.get("added_tokens_decoder", {}).items()
+        for i, t in listed.items()
     }
     for i in sorted(i for i in added if i >= len(spm.pieces)):
         if i != inner.get_vocab_size():
             expected = inner.get_vocab_size()
             raise DataError(f"{path}: added token {i}: found a gap, expected id {expected}")
         inner.add_tokens([added[i]])
+    ids = {"bos": spm.bos, "eos": spm.eos, "unk": spm.unk, "pad": spm.pad}
+    for name in ids:
+        token = older.get(f"{name}_token", settings.get(f"{name}_token"))
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            ids[name] = inner.token_to_id(token)
+            if ids[name] is None:
+                expected = "a token of tokenizer.model or one that is added"
+                raise DataError(f"{folder}: {name}_token: found {token!r}, expected {expected}")
     template = folder / "chat_template.jinja"
     return _finish(
         inner,
-        {"bos": spm.bos, "eos": spm.eos, "unk": spm.unk, "pad": spm.pad},
+        ids,
         bool(settings.get("add_bos_token", True)),
         bool(settings.get("add_eos_token", False)),
         template.read_text("utf-8") if template.is_file() else settings.get("chat_template"),
@@ -195,8 +218,10 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 def _from_metadata(path: Path, metadata: dict) -> PreTrainedTokenizerFast:
     prefix = "tokenizer.ggml."
-    own: dict = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    get = own.get
+    settings: dict = {
+        k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)
+    }
+    get = settings.get
     model, tokens = get("model"), get("tokens")
     if model not in ("gpt2", "llama"):
         raise DataError(f"{path}: tokenizer.ggml.model: found {model!r}, expected gpt2 or llama")

@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, few shapes, an order that is a function of (seed, step)."""
+"""Batches: every row once per epoch, few shapes, an order that is a function of (seed, step)."""
 
 import numpy as np
 import pytest

@@ -121,13 +121,14 @@ def test_every_metric_goes_by_task_by_category_and_overall(setting, tmp_path, mo
     checkout, tasks, encoder, rows = setting
     monkeypatch.setitem(metrics.METRICS, "is_short", lambda answer, references: len(answer) < 6)
     evaluate.write_examples(tmp_path, rows)
-    evaluate.write_labels(tmp_path, checkout, tasks)
+    evaluate.write_labels(tmp_path, checkout.answers, tasks)
     wrong = oracle(encoder, rows, right=lambda e: False)  # "wrong" is short
     evaluate.write_predictions(tmp_path, rows, wrong, {})
     official = evaluate.score(tmp_path)
     scores = evaluate.score(tmp_path, (*metrics.OFFICIAL, "is_short"))
     keys = ["is_short", "is_short_over_tasks", *(f"is_short_for_{task}" for task in tasks)]
-    keys += [f"is_short_for_{metrics.category_key(e.category)}" for e, _ in rows]
+    by_name = metrics.category_keys([e.category for e, _ in rows], [e.task for e, _ in rows])
+    keys += [f"is_short_for_{by_name[e.category]}" for e, _ in rows]
     assert {scores["metrics"][key] for key in keys} == {100.0}
     assert {task["is_short"] for task in scores["tasks"].values()} == {100.0}
     assert scores["closed_label"]["is_short"] == 100.0
@@ -138,3 +139,21 @@ def test_every_metric_goes_by_task_by_category_and_overall(setting, tmp_path, mo
 def test_a_folder_without_predictions_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected examples.jsonl and predictions.jsonl"):
         evaluate.score(tmp_path)
+
+
+@pytest.mark.parametrize(("references", "told"), [(["ответ"], 2), (["ответ", "reply 1"], 0)])
+def test_references_that_rouge_l_has_no_words_of_are_told_once(tmp_path, caplog, references, told):
+    example = {"task": "t", "category": "c", "references": references}
+    answer = {"task": "t", "prediction": references[0], "truncated": False, "finished": True}
+    for name, row in (("examples", example), ("predictions", answer)):
+        lines = (json.dumps(row | {"id": str(i)}) + "\n" for i in range(2))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "labels.json").write_text("{}")
+    scores = evaluate.score(tmp_path)["metrics"]
+    assert scores["exact_match"] == 100
+    said = [record.getMessage() for record in caplog.records if "rougeL" in record.getMessage()]
+    assert len(said) == bool(told)
+    if told:
+        assert scores["rougeL"] == 0 and "2 of 2 examples have none" in said[0]
+    assert not evaluate.score(tmp_path, ("exact_match",))["metrics"].get("rougeL")
+    assert len(caplog.records) == bool(told)

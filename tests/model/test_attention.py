@@ -8,7 +8,7 @@ import pytest
 from jax_lora.model import attention
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama, positions
-from jax_lora.model.xla_cpu import MANY_TOKENS, bitcast_bf16, matmul_transposed
+from jax_lora.model.xla_cpu import bitcast_bf16, matmul_transposed
 
 
 def drawn(t):
@@ -97,10 +97,9 @@ def test_bits_of_weights_change_nothing():
     assert bitcast_bf16(params, "tpu") is params
 
 
-@pytest.mark.parametrize("tokens", [2, MANY_TOKENS])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_transposed_kernel_gives_the_same_product(dtype, tokens):
-    x = jax.random.normal(jax.random.key(0), (3, tokens, 16), dtype)
+def test_a_transposed_kernel_gives_the_same_product(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 2, 16), dtype)
     kernel = jax.random.normal(jax.random.key(1), (16, 5), dtype)
     expected = np.einsum("btd,df->btf", *map(np.float64, (x, kernel)))
     found = matmul_transposed(jnp.float32, x, kernel.T, "cpu")

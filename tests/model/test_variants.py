@@ -9,7 +9,7 @@ from jax_lora.model import lora, variants
 from jax_lora.model.arch import ATTENTION, LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
-from jax_lora.run import inputs
+from jax_lora.run import initial_weights
 from jax_lora.weights import peft
 from tests import reference
 
@@ -34,8 +34,10 @@ def logits(params, adapters=None):
 def test_a_new_variant_is_the_base(base, change, tmp_path):
     options = OPTIONS | change
     chosen = {key: options[key] for key in ("init", "variant")}
-    adapters = inputs.new_adapters(TINY, **options)
-    adapters, params = inputs.on_base(adapters, base, TINY, **chosen, folder=tmp_path / "start")
+    adapters = initial_weights.new_adapters(TINY, **options)
+    adapters, params = initial_weights.on_base(
+        adapters, base, TINY, **chosen, folder=tmp_path / "start"
+    )
     lora.check(adapters, TINY)
     np.testing.assert_allclose(logits(params, adapters), logits(base), rtol=0, atol=1e-5)
 
@@ -63,10 +65,10 @@ def test_pissa_refuses_more_than_there_is(base):
 
 def test_what_pissa_learnt_is_an_adapter_of_the_whole_base(base, tmp_path):
     options = OPTIONS | {"init": "pissa"}
-    adapters = inputs.new_adapters(TINY, **options)
+    adapters = initial_weights.new_adapters(TINY, **options)
     folder = tmp_path / "start"
     folder.mkdir()  # as an interrupted writer leaves it
-    start, params = inputs.on_base(
+    start, params = initial_weights.on_base(
         adapters, base, TINY, init="pissa", variant="lora", folder=folder
     )
     keys = iter(jax.random.split(jax.random.key(5), 99))
@@ -80,7 +82,9 @@ def test_what_pissa_learnt_is_an_adapter_of_the_whole_base(base, tmp_path):
     np.testing.assert_allclose(found, logits(params, moved), rtol=0, atol=1e-4)
     assert np.abs(found - logits(base)).max() > 0.01
     # A second look finds the very same start.
-    again, rest = inputs.on_base(adapters, base, TINY, init="pissa", variant="lora", folder=folder)
+    again, rest = initial_weights.on_base(
+        adapters, base, TINY, init="pissa", variant="lora", folder=folder
+    )
     jax.tree.map(np.testing.assert_array_equal, (again, rest), (start, params))
 
 
@@ -95,7 +99,9 @@ def test_an_adapter_trained_elsewhere_is_the_start(tmp_path):
     trained = reference.adapters()
     peft.save(tmp_path / "there", trained, rank=reference.RANK, alpha=reference.ALPHA)
     options = OPTIONS | {"init": str(tmp_path / "there")}
-    jax.tree.map(np.testing.assert_array_equal, inputs.new_adapters(TINY, **options), trained)
+    jax.tree.map(
+        np.testing.assert_array_equal, initial_weights.new_adapters(TINY, **options), trained
+    )
     for change, message in (
         ({"rank": 4, "alpha": 8.0}, r"down_proj/a is \(2, 48, 3\), expected \(2, 48, 4\)"),
         ({"alpha": 3.0}, "scale is .*2.*, expected 1.0"),
@@ -103,7 +109,7 @@ def test_an_adapter_trained_elsewhere_is_the_start(tmp_path):
         ({"variant": "dora"}, r"down_proj/m is None, expected \(2, 32\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            inputs.new_adapters(TINY, **(options | change))
+            initial_weights.new_adapters(TINY, **(options | change))
 
 
 @pytest.mark.parametrize(
@@ -116,4 +122,4 @@ def test_an_adapter_trained_elsewhere_is_the_start(tmp_path):
 )
 def test_choices_are_checked(change, error, message):
     with pytest.raises(error, match=message):
-        inputs.new_adapters(TINY, **(OPTIONS | change))
+        initial_weights.new_adapters(TINY, **(OPTIONS | change))

@@ -74,6 +74,18 @@ def test_the_cache_is_written_without_a_conversion():
     assert not re.search(r"f32\[3,2,(40,8|8,40)\]", program)
 
 
+def test_embeddings_are_looked_up_without_a_conversion():
+    table, ids = jnp.ones((300, 16), jnp.bfloat16), jnp.asarray(TOKENS)
+    take = jax.jit(xla_cpu.lookup, static_argnums=2)
+    assert "f32[300,16]" not in (take.lower(table, ids, "cpu").compile().as_text() or "")
+    table = jax.random.normal(jax.random.key(0), (300, 16), jnp.bfloat16)
+    np.testing.assert_array_equal(take(table, ids, "cpu"), table[ids])
+    weights = jax.random.normal(jax.random.key(1), (*ids.shape, 16), jnp.bfloat16)
+    gradient = jax.grad(lambda t: jnp.sum(xla_cpu.lookup(t, ids, "cpu") * weights))(table)
+    expected = jax.grad(lambda t: jnp.sum(t[ids] * weights))(table)
+    np.testing.assert_array_equal(gradient, expected)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_argmax_is_the_first_of_the_largest(platform):
     logits = np.random.default_rng(0).integers(-9, 9, (4, 300)).astype(np.float32)

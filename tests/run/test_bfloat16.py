@@ -30,7 +30,7 @@ from jax_lora.data.toy import write_checkout
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
 from jax_lora.model.transformer import Llama
-from jax_lora.run import inputs
+from jax_lora.run import initial_weights, inputs
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 
@@ -84,7 +84,7 @@ def in_float32(config, folder):
 def difference(config, in_float32, tmp_path_factory):
     """Train in bfloat16: the largest relative error of a loss, and those of A and of B."""
     shape = base_weights.read_config(config.model)
-    start = inputs.adapters_of(config, shape)["layers"]["self_attn"]
+    start = initial_weights.adapters_of(config, shape)["layers"]["self_attn"]
 
     def flat(adapters, leaf):
         return np.concatenate([np.asarray(adapters[name][leaf]).ravel() for name in start])

@@ -144,7 +144,7 @@ def poison(monkeypatch, bad, leaf):
 
         def poisoned(gradients, loss, diff_params, step, frozen, micro, weight):
             gradients, loss = accumulate(gradients, loss, diff_params, step, frozen, micro, weight)
-            if int(step) + 1 == bad[0] and (np.asarray(micro.example) == bad[1]).any():
+            if int(step) + 1 == bad[0] and (np.asarray(micro.segment_ids) == bad[1]).any():
                 loss = loss * (math.nan if leaf == "loss" else 1)
                 gradients = jax.tree.map(lambda x: x * jnp.nan, gradients)
             return gradients, loss
@@ -159,7 +159,7 @@ def ids(config, step, place):
     given = prepare.read_inputs(config, Path(config.data.path))
     number = given.batches.indices(step - 1)[place]
     (micro,) = [
-        i for i, one in enumerate(given.batches.at(step - 1)) if (one.example == place).any()
+        i for i, one in enumerate(given.batches.at(step - 1)) if (one.segment_ids == place).any()
     ]
     return given.taskset.examples[number].id, micro + 1
 

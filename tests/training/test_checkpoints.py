@@ -74,7 +74,7 @@ def restored(folder):
 
 def test_resuming_equals_not_stopping(saved):
     folder, made = saved
-    checkpoints = Checkpoints(folder, alone=True)
+    checkpoints = Checkpoints(folder, single_process=True)
     assert checkpoints.latest() == 4
     state = checkpoints.restore(begin()[0])
     equal(state, made[4])
@@ -86,7 +86,9 @@ def test_resuming_equals_not_stopping(saved):
 
 def test_the_trainable_half_can_be_restored_alone(saved):
     folder, made = saved
-    step, trainable = Checkpoints(folder, alone=True).restore_trainable(begin()[0].trainable)
+    step, trainable = Checkpoints(folder, single_process=True).restore_trainable(
+        begin()[0].trainable
+    )
     assert step == 4
     equal(trainable, made[4].trainable)
     assert {path.name for path in (folder / "4").iterdir()} >= {*ITEMS}
@@ -184,7 +186,7 @@ def test_nothing_to_trust_is_refused_and_reading_moves_nothing(folder):
         shutil.rmtree(folder / str(step) / "digests")
     before = sorted(folder.rglob("*"))
     with pytest.raises(DataError, match=r"no checkpoint that can be trusted \(4: .*; 2: "):
-        Checkpoints(folder, alone=True).restore(begin()[0])
+        Checkpoints(folder, single_process=True).restore(begin()[0])
     assert sorted(folder.rglob("*")) == before
 
 
@@ -268,7 +270,9 @@ def test_a_checkpoint_that_says_nothing_of_validation_has_no_best(folder, damage
 
 def test_a_checkpoint_of_a_step_can_be_restored_alone(saved):
     folder, made = saved
-    step, trainable = Checkpoints(folder, alone=True).restore_trainable(begin()[0].trainable, 2)
+    step, trainable = Checkpoints(folder, single_process=True).restore_trainable(
+        begin()[0].trainable, 2
+    )
     assert step == 2
     equal(trainable, made[2].trainable)
 

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from jax_lora.config import OptimConfig
 from jax_lora.training.nonfinite import cause
-from jax_lora.training.step import Micro, adamw
+from jax_lora.training.optimizers import make_optimizer
 from tests.training.test_checkpoints import begin
 from tests.training.test_step import global_batch
 
@@ -18,7 +19,7 @@ def trees(seed):
 
 
 def test_a_finite_gradient_is_updated_as_by_optax():
-    ours = adamw(optax.constant_schedule(1e-2), weight_decay=0.1)
+    ours = make_optimizer(OptimConfig(weight_decay=0.1), optax.constant_schedule(1e-2))
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1))
     params = [trees(0), trees(0)]
     states = [ours.init(params[0]), theirs.init(params[1])]
@@ -31,7 +32,9 @@ def test_a_finite_gradient_is_updated_as_by_optax():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])  # whose square is infinite
 def test_another_one_changes_nothing_but_the_counts(value):
-    optimizer = adamw(optax.linear_schedule(1e-2, 0.0, 10), b_ratio=2.0)
+    optimizer = make_optimizer(
+        OptimConfig(loraplus_lr_ratio=2.0), optax.linear_schedule(1e-2, 0.0, 10)
+    )
     params = trees(0)
     _, state = optimizer.update(trees(1), optimizer.init(params), params)
     bad = trees(2)
@@ -59,7 +62,7 @@ def spoiled(tree, name, dtype=None):
 
 def test_the_first_cause_is_named():
     state, frozen, functions = begin()
-    batch = [Micro(m.tokens, m.loss_mask, m.example) for m in global_batch(4)]
+    batch = global_batch(4)
 
     def found(state, frozen):
         return cause(state, frozen, batch, functions, 1, lambda m: jax.tree.map(jnp.asarray, m))

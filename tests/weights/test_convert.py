@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import convert
 from jax_lora.model.transformer import Llama
 from jax_lora.run.convert import stored_dtype
 from jax_lora.weights import gguf, hf, peft
+from jax_lora.weights.base import digest
 from jax_lora.weights.tokenizers import load_tokenizer
 from tests.weights.builders import CORPUS, D, F, flat, hf_weights, tiny_bpe, write_gguf
 
@@ -178,7 +180,7 @@ def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
         ("deep", f"down_proj/a: found (3, {F}, 3), expected (2, {F}, 3)"),
         (
             "part",
-            "found no complete (A, B) for 0.self_attn.v_proj, 1.self_attn.v_proj; expected one",
+            "found no complete (A, B) for 0.self_attn.v_proj, 1.self_attn.v_proj; expected them",
         ),
     ]:
         with pytest.raises(SystemExit) as stop:
@@ -189,6 +191,76 @@ def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
         assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
         assert captured.err.startswith(f"error: {tmp_path / folder}") and message in captured.err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# ---------------------------------------------------------------- which base
+
+
+def refused(*arguments) -> bool:
+    try:
+        convert.main([str(one) for one in arguments])
+    except SystemExit as stop:
+        assert stop.code == 2
+        return True
+    return False
+
+
+@pytest.fixture
+def bases(tmp_path, source):
+    """A base, another one of the same shape, and the first one converted."""
+    other = tmp_path / "other.gguf"
+    keys = tiny_bpe("llama-bpe")
+    write_gguf(other, hf_weights(len(keys["tokens"])), tokenizer=keys)
+    convert.main([str(source), str(tmp_path / "converted")])
+    convert.main([str(tmp_path / "converted"), str(tmp_path / "again"), "--dtype=float32"])
+    return source, other, tmp_path / "converted", tmp_path / "again"
+
+
+def test_a_merge_into_another_base_is_refused_with_both_digests(tmp_path, bases, capsys):
+    source, other, converted, again = bases
+    tree, one = adapter(tmp_path / "a"), digest(source)
+    peft.save(tmp_path / "a", tree, rank=3, alpha=6, base_name=str(source), base_digest=one)
+    capsys.readouterr()
+    merge = f"--merge={tmp_path / 'a'}"
+    assert refused(other, tmp_path / "out", merge)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(tmp_path / "a") in said
+    assert one[:12] in said and digest(other)[:12] in said and "--any-base" in said
+    assert not (tmp_path / "out").exists()
+    assert not refused(other, tmp_path / "forced", merge, "--any-base")
+    for i, same in enumerate((source, converted, again)):
+        assert not refused(same, tmp_path / f"merged{i}", merge)
+        named = json.loads((tmp_path / f"merged{i}" / "jax_lora.json").read_text())
+        assert (named["base"], named["base_digest"]) == (str(same), one)
+        assert named["adapter"] == peft.digest(tmp_path / "a")
+    # What was merged is another base, and so is a conversion whose weights were changed.
+    assert refused(tmp_path / "merged0", tmp_path / "twice", merge)
+    shutil.copyfile(tmp_path / "merged1" / "model.safetensors", converted / "model.safetensors")
+    assert refused(converted, tmp_path / "twice", merge)
+
+
+def test_an_adapter_that_names_no_base_is_merged_and_a_run_names_its_own(tmp_path, bases):
+    source, other, *_ = bases
+    adapter(tmp_path / "run" / "adapter")
+    merge = f"--merge={tmp_path / 'run'}"
+    assert not refused(other, tmp_path / "one", merge)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"base_digest": digest(source)}))
+    assert refused(other, tmp_path / "two", merge)
+    assert not refused(source, tmp_path / "two", merge)
+    assert not refused(tmp_path / "run", tmp_path / "exported")
+    named = json.loads((tmp_path / "exported" / "jax_lora.json").read_text())
+    assert named["base_digest"] == digest(source)
+    assert refused(other, tmp_path / "three", f"--merge={tmp_path / 'exported'}")
+
+
+def test_flags_that_do_not_fit_the_source_are_refused(tmp_path, source, capsys):
+    adapter(tmp_path / "a")
+    for arguments, message in [
+        ([tmp_path / "a", "--merge", tmp_path / "a"], "--merge: found an adapter, "),
+        ([source, "--fold-scale"], f"--fold-scale: found {source} as SRC, expected an adapter"),
+    ]:
+        assert refused(arguments[0], tmp_path / "out", *arguments[1:])
+        assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 # ---------------------------------------------------------------- against transformers and PEFT

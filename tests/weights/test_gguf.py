@@ -155,7 +155,7 @@ def change(weights, drop=(), **more):
 def test_metadata_that_does_not_fit_is_refused(tmp_path, keys, message):
     path = tmp_path / "m.gguf"
     write_gguf(path, hf_weights(), metadata={f"llama.{k}": v for k, v in keys.items()})
-    found = refusal(gguf.load, path, place=lambda *_: pytest.fail("read a weight"))
+    found = refusal(gguf.load, path, put=lambda *_: pytest.fail("read a weight"))
     assert message in found and found.startswith(str(path))
 
 
@@ -173,7 +173,7 @@ def test_other_architectures_split_files_and_strange_tensors_are_refused(tmp_pat
     # The same bytes, said to be F64: a kind that the package does not de-quantise.
     at = data.index(name) + len(name) + 4 + 8
     path.write_bytes(data[:at] + struct.pack("<I", Kind.F64) + data[at + 4 :])
-    found = refusal(gguf.load, path, place=lambda *_: pytest.fail("read a weight"))
+    found = refusal(gguf.load, path, put=lambda *_: pytest.fail("read a weight"))
     assert "output_norm.weight is F64, which cannot be read" in found
 
 
@@ -202,7 +202,7 @@ def test_a_file_cut_anywhere_is_refused_before_a_weight_is_read(tmp_path):
     last = 64 * 40 * 4  # the head is the last tensor
     for size in [*range(4, 30_000, 97), len(data) // 2, len(data) - last, len(data) - 40]:
         path.write_bytes(data[:size])
-        found = refusal(gguf.load, path, place=lambda *_: pytest.fail("read a weight"))
+        found = refusal(gguf.load, path, put=lambda *_: pytest.fail("read a weight"))
         assert found.startswith(f"{path}: damaged or cut short at {size} bytes: ")
     assert "tensor output.weight would end at byte" in found
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_lora.model.config import RopeScaling
 from jax_lora.weights import hf
-from tests.weights.builders import CONFIG, HEADS, LLAMA3, H, hf_weights, refusal, write_hf
+from tests.weights.builders import CONFIG, HEADS, LLAMA3, D, H, hf_weights, refusal, write_hf
 
 # ---------------------------------------------------------------- reading
 
@@ -61,6 +61,20 @@ def test_tied_models_have_no_head_and_old_leftovers_are_ignored(tmp_path):
     assert set(base) == {"embed_tokens", "layers", "norm"}
 
 
+@pytest.mark.parametrize("rows", [40, 41])
+def test_a_head_that_is_called_tied_and_differs_is_refused(tmp_path, rows):
+    weights = hf_weights(tied=True)
+    weights["lm_head.weight"] = np.resize(weights["model.embed_tokens.weight"], (rows, D)).copy()
+    weights["lm_head.weight"][39, 3] += 1e-3
+    folder = write_hf(tmp_path / "m", weights, tie_word_embeddings=True)
+    found = refusal(hf.load, folder, "float32")
+    assert found.startswith(f"{folder}: lm_head.weight differs from model.embed_tokens.weight")
+    if rows == 40:
+        write_hf(folder, weights, tie_word_embeddings=False)
+        _, base = hf.load(folder, "float32")
+        assert np.array_equal(base["lm_head"]["kernel"].T, weights["lm_head.weight"])
+
+
 def test_no_more_than_one_leaf_is_alive_beside_what_is_placed(tmp_path):
     shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=8, vocab_size=256)
     raw = CONFIG | shape | {"num_key_value_heads": 4}
@@ -77,7 +91,7 @@ def test_no_more_than_one_leaf_is_alive_beside_what_is_placed(tmp_path):
     placed: list[tuple[str, ...]] = []
     tracemalloc.start()
     try:
-        hf.load(folder, "float32", place=lambda path, array: placed.append(path))
+        hf.load(folder, "float32", put=lambda path, array: placed.append(path))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -149,7 +163,7 @@ def test_a_spoilt_folder_is_refused_before_any_weight_is_read(tmp_path, spoil, m
     folder = write_hf(tmp_path / "m", hf_weights())
     spoil(folder)
     placed = []
-    found = refusal(hf.load, folder, "float32", place=lambda path, array: placed.append(path))
+    found = refusal(hf.load, folder, "float32", put=lambda path, array: placed.append(path))
     assert message in found and str(folder) in found and not placed
 
 

@@ -81,6 +81,31 @@ def test_config_survives_the_way_to_json_and_back(name):
         assert hf.parse_config({k: v for k, v in raw.items() if k != unknown}) == config
 
 
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_the_original_length_at_the_top_wins_over_the_tables(kind, key):
+    table = LLAMA3 if kind == "llama3" else {"rope_type": "yarn", "factor": 8.0}
+    raw = CONFIG | {key: table, "original_max_position_embeddings": 128}
+    scaling = hf.parse_config(raw).rope_scaling
+    assert scaling is not None and scaling.original_max_position_embeddings == 128
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_against_hf_the_original_length_at_the_top_is_read_alike(kind):
+    pytest.importorskip("torch")
+    from transformers.models.llama import modeling_llama
+
+    table = LLAMA3 if kind == "llama3" else {"rope_type": "yarn", "factor": 8.0}
+    for more in ({}, {"original_max_position_embeddings": 64}):
+        raw = CONFIG | {"rope_scaling": table | more, "original_max_position_embeddings": 128}
+        found = hf.parse_config(raw).rope_scaling
+        # The config has another value until the model is made.
+        theirs = modeling_llama.LlamaRotaryEmbedding(modeling_llama.LlamaConfig(**raw)).config
+        wanted = theirs.rope_parameters["original_max_position_embeddings"]
+        assert found is not None and found.original_max_position_embeddings == wanted, more
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

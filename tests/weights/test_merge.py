@@ -31,7 +31,7 @@ def adapters(dora: bool):
 
 
 def toy(folder, case="gqa"):
-    return hf.load(reference.write(folder, case), "float32", place=lambda _, array: array)
+    return hf.load(reference.write(folder, case), "float32", put=lambda _, array: array)
 
 
 def whole(leaf):

@@ -120,11 +120,19 @@ def test_magnitudes_are_read_under_both_names(tmp_path, suffix):
 def test_a_target_that_is_a_regular_expression_is_compared_too(recorded):
     path = recorded / "adapter_config.json"
     raw = json.loads(path.read_text())
-    for targets in (r".*\.(q|v|down)_proj", "all-linear"):
+    for targets in (r".*\.(q|v|down)_proj", ".*[vq]_proj|.*down_proj"):
         path.write_text(json.dumps(raw | {"target_modules": targets}))
         assert peft.load(recorded).targets == ("q_proj", "v_proj", "down_proj")
     path.write_text(json.dumps(raw | {"target_modules": r".*\.([qkv]|down)_proj"}))
     assert "(A, B) for 0.self_attn.k_proj, 1.self_attn.k_proj" in refusal(peft.load, recorded)
+
+
+def test_names_that_the_model_does_not_have_are_ignored_as_peft_ignores_them(recorded):
+    path = recorded / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    names = ["query_key_value", *raw["target_modules"]]
+    path.write_text(json.dumps(raw | {"target_modules": names}))
+    assert_same_bits(peft.load(recorded).adapters, peft.load(RECORDED).adapters)
 
 
 def test_a_run_folder_stands_for_the_adapter_in_it(tmp_path):
@@ -136,7 +144,6 @@ def test_a_run_folder_stands_for_the_adapter_in_it(tmp_path):
     ("tree", "message"),
     [
         (pairs(layers=3), "q_proj/a: found (3, 8, 3), expected (2, 8, 3)"),
-        (pairs(layers=1), "q_proj/a: found (1, 8, 3), expected (2, 8, 3)"),
         (pairs(d=6), "q_proj/a: found (2, 6, 3), expected (2, 8, 3)"),
     ],
 )
@@ -145,6 +152,12 @@ def test_an_adapter_of_another_model_is_told_with_its_folder(tmp_path, tree, mes
     peft.save(tmp_path / "a", {"layers": {"self_attn": wrong}}, rank=3, alpha=6)
     found = refusal(peft.load_trained, tmp_path / "a", TINY)
     assert found == f"{tmp_path / 'a'}: adapter leaf layers/self_attn/{message}"
+
+
+def test_an_adapter_that_lacks_a_layer_of_the_model_is_told(tmp_path):
+    peft.save(tmp_path, pairs(layers=1), rank=3, alpha=6)
+    found = refusal(peft.load_trained, tmp_path, TINY)
+    assert "found no complete (A, B) for 1.self_attn.q_proj, 1.mlp.down_proj; expected" in found
 
 
 def test_an_adapter_that_changes_nothing_is_told_with_its_folder(tmp_path):
@@ -259,10 +272,30 @@ def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, mor
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: found '(', expected a regular expression"),
         ({"target_modules": "*"}, "target_modules: found '*', expected a regular expression"),
         ({"target_modules": [1]}, "target_modules: found [1], expected names"),
-        ({"target_modules": ["q_proj", "query"]}, "target_modules: found query, expected some of"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "target_modules: found lm_head, expected some of q_proj, ",
+        ),
+        ({"target_modules": r".*(proj|tokens)"}, "target_modules: found model.embed_tokens, expe"),
+        ({"exclude_modules": "("}, "exclude_modules: found '(', expected a regular expression"),
+        ({"exclude_modules": ["v_proj"]}, "found tensors of 0.self_attn.v_proj, 1.self_attn.v_pro"),
+        ({"exclude_modules": 3}, "exclude_modules: found 3, expected names"),
+        ({"layers_to_transform": [1]}, "found tensors of 0.self_attn.q_proj, 0.self_attn.v_proj, "),
+        ({"layers_to_transform": "1"}, "layers_to_transform: found '1', expected layers from 0 up"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform: found [-1], expected layers from 0"),
+        ({"layers_pattern": "h"}, "layers_pattern: found 'h', expected layers_to_transform with"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "("},
+            "layers_pattern: found '(', expected",
+        ),
+        (
+            {"target_modules": ".*[qv]_proj", "layers_to_transform": 0},
+            "layers_to_transform: found 0, expected none where target_modules is a text, as in PE",
+        ),
         (
             {"target_modules": ["q_proj", "down_proj"]},
-            "found tensors of v_proj, expected those of target_modules alone: q_proj, down_proj",
+            "found tensors of 0.self_attn.v_proj, 1.self_attn.v_proj, expected none by "
+            "target_modules, exclude_modules, layers_to_transform and layers_pattern",
         ),
         (
             {"r": 5},
@@ -270,8 +303,8 @@ def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, mor
         ),
         (
             {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]},
-            "found no complete (A, B) for 0.self_attn.o_proj, 1.self_attn.o_proj; "
-            "expected one in all 2 layers of q_proj, v_proj, down_proj, o_proj",
+            "found no complete (A, B) for 0.self_attn.o_proj, 1.self_attn.o_proj; expected them by "
+            "target_modules, exclude_modules, layers_to_transform and layers_pattern",
         ),
     ],
 )
@@ -305,7 +338,7 @@ ONE = np.ones((4, 16), np.float32)
         (lambda f: spoil(f, load_file(f / "adapter_model.safetensors")), "found no tensors"),
         (
             lambda f: spoil(f, [KEY.format(1, "self_attn.v_proj", "B")]),
-            "found no complete (A, B) for 1.self_attn.v_proj; expected one in all 2 layers",
+            "found no complete (A, B) for 1.self_attn.v_proj; expected them by target_modules, ",
         ),
         (
             lambda f: spoil(f, **{KEY.format(0, "self_attn.qkv_proj", "A"): ONE}),
@@ -334,3 +367,87 @@ ONE = np.ones((4, 16), np.float32)
 def test_spoilt_adapters_are_refused(recorded, change, message):
     change(recorded)
     assert message in refusal(peft.load, recorded)
+
+
+# ---------------------------------------------------------------- adapters of some layers only
+
+
+def chosen(folder: Path, rows: dict[str, tuple[int, ...]], **keys) -> None:
+    """Write an adapter of `pairs` that PEFT's options leave in some layers of each target only."""
+    peft.save(folder, pairs(), rank=3, alpha=6)
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    kept = {
+        key: tensor
+        for key, tensor in load_file(path).items()
+        if int(key.split(".")[4]) in rows.get(key.split(".")[6], ())
+    }
+    save_file(kept, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | keys))
+
+
+BOTH = {"q_proj": (1,), "down_proj": (1,)}
+SOME = [
+    (BOTH, {"layers_to_transform": [1]}),
+    (BOTH, {"layers_to_transform": 1, "layers_pattern": "layers"}),
+    (BOTH, {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]}),
+    (BOTH, {"target_modules": r"model\.layers\.1\..*(q|down)_proj"}),
+    (BOTH, {"exclude_modules": r".*\.0\..*"}),
+    ({"q_proj": (0,), "down_proj": (0, 1)}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}),
+    ({"q_proj": (0, 1), "down_proj": (0,)}, {"target_modules": ["q_proj", "0.mlp.down_proj"]}),
+    ({"q_proj": (0, 1)}, {"exclude_modules": ["mlp.down_proj"]}),
+    ({"q_proj": (0,)}, {"target_modules": ["model.layers.0.self_attn.q_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("rows", "keys"), SOME)
+def test_layers_that_an_adapter_leaves_out_are_zero_and_stay_out(tmp_path, rows, keys):
+    chosen(tmp_path / "theirs", rows, **keys)
+    found = peft.load_trained(tmp_path / "theirs", TINY)
+    assert found.targets == tuple(rows)
+    for name, leaf in leaves(found.adapters):
+        wanted = dict(leaves(pairs()))[name]
+        assert found.ranks[name] == tuple(3 if i in rows[name] else 0 for i in range(2))
+        for i in range(2):
+            for part in ("a", "b"):
+                assert np.array_equal(leaf[part][i], wanted[part][i] * (i in rows[name]))
+            assert leaf["scale"][i] == 2 * (i in rows[name])
+    more = {"rank": 3, "alpha": 6, "ranks": found.ranks, "alphas": found.alphas}
+    peft.save(tmp_path / "ours", found.adapters, **more)
+    there, here = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours")
+    )
+    assert there.keys() == here.keys()
+    assert all(there[key].tobytes() == here[key].tobytes() for key in there)
+    again = peft.load_trained(tmp_path / "ours", TINY)
+    assert_same_bits(again.adapters, found.adapters)
+    assert again.ranks == found.ranks
+
+
+def test_all_linear_layers_but_the_excluded_ones_must_be_there(tmp_path):
+    names = [n for n in lora.LINEAR if n not in ("q_proj", "down_proj")]
+    keys = {"target_modules": "ALL-linear", "exclude_modules": names}
+    chosen(tmp_path, {"q_proj": (0, 1), "down_proj": (0, 1)}, **keys)
+    assert peft.load(tmp_path).targets == ("q_proj", "down_proj")
+    chosen(tmp_path, {"q_proj": (0, 1)}, **keys)
+    assert "for 0.mlp.down_proj, 1.mlp.down_proj; expected them by" in refusal(peft.load, tmp_path)
+
+
+def test_no_targets_are_pefts_own_for_a_llama(recorded):
+    path = recorded / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"target_modules": None}))
+    found = refusal(peft.load, recorded)
+    assert "found tensors of 0.mlp.down_proj, 1.mlp.down_proj, expected none by" in found
+    tensors = load_file(recorded / "adapter_model.safetensors")
+    spoil(recorded, [key for key in tensors if "down_proj" in key])
+    assert peft.load(recorded).targets == ("q_proj", "v_proj")
+
+
+def test_dora_in_some_layers_is_refused_by_name(tmp_path):
+    peft.save(tmp_path, pairs(dora=True), rank=3, alpha=6)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if ".layers.1." in k}, path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_to_transform": [1]}))
+    found = refusal(peft.load, tmp_path)
+    assert "layers_to_transform, layers_pattern: found DoRA in some layers only" in found

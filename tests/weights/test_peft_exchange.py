@@ -151,3 +151,55 @@ def test_against_peft_a_pissa_adapter_loads_once_it_is_plain_lora(tmp_path, opti
         module.merge()
         kernel = module.get_base_layer().weight.detach().numpy().T
         np.testing.assert_allclose(merged[group][target]["kernel"][i], kernel, rtol=0, atol=1e-6)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens)).logits.numpy()
+
+
+def our_logits(tmp_path, adapters, tokens):
+    from jax_lora.model.transformer import Llama
+    from jax_lora.weights import hf
+
+    base().save_pretrained(tmp_path / "base")
+    config, params = hf.load(tmp_path / "base", "float32")
+    return np.asarray(Llama(config, np.float32).apply({"params": params, "lora": adapters}, tokens))
+
+
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 16))
+LAYER_OPTIONS = [
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": 0, "layers_pattern": "layers"},
+    {"layers_to_transform": [0], "layers_pattern": ["h", "layers"], "use_rslora": True},
+    {"target_modules": r"model\.layers\.1\..*(q|down)_proj"},
+    {"target_modules": r".*layers\.0\.self_attn\.q_proj|.*layers\.1\.mlp\.\w+_proj"},
+    {"exclude_modules": r".*\.0\..*"},
+    {"exclude_modules": ["layers.1.self_attn.q_proj", "0.mlp.down_proj"]},
+    {"target_modules": ["q_proj", "0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]},
+    {"target_modules": ["q_proj", "query_key_value"], "rank_pattern": {"0.self_attn.q_proj": 2}},
+    {"target_modules": "all-linear", "exclude_modules": ["q_proj", "o_proj"]},
+    {"target_modules": None},
+]
+
+
+@pytest.mark.parametrize("options", LAYER_OPTIONS)
+def test_against_peft_an_adapter_of_some_layers_gives_its_logits(tmp_path, options):
+    from jax_lora.weights import hf
+
+    settings = dict(r=4, lora_alpha=60, init_lora_weights=False, task_type="CAUSAL_LM")
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    model = theirs.get_peft_model(base(), theirs.LoraConfig(**settings, **(targets | options)))
+    model.save_pretrained(tmp_path / "theirs")
+    wanted = logits(model, TOKENS)
+
+    base().save_pretrained(tmp_path / "base")
+    found = peft.load_trained(tmp_path / "theirs", hf.read_config(tmp_path / "base"))
+    ours = our_logits(tmp_path, found.adapters, TOKENS)
+    assert np.abs(ours - wanted).max() / np.abs(wanted).max() < 1e-5
+    assert np.abs(logits(base(), TOKENS) - wanted).max() / np.abs(wanted).max() > 1e-2
+
+    more = {k: getattr(found, k) for k in ("rank", "alpha", "use_rslora", "ranks", "alphas")}
+    peft.save(tmp_path / "ours", found.adapters, **more)
+    again = theirs.PeftModel.from_pretrained(base(), tmp_path / "ours")
+    assert np.array_equal(logits(again, TOKENS), wanted)

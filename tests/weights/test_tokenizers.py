@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,74 @@ def test_llamas_tokenizer_model_alone_is_sentencepiece(shared):
     for text, ids in TOKENS["sentencepiece"].items():
         assert tokenizer(text).input_ids == [1, *ids], text
         assert tokenizer.decode(ids) == text
+
+
+END = "<|im_end|>"
+DECODER = {"32000": {"content": END, "special": True}}
+OTHER_ENDS = {
+    "a piece, in tokenizer_config.json": ({"tokenizer_config": {"eos_token": "<0x0A>"}}, 13),
+    "a table": (
+        {"tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": "<0x0A>"}}},
+        13,
+    ),
+    "special_tokens_map.json": ({"special_tokens_map": {"eos_token": "<0x0A>"}}, 13),
+    "both": (
+        {
+            "tokenizer_config": {"eos_token": "<0x0A>"},
+            "special_tokens_map": {"eos_token": "<0x0B>"},
+        },
+        14,
+    ),
+    "a map that is not read": (
+        {
+            "tokenizer_config": {"eos_token": END, "added_tokens_decoder": DECODER},
+            "special_tokens_map": {"eos_token": "<0x0A>"},
+        },
+        32000,
+    ),
+    "added": ({"tokenizer_config": {"eos_token": END, "added_tokens_decoder": DECODER}}, 32000),
+    "added_tokens.json": (
+        {"added_tokens": {END: 32000}, "special_tokens_map": {"eos_token": END}},
+        32000,
+    ),
+}
+
+
+def with_settings(shared, folder, files):
+    folder.mkdir()
+    shutil.copy(shared / "tokenizers" / "llama" / "tokenizer.model", folder)
+    for name, keys in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(keys))
+    return folder
+
+
+@pytest.mark.parametrize("case", OTHER_ENDS)
+def test_the_end_token_beside_tokenizer_model_is_the_one_that_the_folder_names(
+    shared, tmp_path, case
+):
+    files, wanted = OTHER_ENDS[case]
+    tokenizer = load_tokenizer(with_settings(shared, tmp_path / "m", files))
+    assert tokenizer.eos_token_id == wanted and tokenizer.bos_token_id == 1
+    if wanted == 32000:
+        assert tokenizer(f"a{END}").input_ids[-1] == 32000
+
+
+def test_an_end_token_that_tokenizer_model_lacks_is_refused(shared, tmp_path):
+    folder = with_settings(shared, tmp_path / "m", {"tokenizer_config": {"eos_token": END}})
+    found = refusal(load_tokenizer, folder)
+    assert found.startswith(f"{folder}: eos_token: found {END!r}, expected a token of tokenizer.mo")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", OTHER_ENDS)
+def test_against_hf_the_end_token_beside_tokenizer_model(shared, tmp_path, case):
+    pytest.importorskip("sentencepiece")
+    transformers = pytest.importorskip("transformers")
+    files, _ = OTHER_ENDS[case]
+    folder = with_settings(shared, tmp_path / "m", files)
+    theirs, ours = transformers.LlamaTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    assert ours.eos_token_id == theirs.eos_token_id
+    assert ours.eos_token == theirs.eos_token and len(ours) == len(theirs)
 
 
 def test_a_tokenizer_survives_being_saved(shared, tmp_path):
