@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import re
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from jax_lora.errors import ConfigError
 
 
-@runtime_checkable
 class KeyValueStore(Protocol):
     """What is used of the client of JAX's runtime, see `key_value_store`."""
 

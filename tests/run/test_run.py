@@ -22,6 +22,7 @@ from jax_lora.files import read_jsonl
 from jax_lora.model import lora, xla_cpu
 from jax_lora.run import folder, inputs, prepare, scoring, training
 from jax_lora.training import loop
+from jax_lora.training.validation import Best
 from jax_lora.weights import base as base_weights
 from tests.study.test_team import Store
 
@@ -269,6 +270,7 @@ def fake(monkeypatch, config, total, events):
         check=lambda: None,
         close=lambda: None,
         latest=lambda: None,
+        best=Best(),
     )
     rates = prepare.learning_rates(lambda step: 0.1 * step, total)
     assert type(rates) is np.ndarray  # reading one asks no device
@@ -347,6 +349,15 @@ def test_speed_is_of_recent_steps_between_which_nothing_compiled():
     for _ in range(training.WINDOW):
         speed.step(50)
     assert speed.tokens_per_second == pytest.approx(50)
+
+
+def test_what_is_done_between_two_steps_is_not_in_their_speed():
+    times, compiled = iter([0.0, 1.0, 90.0, 91.0]), iter([0.0, 0.0, 70.0, 70.0])
+    speed = training.Speed(lambda: next(times), lambda: next(compiled))
+    assert speed.step(100) == 0.0
+    speed.resume()  # a validation, which compiled
+    assert speed.step(300) == 0.0
+    assert speed.tokens_per_second == pytest.approx(200)
 
 
 def test_compiling_is_counted_once():
