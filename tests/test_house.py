@@ -164,15 +164,15 @@ def test_every_package_that_is_imported_is_declared():
 # ---------------------------------------------------------------- bounds that fall and never rise
 
 LONGEST_FUNCTION = 80
-LONG_FUNCTIONS = 4  # of the package; to be 0
-ANY = 410  # occurrences in the package; to be under 60
+LONG_FUNCTIONS = 0  # of the package
+ANY = 60  # occurrences in the package
 # Private words, by design.md's table; those that are plain English in most places are left out.
 WORDS = {
     *("across", "alone", "apart", "begin", "contract", "contracted", "gone", "hit", "instead"),
-    *("kept", "mine", "odds", "own", "Pace", "place", "Place", "said", "settle", "slope"),
+    *("kept", "mine", "odds", "own", "Pace", "place", "Place", "said", "settle"),
     *("sliceable", "thinned", "Turn", "whole"),
 }
-NAMES = 123  # definitions of these words in the package, its scripts and the benchmarks; to be 0
+NAMES = 0  # definitions of these words in the package, its scripts and the benchmarks
 
 
 def test_functions_can_be_read_without_scrolling():

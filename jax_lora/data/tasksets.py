@@ -84,16 +84,7 @@ def draw(
         ConfigError: sizes that do not rise, a count below one.
         DataError: no train tasks.
     """
-    if not 0 < sizes[0] < sizes[1] < sizes[2]:
-        raise ConfigError(f"sizes are {sizes}, expected three rising counts of tasks")
-    if train_per_task < 1 or test_per_task < 1:
-        raise ConfigError(
-            f"train_per_task is {train_per_task} and test_per_task {test_per_task}, "
-            "expected at least 1 of each"
-        )
-    if not checkout.train:
-        raise DataError("the checkout has no train tasks, expected at least one")
-
+    _check_counts(checkout, sizes, train_per_task, test_per_task)
     small, middle, large = (f"T{size}" for size in sizes)
     chosen = _draw_tasks(checkout.train, round, sizes, train_per_task + test_per_task)
     held_out = {name: test_per_task for name in chosen[0]}
@@ -149,6 +140,20 @@ def draw(
         ),
     ]
     return {one.name: one for one in sets}
+
+
+def _check_counts(
+    checkout: Checkout, sizes: tuple[int, int, int], train_per_task: int, test_per_task: int
+) -> None:
+    if not 0 < sizes[0] < sizes[1] < sizes[2]:
+        raise ConfigError(f"sizes are {sizes}, expected three rising counts of tasks")
+    if train_per_task < 1 or test_per_task < 1:
+        raise ConfigError(
+            f"train_per_task is {train_per_task} and test_per_task {test_per_task}, "
+            "expected at least 1 of each"
+        )
+    if not checkout.train:
+        raise DataError("the checkout has no train tasks, expected at least one")
 
 
 def validation_set(

@@ -21,7 +21,7 @@ from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import reduction_error
-from jax_lora.run import folder, inputs, invariance, prepare, scoring, training
+from jax_lora.run import folder, inputs, invariance, prepare, score_tables, scoring, training
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
 from jax_lora.training.resolve import with_dtype
@@ -206,7 +206,8 @@ class Run:
                 put=put,
                 overwrite=overwrite,
             )
-        return scoring.score_frame(self.workdir, sets, adapter, checkpoint)
+        results = self.workdir / scoring.folder_name(adapter, checkpoint)
+        return score_tables.score_frame(results, sets)
 
     def check(
         self,

@@ -9,20 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
+from jax_lora.data.example import Example
 from jax_lora.data.packing import bucket_for
+from jax_lora.data.prompts import Encoder, Row
+from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import evaluate, metrics
-from jax_lora.files import read_json, write_json
+from jax_lora.files import write_json
 from jax_lora.generation import greedy, scheduler, stop_texts
 from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
@@ -30,15 +32,15 @@ from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
 from jax_lora.run import initial_weights, inputs
+from jax_lora.run import score_tables as tables
 from jax_lora.run.training import running
-from jax_lora.text import table
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints, step_named
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 
 logger = logging.getLogger(__name__)
-Put = Callable[..., Any]
+Put = Callable[..., PyTree]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class Scored:
     """
 
     shape: LlamaConfig
-    variables: dict[str, Any]
+    variables: dict[str, PyTree]
     origin: str
     digest: str
 
 
-def on_host(_: Any, array: Any) -> Any:
+def on_host(_: object, array: PyTree) -> PyTree:
     """Leave the base in the host's memory, from which decoding takes it layer by layer: the device
     holds it once, so that what could be trained on it can be scored on it."""
     return array
@@ -108,7 +110,7 @@ def _load_checkpoint(
         raise DataError(f"{path}: no checkpoint, expected a run that trained (or --adapter=none)")
     chosen = step_named(path, checkpoint)
     is_lora = config.method == "lora"
-    shapes: dict[str, Any] = {"params": counts.base_shapes(shape)}
+    shapes: dict[str, PyTree] = {"params": counts.base_shapes(shape)}
     if is_lora:
         shapes["lora"] = initial_weights.adapters_of(config, shape)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
@@ -135,7 +137,7 @@ def _load_checkpoint(
     return Scored(shape, variables, origin, digest(trained))
 
 
-def digest(tree: Any) -> str:
+def digest(tree: PyTree) -> str:
     """The identity of a tree of arrays by their bytes."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -162,8 +164,8 @@ def copies(config: RunConfig) -> list[Mesh]:
 
 
 def generators(
-    config: RunConfig, model: Llama, variables: Any, meshes: Sequence[Mesh], end_ids: tuple
-) -> list[Any]:
+    config: RunConfig, model: Llama, variables: PyTree, meshes: Sequence[Mesh], end_ids: tuple
+) -> list[Callable[..., PyTree]]:
     """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound."""
     return [
         functools.partial(
@@ -191,6 +193,31 @@ def folder_name(adapter: str, checkpoint: str = "last") -> str:
     return f"eval-{Path(adapter).resolve().name}-{peft.digest(adapter)}"
 
 
+def _check_what(workdir: Path, config: RunConfig, adapter: str, checkpoint: str) -> None:
+    # What can be wrong in the question itself, asked before the data is read.
+    metrics.check_names(config.eval.metrics)
+    if checkpoint != "last":
+        if adapter != "last":
+            raise ConfigError(
+                f"--checkpoint: found {checkpoint!r} with --adapter={adapter}, expected one of them"
+            )
+        step_named(workdir / "checkpoints", checkpoint)
+
+
+def _prompts(
+    config: RunConfig, encoder: Encoder, sets: Mapping[str, TaskSet], names: Sequence[str]
+) -> dict[str, list[tuple[Example, Row]]]:
+    """The examples and prompts of every set, which fit the buckets and the model's window."""
+    shape, strict = base_weights.read_config(config.model), inputs.is_strict(config)
+    rows = {name: inputs.prompt_rows(encoder, sets[name], strict) for name in names}
+    for name, found in rows.items():
+        if not found:
+            raise DataError(f"{config.data.path}: found no example of {name}, expected some")
+        bucket = bucket_for(max(len(row.ids) for _, row in found), config.eval.buckets)
+        shape.check_length(bucket + config.eval.max_new_tokens)
+    return rows
+
+
 def score(
     workdir: Path,
     config: RunConfig,
@@ -216,13 +243,7 @@ def score(
       ConfigError, DataError, OSError: before any compute.
       RunFailed: a fault while running.
     """
-    metrics.check_names(config.eval.metrics)
-    if checkpoint != "last":
-        if adapter != "last":
-            raise ConfigError(
-                f"--checkpoint: found {checkpoint!r} with --adapter={adapter}, expected one of them"
-            )
-        step_named(workdir / "checkpoints", checkpoint)  # asks before the data is read
+    _check_what(workdir, config, adapter, checkpoint)
     meshes = copies(config)
     if config.eval.devices_per_copy > 1:
         put = on_host
@@ -232,15 +253,8 @@ def score(
         "base_digest": inputs.base_digest(config.model),
     }
     run_folder.check_same_run(workdir, config, digests)
-    encoder, strict = inputs.encoder(config), inputs.is_strict(config)
-    rows = {name: inputs.prompt_rows(encoder, sets[name], strict) for name in names}
-    shape = base_weights.read_config(config.model)
-    for name in names:
-        if not rows[name]:
-            raise DataError(f"{config.data.path}: found no example of {name}, expected some")
-        bucket = bucket_for(max(len(row.ids) for _, row in rows[name]), config.eval.buckets)
-        shape.check_length(bucket + config.eval.max_new_tokens)
-
+    encoder = inputs.encoder(config)
+    rows = _prompts(config, encoder, sets, names)
     scored = load(workdir, config, adapter, put, checkpoint)
     end_ids = inputs.end_ids(config)
     settings = digests | {
@@ -269,8 +283,8 @@ def score(
         write_json(results / name / "scores.json", scores)
         before = None
         if adapter != "none":
-            before = untuned_scores(workdir / "eval-none" / name, settings)
-        text = score_table(scores, before, config.eval.metrics)
+            before = tables.untuned_scores(workdir / "eval-none" / name, settings)
+        text = tables.score_table(scores, before, config.eval.metrics)
         say(f"\n{name}: {origin}\n{text}\n{results / name / 'scores.json'}")
 
     safe = "rerun the same command to resume from the answers that are written"
@@ -283,75 +297,3 @@ def score(
             scoring.append(beside.submit(finish, name))  # while the next set is answered
         for one in scoring:
             one.result()
-
-
-def untuned_scores(folder: Path, settings: Mapping[str, Any]) -> dict | None:
-    """The untuned base's scores to show beside, where they were made with the same settings."""
-    if not (folder / "scores.json").is_file():
-        return None
-    theirs = read_json(folder / "settings.json")
-    differing = ("origin", "weights_digest")
-    if {k: v for k, v in theirs.items() if k not in differing} != {
-        k: v for k, v in settings.items() if k not in differing
-    }:
-        return None
-    return read_json(folder / "scores.json")
-
-
-def score_frame(
-    workdir: Path, names: Sequence[str], adapter: str = "last", checkpoint: str = "last"
-) -> pd.DataFrame:
-    """The scores of a run: one row per test set and task, percentages."""
-    results = workdir / folder_name(adapter, checkpoint)
-    return pd.DataFrame(
-        {"set": name, "task": task, **values}
-        for name in names
-        for task, values in read_json(results / name / "scores.json")["tasks"].items()
-    )
-
-
-LABELS = {"exact_match": "EM", "rougeL": "Rouge-L"}  # of metrics whose name is not their label
-
-
-def score_table(
-    scores: Mapping, before: Mapping | None = None, names: Sequence[str] = metrics.OFFICIAL
-) -> str:
-    """Scores by task, by category and over all, the untuned base's beside them.
-
-    Args:
-      scores: what `evaluate.score` returns.
-      before: the same of the untuned base, None where it was not scored.
-      names: of the metrics.
-    """
-    labels = [LABELS.get(name, name) for name in names]
-    header = ["task", "n", *labels, "majority EM", "out of options %"]
-    header += [f"untuned {label}" for label in labels] if before else []
-
-    def row(
-        label: str, examples: int | None, find: Callable[[Mapping, str], float | None]
-    ) -> list[object]:
-        """A row of the table; `find` looks a key up in scores, or in `before`."""
-        keys = (*names, "majority_baseline", "out_of_options")
-        untuned = [find(before, name) for name in names] if before else []
-        return [label, examples, *(find(scores, key) for key in keys), *untuned]
-
-    tasks, rows = scores["tasks"], []
-    for name, task in tasks.items():
-        rows.append(row(name[:44], task["examples"], lambda s, key, n=name: s["tasks"][n].get(key)))
-    keys = metrics.category_keys([task["category"] for task in tasks.values()], tasks)
-    for category in sorted(keys):
-        suffix = f"_for_{keys[category]}"
-        examples = sum(t["examples"] for t in tasks.values() if t["category"] == category)
-        rows.append(row(f"category {category}"[:44], examples, _official(suffix)))
-    examples = sum(task["examples"] for task in tasks.values())
-    rows.append(row("mean over examples", examples, _official("")))
-    rows.append(row("mean over tasks", examples, _official("_over_tasks")))
-    if closed := scores.get("closed_label"):
-        label = f"{closed['tasks']} closed-label tasks"
-        rows.append(row(label, None, lambda s, key: s.get("closed_label", {}).get(key)))
-    return table(header, rows)
-
-
-def _official(suffix: str) -> Callable[[Mapping, str], float | None]:
-    """Finds a metric under its official key; baselines have none."""
-    return lambda scores, key: scores["metrics"].get(f"{key}{suffix}")

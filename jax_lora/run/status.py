@@ -53,8 +53,8 @@ def status(workdir: str | Path) -> str:
         row = validated[-1]
         lines["validation"] = f"loss {row['validation_loss']:.4f} at step {row['step']}"
     if best.step is not None:
-        gone = "" if best.step in checkpoints else ", not kept"
-        lines["best checkpoint"] = f"step {best.step}, validation loss {best.loss:.4f}{gone}"
+        note = "" if best.step in checkpoints else ", not kept"
+        lines["best checkpoint"] = f"step {best.step}, validation loss {best.loss:.4f}{note}"
     if last:
         lines["speed"] = f"{last.get('tokens_per_second', 0):,.0f} tokens/s"
     if seconds is not None:
