@@ -13,10 +13,10 @@ Where SRC is itself such an adapter, DST is a PEFT folder. --fold-scale makes it
 one rank, for servers that ignore rsLoRA and patterns of ranks. docs/adapters.md has more.
 """
 
-from jax_lora import stops
+from jax_lora import signals
 
 if __name__ == "__main__":
-    stops.stop_on_signals()
+    signals.stop_on_signals()
 
 import argparse
 from collections.abc import Sequence

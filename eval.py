@@ -10,9 +10,9 @@ same command to resume after an interruption. Only what is answered in full is s
 import functools
 from typing import Any
 
-from jax_lora import stops
+from jax_lora import signals
 
-stops.stop_on_signals()
+signals.stop_on_signals()
 
 from absl import app, flags
 

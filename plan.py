@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import os
 
-from jax_lora import stops
+from jax_lora import signals
 
-stops.stop_on_signals()
+signals.stop_on_signals()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here: take no accelerator
 
 import jax

@@ -9,9 +9,9 @@ second one writes the report from results.parquet.
 
 import functools
 
-from jax_lora import stops
+from jax_lora import signals
 
-stops.stop_on_signals()
+signals.stop_on_signals()
 
 import jax
 from absl import app, flags

@@ -11,9 +11,9 @@ interrupted run. `--show=3` prints what three rows look like to the model, and t
 
 import functools
 
-from jax_lora import stops
+from jax_lora import signals
 
-stops.stop_on_signals()
+signals.stop_on_signals()
 
 from absl import app, flags
 from ml_collections import config_flags

@@ -21,7 +21,7 @@ from pathlib import Path
 from jax_lora.config import RENAMED
 from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
-from jax_lora.stops import STOPPED, end, heeded
+from jax_lora.signals import STOPPED, end, heeded
 
 WRONG_INPUT, FAILED = 2, 1
 

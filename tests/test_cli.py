@@ -9,7 +9,7 @@ from importlib import metadata
 import jax
 import pytest
 
-from jax_lora import cli, stops
+from jax_lora import cli, signals
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import write_json
@@ -126,9 +126,9 @@ def test_xla_flags_of_the_user_are_left(monkeypatch):
 
 STOPPED = """
 import os, signal, sys, threading
-from jax_lora import cli, stops
-stops.PATIENCE = 0.5
-stops.stop_on_signals()
+from jax_lora import cli, signals
+signals.PATIENCE = 0.5
+signals.stop_on_signals()
 def ask(): os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 {body}
 """
@@ -143,7 +143,7 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", [number.name for number in stops.STOPS])
+@pytest.mark.parametrize("name", [number.name for number in signals.STOPS])
 @pytest.mark.parametrize("body", BODIES)
 def test_a_stop_is_a_line_and_an_exit_code(name, body):
     program = STOPPED.format(body=BODIES[body])
@@ -156,14 +156,14 @@ def test_a_stop_is_a_line_and_an_exit_code(name, body):
 
 
 def test_the_loop_is_asked_to_stop_and_processes_that_train_together_always():
-    before = [signal.getsignal(number) for number in stops.STOPS]
+    before = [signal.getsignal(number) for number in signals.STOPS]
     for together in (False, True):
-        for number in stops.STOPS:
+        for number in signals.STOPS:
             with cli.StopRequest(together) as stop:
                 assert together or not stop()
                 os.kill(os.getpid(), number)
                 assert stop() and stop.asked
-    assert [signal.getsignal(number) for number in stops.STOPS] == before
+    assert [signal.getsignal(number) for number in signals.STOPS] == before
 
 
 def test_a_signal_that_is_ignored_stays_so():

@@ -107,8 +107,7 @@ def _residuals(step: PlannedStep) -> int:
     if step.config.remat != "full":
         # The products that the backward pass reads, and the result of the attention.
         heads = c.num_attention_heads * c.head_dim
-        *but_the_last, _ = c.linear_shapes().values()
-        outs = sum(out for _, out in but_the_last)
+        outs = sum(out for name, (_, out) in c.linear_shapes().items() if name != "down_proj")
         numbers += (outs - c.hidden_size + heads) / tensor + c.hidden_size
     return int(c.num_hidden_layers * step.rows * step.length * numbers * _width(step))
 

@@ -48,7 +48,7 @@ def operations(step: PlannedStep) -> dict[str, Work]:
         product * (2 if trained["layers"][GROUP[name]][name]["kernel"] else 1)
         for name, product in zip(LINEAR, products, strict=True)
     )
-    recomputed = sum(products[:-1]) if everything else 0.0  # all but down_proj, the last
+    recomputed = sum(products) - products[LINEAR.index("down_proj")] if everything else 0.0
     parts["layers"] = Work(sum(products), backward, recomputed)
 
     pairs = 2.0 * layers * step.length * c.num_attention_heads * c.head_dim * _squares(step)

@@ -86,6 +86,7 @@ def updates(
     rows: Sequence[Row],
     *,
     dropout_rate: float,
+    materialized: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[str, float, float]]:
     """How far a step's loss and gradient move when its batch is divided or packed otherwise.
@@ -96,6 +97,7 @@ def updates(
       trains: the mask's boolean tree.
       rows: training rows of one global batch.
       dropout_rate: on the input of A; its masks must not change either.
+      materialized: targets whose delta is formed once per step, as the run's training does.
       mesh: of several devices, to divide the batch among too.
 
     Yields:
@@ -104,7 +106,9 @@ def updates(
     """
     n, longest = len(rows), max(len(row.ids) for row in rows)
     width = -(-longest // 128) * 128
-    gradient = functools.partial(_gradient, model, variables, trains, rows, dropout_rate)
+    gradient = functools.partial(
+        _gradient, model, variables, trains, rows, dropout_rate, materialized
+    )
     expected_loss, expected = gradient(n, width)
     arrangements = {
         f"{n // 4} × {min(4, n)}": lambda: gradient(4, width),
@@ -131,6 +135,7 @@ def _gradient(
     trains: PyTree,
     rows: Sequence[Row],
     dropout_rate: float,
+    materialized: Sequence[str],
     micro_rows: int,
     width: int,
     packed: bool = False,
@@ -152,7 +157,13 @@ def _gradient(
         row_groups=sharding.row_groups(mesh),
     ).at(0)
     functions = make_step(
-        model, optax.sgd(0.0), seed=0, dropout_rate=dropout_rate, packed=packed, mesh=mesh
+        model,
+        optax.sgd(0.0),
+        seed=0,
+        dropout_rate=dropout_rate,
+        packed=packed,
+        materialized=materialized,
+        mesh=mesh,
     )
     diff_params = functions.prepare(state, frozen)
     gradients, loss = zeros(diff_params)

@@ -24,7 +24,7 @@ from jax_lora.model.xla_cpu import reduction_error
 from jax_lora.run import folder, inputs, invariance, prepare, score_tables, scoring, training
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
-from jax_lora.training.resolve import with_dtype
+from jax_lora.training.resolve import resolve, with_dtype
 from jax_lora.weights import merge, origin, peft
 
 logger = logging.getLogger(__name__)
@@ -253,6 +253,10 @@ class Run:
                 good &= dtype != "float32" or changed == 0
         if config.method == "lora" and adapter == "last":
             mask = trainable_mask.mask(scored.variables, config.trainable, config.frozen)
+            any_mesh = config.replace(**{"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1})
+            devices = len(jax.devices())
+            resolved = resolve(any_mesh, scored.shape, jax.default_backend(), devices)
+            materialized = resolved.materialized
             self._say(f"\nfloat32: a step on {len(trained)} examples at once, and cut otherwise")
             for name, loss, gradient in invariance.updates(
                 model.clone(remat="full"),
@@ -260,6 +264,7 @@ class Run:
                 mask,
                 trained,
                 dropout_rate=config.lora.dropout,
+                materialized=materialized,
                 mesh=sharding.make_mesh((1, -1, 1)) if several else None,
             ):
                 self._say(f"  {name:<32}loss {loss:.1e}  gradient {gradient:.1e}, relative")

@@ -118,7 +118,9 @@ def test_a_gguf_file_holds_the_folder_it_was_made_from(tmp_path, case):
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
 
 
-@pytest.mark.parametrize("case", [c for c in reference.CASES if c.startswith(("Mis", "Qwen"))])
+@pytest.mark.parametrize(
+    "case", [c for c in reference.CASES if reference.config(c)["model_type"] != "llama"]
+)
 def test_a_saved_folder_is_the_one_that_was_read(tmp_path, case):
     config, params = hf.load(reference.write(tmp_path / "a", case), "float32")
     hf.save(tmp_path / "b", config, params, dtype="float32")
