@@ -53,8 +53,10 @@ def train(tiny_model, tmp_path_factory):
 
     def arguments(workdir, *more):
         steps = f"--config.max_steps={STEPS}"
-        flags = training(tiny_model, toy, workdir, steps, *SHORT, *more)
-        return command("train.py", *flags)
+        replaced = {flag.split("=")[0] for flag in SHORT}  # lists may be given once only
+        flags = training(tiny_model, toy, workdir, steps)
+        flags = [flag for flag in flags if flag.split("=")[0] not in replaced]
+        return command("train.py", *flags, *SHORT, *more)
 
     return arguments
 
