@@ -35,6 +35,8 @@ def end(number: int, _: object) -> None:
         signal.signal(each, signal.SIG_IGN)  # nothing interrupts the `finally`s
     name = signal.Signals(number).name
     os.write(2, f"\nstopped by {name}; rerun the same command to resume\n".encode())
+    # Raised within a finalizer or a callback of the collector, Python would print it and go on.
+    sys.unraisablehook = lambda _: None
     # Before anybody's own: libraries that still compute crash while they are taken down.
     atexit.register(_leave)
     # A library may swallow the exception, or wait for a thread.

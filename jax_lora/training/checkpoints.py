@@ -187,6 +187,8 @@ class Checkpoints:
           DataError: there are checkpoints, and none of them can be trusted.
         """
         parts = {"trainable": like.trainable, "optimizer": like.optimizer}
+        if not self._single_process:  # no process looks before the first one has made the folder
+            distributed.any_process(False, like)
         found = self._newest(parts)
         if found is None:
             return like

@@ -208,18 +208,20 @@ def _stack(
     """`a`, `b` and perhaps `m` of one target: its layers' tensors, padded to the largest rank."""
     first = next(iter(layers.values()))
     size_in, size_out = first["a"].shape[-1], first["b"].shape[0]
-    leaf = {
-        "a": np.zeros((len(ranks), size_in, max(ranks)), np.float32),
-        "b": np.zeros((len(ranks), max(ranks), size_out), np.float32),
-    }
-    for i, tensor in sorted(layers.items()):
+    for i, tensor in sorted(layers.items()):  # before anything of a rank that is said is allocated
         r = ranks[i]
         shapes = {"a": (r, size_in), "b": (size_out, r), "m": (size_out,)}
         if any(tensor[part].shape != shapes[part] for part in parts):
             there = ", ".join(f"{PARTS[part]} {tensor[part].shape}" for part in parts)
             expected = ", ".join(f"{PARTS[part]} {shapes[part]}" for part in parts)
             raise DataError(f"{path}: {module_name(name, i)}: found {there}, expected {expected}")
-        leaf["a"][i, :, :r], leaf["b"][i, :r] = tensor["a"].T, tensor["b"].T
+    widest = max(ranks[i] for i in layers)  # of a layer that is left out nothing is stored
+    leaf = {
+        "a": np.zeros((len(ranks), size_in, widest), np.float32),
+        "b": np.zeros((len(ranks), widest, size_out), np.float32),
+    }
+    for i, tensor in layers.items():
+        leaf["a"][i, :, : ranks[i]], leaf["b"][i, : ranks[i]] = tensor["a"].T, tensor["b"].T
     if "m" in parts:
         leaf["m"] = np.stack([layers[i]["m"] for i in range(len(ranks))])
     return leaf
