@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-from jax_lora import cli
 from tests.exactness import Ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -35,8 +34,8 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # 1 is a float too
 )
 
-# As the scripts do before JAX starts: what runs here and in processes of their own is equal.
-cli.set_xla_flags()
+# Scripts leave flags that are set: what runs here and in processes of their own is equal.
+os.environ.setdefault("XLA_FLAGS", "")
 
 LEDGER = pytest.StashKey[Ledger]()
 # Files of minutes. They begin first, or one worker would be at the last of them alone.
