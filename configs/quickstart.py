@@ -2,7 +2,7 @@
 
     make quickstart
 
-What it printed when we ran it stands in README.md.
+What it printed when we ran it stands in docs/training.md.
 """
 
 from configs import base

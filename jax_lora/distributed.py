@@ -14,7 +14,7 @@ import numpy as np
 from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, first_line
 
 
 class KeyValueStore(Protocol):
@@ -76,7 +76,7 @@ def initialize(coordinator: str = "", processes: int = -1, process: int = -1) ->
             "coordinator: found no cluster that jax knows, expected host:port in place of auto"
         ) from None
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         text = f"the processes did not meet: {reason}"
         raise OSError(errno.ETIMEDOUT, text, f"coordinator {coordinator}") from None
 

@@ -39,6 +39,16 @@ def is_lost_disk(error: BaseException | None) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none: libraries write pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All of an error's text in one line, or its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class ConfigError(ValueError):
     """A setting that a user can fix: the key, what was found and what is expected."""
 

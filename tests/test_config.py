@@ -6,8 +6,11 @@ import math
 
 import pytest
 
-from jax_lora.config import RunConfig
+from jax_lora.config import CHOICES, RunConfig
+from jax_lora.data.sources import tables
 from jax_lora.errors import ConfigError
+from jax_lora.model import attention, lora, transformer
+from jax_lora.run import initial_weights
 
 NAN, INF = math.nan, math.inf
 WRONG = [
@@ -36,3 +39,18 @@ def test_a_value_outside_of_its_domain_is_refused_by_name(key, value):
         RunConfig().replace(**{key: value})
     text = str(caught.value)
     assert text.startswith(f"config.{key}: found ") and ", expected " in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("remat", transformer.REMAT),
+        ("attention", ("auto", *attention.KERNELS)),
+        ("lora.scaling", lora.SCALINGS),
+        ("lora.variant", initial_weights.VARIANTS),
+        ("data.format", ("auto", "ni", *tables.FILES, "datasets", "hub")),
+    ],
+)
+def test_a_choice_is_what_the_module_that_reads_it_knows(key, known):
+    # The config imports no sibling, so that these lists are written twice.
+    assert CHOICES[key] == known

@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 
 from tests import scripts
 from tests.conftest import REPOSITORY, SMOKE, many_cpus
+from tests.processes import free_address
 
 
 def command(workdir: Path, *arguments: str) -> list[str]:
@@ -79,9 +79,7 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
 def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promise):
     """A cell that fails in both, then one of the smoke study, on 2 × 2 devices."""
     workdir, cell = tmp_path / "s", "r2-T2-round0-lr0.01"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        many = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
+    many = [f"--coordinator={free_address()}", "--processes=2"]
     axes = [flag for flag in SMOKE if "ranks" not in flag]
     axes += ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
     both = [
@@ -126,9 +124,7 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
 
 
 def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        many = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
+    many = [f"--coordinator={free_address()}", "--processes=2"]
     axes = ([], ["--config.sets=('T3',)"])
     both = [
         subprocess.Popen(

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 
 import pytest
@@ -16,6 +15,7 @@ from jax_lora.run import Run, initial_weights
 from jax_lora.weights import base as base_weights
 from tests.conftest import REPOSITORY, many_cpus
 from tests.parity.training import adapter_tensors, worst_error
+from tests.processes import free_address
 from tests.scripts import command
 from tests.test_scripts import lines, training
 
@@ -106,9 +106,7 @@ def test_two_processes_stop_together_and_one_device_goes_on(
     train, one, start_of_one, tmp_path, promise
 ):
     workdir = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     many = (f"--coordinator={address}", "--processes=2")
     both = [start(train(workdir, *many, f"--process={i}"), devices=4) for i in (0, 1)]
     seen = ""

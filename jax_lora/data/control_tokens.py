@@ -74,13 +74,9 @@ def _pieces(text: str) -> Iterator[str]:
         yield part[start:]
 
 
+@functools.lru_cache(maxsize=8)
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     """The texts that the tokenizer reads as control tokens."""
-    return _specials(tokenizer)
-
-
-@functools.lru_cache(maxsize=8)
-def _specials(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     added = tokenizer.added_tokens_decoder.values()
     return frozenset(token.content for token in added if token.special and token.content)
 

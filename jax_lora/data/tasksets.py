@@ -97,19 +97,8 @@ def draw(
         key: str, names: tuple[str, ...], count: int, pick: Callable[[str], Sequence[Instance]]
     ) -> TaskSet:
         def examples() -> tuple[Example, ...]:
-            tasks = [checkout.task(name) for name in names]
-            # Apart from the round and the set this is all that decides what `pick` gives.
-            guards = {
-                task.name: f"{task.content} {train_per_task} {held_out.get(task.name, 0)} {count}"
-                for task in tasks
-            }
-            file = f"{key.replace('*', 'x')}-round{round}.json"
-            rows = remembered(checkout.cache and checkout.cache / file, guards, pick)
-            return tuple(
-                task.example(Instance(id, text, tuple(outputs)))
-                for task in tasks
-                for id, text, outputs in rows[task.name]
-            )
+            decides = {n: f"{train_per_task} {held_out.get(n, 0)} {count}" for n in names}
+            return _examples(checkout, f"{key}-round{round}", decides, pick)
 
         return TaskSet(key, names, examples)
 
@@ -183,20 +172,35 @@ def validation_set(
             shuffled = _shuffled(checkout.task(name), round)
             return [one for one in shuffled if one.key not in used[name]][:per_task]
 
-        tasks = [checkout.task(name) for name in trained.tasks]
-        guards = {
-            task.name: f"{task.content} {per_task} {_hash(*sorted(used[task.name])):x}"
-            for task in tasks
-        }
-        file = f"validation-{trained.name.replace('*', 'x')}-round{round}.json"
-        rows = remembered(checkout.cache and checkout.cache / file, guards, pick)
-        return tuple(
-            task.example(Instance(id, text, tuple(outputs)))
-            for task in tasks
-            for id, text, outputs in rows[task.name]
-        )
+        decides = {n: f"{per_task} {_hash(*sorted(used[n])):x}" for n in trained.tasks}
+        return _examples(checkout, f"validation-{trained.name}-round{round}", decides, pick)
 
     return TaskSet("validation", trained.tasks, examples)
+
+
+def _examples(
+    checkout: Checkout,
+    name: str,
+    decides: Mapping[str, str],
+    pick: Callable[[str], Sequence[Instance]],
+) -> tuple[Example, ...]:
+    """The instances that `pick` gives for each task, remembered in the checkout's cache.
+
+    Arguments:
+        checkout: of the tasks.
+        name: of the file in the cache.
+        decides: task -> all that decides what `pick` gives besides the name and the task's content.
+        pick: task -> its instances.
+    """
+    tasks = [checkout.task(task) for task in decides]
+    guards = {task.name: f"{task.content} {decides[task.name]}" for task in tasks}
+    file = f"{name.replace('*', 'x')}.json"
+    rows = remembered(checkout.cache and checkout.cache / file, guards, pick)
+    return tuple(
+        task.example(Instance(id, text, tuple(outputs)))
+        for task in tasks
+        for id, text, outputs in rows[task.name]
+    )
 
 
 # ---------------------------------------------------------------- which tasks (steps 1 to 3)

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
 
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -73,12 +73,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: as `exact_match`.
     """
-    _check(prediction, references)
-    scorer = _scorer()
-    return max(
-        float(scorer.score(target=reference, prediction=prediction)["rougeL"].fmeasure)
-        for reference in references
-    )
+    return _best_rouge_l(_scorer, prediction, references)
 
 
 def rouge_l_xlingual(prediction: str, references: Sequence[str]) -> float:
@@ -97,8 +92,14 @@ def rouge_l_xlingual(prediction: str, references: Sequence[str]) -> float:
         ConfigError: GPT-2's tokenizer cannot be had from the hub.
         ValueError: as `exact_match`.
     """
+    return _best_rouge_l(_xlingual_scorer, prediction, references)
+
+
+def _best_rouge_l(
+    make: Callable[[], "RougeScorer"], prediction: str, references: Sequence[str]
+) -> float:
     _check(prediction, references)
-    scorer = _xlingual_scorer()
+    scorer = make()
     return max(
         float(scorer.score(target=reference, prediction=prediction)["rougeL"].fmeasure)
         for reference in references
@@ -286,7 +287,7 @@ def _xlingual_scorer() -> "RougeScorer":
     try:
         words = Tokenizer.from_file(hf_hub_download(source, "tokenizer.json"))
     except Exception as error:  # the hub's client has many kinds; the user needs one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"config.eval.metrics: found rougeL_xlingual, expected the tokenizer of {source} from "
             f"the hub: {reason}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from jax_lora import locks
 from jax_lora.config import RunConfig
 from jax_lora.distributed import KeyValueStore
-from jax_lora.errors import ConfigError, DataError, Stopped
+from jax_lora.errors import ConfigError, DataError, Stopped, one_line
 from jax_lora.files import Json, jsonl_line, read_json, read_jsonl, write_json, write_text
 from jax_lora.run.trackers import Tracker
 
@@ -131,7 +131,7 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
     except (ConfigError, DataError, OSError, Stopped):  # wrong input, or no error
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         failure = {"what": what, "reason": reason, "when": time.strftime("%Y-%m-%d %H:%M:%S")}
         with suppress(OSError):  # a full disk has no room for it
             write_json(path, failure)

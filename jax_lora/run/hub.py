@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from jax_lora.errors import ConfigError, RunFailed
+from jax_lora.errors import ConfigError, RunFailed, first_line
 
 
 def check(repository: str | None) -> None:
@@ -28,7 +28,7 @@ def check(repository: str | None) -> None:
     except Exception as error:  # the hub's client has many kinds; the user needs one line
         raise ConfigError(
             f"--push: found no access to the hub, expected the token of `hf auth login` or "
-            f"HF_TOKEN: {_line(error)}"
+            f"HF_TOKEN: {first_line(error)}"
         ) from None
 
 
@@ -55,11 +55,7 @@ def push(folder: str, repository: str | None, say: Callable[[str], None]) -> Non
         )
     except Exception as error:
         raise RunFailed(
-            f"--push: {repository}: {_line(error)}; {folder} is written: send it with "
+            f"--push: {repository}: {first_line(error)}; {folder} is written: send it with "
             f"`hf upload {repository} {folder}`"
         ) from error
     say(f"sent to {url}")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

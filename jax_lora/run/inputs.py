@@ -19,7 +19,7 @@ from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, read_checkout
 from jax_lora.data.prompts import TEMPLATES, Encoder, Row, RowTooLong
 from jax_lora.data.sources import user_data
-from jax_lora.data.sources.tables import is_natural_instructions
+from jax_lora.data.sources.tables import format_of, is_natural_instructions
 from jax_lora.data.sources.user_data import HELD_OUT, UserData
 from jax_lora.data.tasksets import TaskSet, draw
 from jax_lora.errors import ConfigError
@@ -89,9 +89,9 @@ def open_checkout(source: str, categories: str = "", verify: bool = False) -> Ch
 
 def _is_checkout(source: str) -> bool:
     folder = Path(source)
-    return any((folder / part).is_dir() for part in ("tasks", "splits")) or (
-        not folder.is_dir() and source.count("/") != 1
-    )
+    if folder.is_dir():
+        return format_of(folder) == "ni"
+    return source.count("/") != 1  # no hub id: read_checkout says that there is no such folder
 
 
 @functools.lru_cache(maxsize=2)
@@ -232,7 +232,7 @@ def training_rows(
             gold = chance.choice(example.references)
         return _training_row(encoder, example, gold)
 
-    return [row for _, row in _fitting(encode, taskset, strict)]
+    return [row for _, row in fitting(encode, taskset, strict)]
 
 
 @functools.cache
@@ -244,12 +244,13 @@ def prompt_rows(
     encoder: Encoder, taskset: TaskSet, strict: bool = True
 ) -> list[tuple[Example, Row]]:
     """What is to be answered: every example with its prompt; for `strict` see `training_rows`."""
-    return _fitting(functools.partial(_prompt_row, encoder), taskset, strict)
+    return fitting(functools.partial(_prompt_row, encoder), taskset, strict)
 
 
-def _fitting(
+def fitting(
     encode: Callable[[Example], Row], taskset: TaskSet, strict: bool
 ) -> list[tuple[Example, Row]]:
+    """The examples of a set with their rows; for `strict` see `training_rows`."""
     found, too_long = [], []
     for example in taskset.examples:
         try:

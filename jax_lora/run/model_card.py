@@ -47,7 +47,7 @@ def card(written: Path, name: str, base: str | None, adapter: str | None) -> str
     lines += ["tags: [jax-lora, lora]" if adapter else "tags: [jax-lora]", "---", ""]
     kind = "A LoRA adapter of" if is_adapter else "A model made from"
     lines += [f"# {name.split('/')[-1]}", "", f"{kind} {shown} (digest `{digest[:12]}`),"]
-    lines += ["written by [jax_lora](https://pypi.org/project/jax-lora/)'s `convert.py`.", ""]
+    lines += ["written by `convert.py` of jax_lora.", ""]
     if run is not None and config is not None:
         lines += _run_sections(run, config, saved)
     return "\n".join(lines)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from jax_lora import sharding
 from jax_lora.run.prepare import Inputs, Training
 from jax_lora.training import loop
 from jax_lora.training.nonfinite import cause
@@ -36,8 +34,7 @@ def handle(given: Inputs, training: Training, state: State, report: loop.Report)
       FloatingPointError: it is "stop"; or the loss alone is not finite, which nothing skips.
     """
     batch = given.batches.at(report.step - 1)
-    put = functools.partial(sharding.shard_batch, mesh=given.mesh)
-    found = cause(state, training.frozen, batch, training.step, report.step, put)
+    found = cause(state, training.frozen, batch, training.step, report.step, given.device_put)
     chosen, where = batch, ""
     if found.micro is not None:
         chosen = [batch[found.micro]]

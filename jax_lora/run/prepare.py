@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
-from jax_lora.data.loader import Batches
+from jax_lora.data.loader import Batches, MicroBatch
 from jax_lora.data.prompts import Row
 from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
@@ -69,6 +69,10 @@ class Inputs:
     def parameters(self) -> pd.DataFrame:
         """Frozen and trainable parameters by module, see `counts.table`."""
         return counts.table(self.shapes, self.mask)
+
+    def device_put(self, batch: MicroBatch) -> MicroBatch:
+        """A micro-batch on the devices of the run."""
+        return sharding.shard_batch(batch, self.mesh)
 
 
 def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Inputs:

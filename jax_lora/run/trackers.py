@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jax_lora.config import RunConfig
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, one_line
 from jax_lora.files import read_json, write_json
 
 
@@ -75,10 +75,9 @@ class WandB:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except (wandb.errors.Error, OSError) as error:
-            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"config.tracker: found wandb, which did not start: {reason}; expected a login, or "
-                "WANDB_MODE=offline"
+                f"config.tracker: found wandb, which did not start: {one_line(error)}; expected a "
+                "login, or WANDB_MODE=offline"
             ) from None
         write_json(path, known)
 

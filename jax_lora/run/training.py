@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
@@ -100,13 +99,12 @@ def fit(
     checkpoints, state, last = training.checkpoints, training.state, training.start
     stop = last if checkpoints.best.ends(config.stop_after) else total
     agreement = distributed.StopAgreement(distributed.key_value_store(), jax.process_index())
-    put = functools.partial(sharding.shard_batch, mesh=given.mesh)
     batches = given.batches.stream(training.start, stop)
     unread = None  # the report of the step before: read only once the next one is on its way
     stopping = False
     log = _Log(given, training, workdir if is_primary else None)
     with running(what_is_safe(given, checkpoints)), closing(log):
-        steps = loop.train(state, training.frozen, batches, training.step, put)
+        steps = loop.train(state, training.frozen, batches, training.step, given.device_put)
         for state, report in steps:
             if unread is not None:
                 log.read(unread, state)
@@ -139,7 +137,6 @@ class _Log:
     def __init__(self, given: Inputs, training: Training, workdir: Path | None):
         self.tokens = self._padded = 0
         self._given, self._training = given, training
-        self._put = functools.partial(sharding.shard_batch, mesh=given.mesh)
         self._validation, self._metrics = "", None
         if workdir:
             tracker = open_tracker(workdir, training.start, given.resolved.config)
@@ -196,9 +193,9 @@ class _Log:
         self._bar.update()
 
     def _validate(self, step: int, state: State) -> dict[str, float]:
-        data, training = self._given.validation, self._training
-        assert data is not None  # see `validation.read`
-        found = validate(state, training.frozen, data, training.step, self._put)
+        given, training = self._given, self._training
+        assert given.validation is not None  # see `validation.read`
+        found = validate(state, training.frozen, given.validation, training.step, given.device_put)
         training.checkpoints.best = training.checkpoints.best.after(step, found.loss)
         self._validation = f", validation {found.loss:.3f}"
         self._speed.resume()
@@ -238,8 +235,7 @@ def validate_checkpoint(
     step, trainable = Checkpoints(folder, single_process=True).restore_trainable(trainable, step)
     state = State(sharding.shard(jnp.asarray(step, jnp.int32), given.mesh), trainable, None)
     functions = given.resolved.step(optax.identity(), given.mesh)
-    put = functools.partial(sharding.shard_batch, mesh=given.mesh)
-    return step, validate(state, frozen, given.validation, functions, put)
+    return step, validate(state, frozen, given.validation, functions, given.device_put)
 
 
 def what_is_safe(given: Inputs, checkpoints: Checkpoints) -> Callable[[BaseException], str]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 from jax_lora.config import RunConfig
 from jax_lora.data.example import Example
 from jax_lora.data.instructions import Checkout
 from jax_lora.data.loader import Batches
-from jax_lora.data.prompts import Encoder, Row, RowTooLong
+from jax_lora.data.prompts import Encoder, Row
 from jax_lora.data.tasksets import TaskSet, validation_set
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.run import inputs
 from jax_lora.training.validation import ValidationData
 
-logger = logging.getLogger(__name__)
 AT_ONCE = 1024  # examples that are sorted by length together and put into micro-batches
 
 
@@ -62,17 +59,7 @@ def read(config: RunConfig, encoder: Encoder, row_groups: int = 1) -> Validation
                 "data.validation_path, or a share such as data.validation=0.02"
             )
         return None
-    found, too_long = [], []
-    for example in taskset.examples:
-        try:
-            found.append((example, encoder.training_row(example)))
-        except RowTooLong as error:
-            if inputs.is_strict(config):
-                raise
-            too_long.append(str(error))
-    if too_long:
-        count, one = len(too_long), too_long[0]
-        logger.warning("validation: %d rows left out that are too long, such as %s", count, one)
+    found = inputs.fitting(encoder.training_row, taskset, inputs.is_strict(config))
     if not found:
         raise DataError(f"{config.data.path}: found no example to validate on, expected some")
     rows = [row for _, row in found]

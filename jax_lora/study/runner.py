@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jax_lora import locks
-from jax_lora.errors import is_lost_disk
+from jax_lora.errors import is_lost_disk, one_line
 from jax_lora.files import write_json
 from jax_lora.study.grid import Cell
 
@@ -112,7 +112,7 @@ def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange) -> None:
     except Exception as error:
         if is_lost_disk(error):  # no fault of the cell: this worker ends, and may be started again
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         fail(folder, reason, traceback.format_exc())
         on_change(cell, f"failed: {reason}")
         return

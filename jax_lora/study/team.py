@@ -23,26 +23,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
+from jax_lora.distributed import KeyValueStore
 from jax_lora.errors import ConfigError, Stopped
 from jax_lora.locks import SILENCE
 
 logger = logging.getLogger(__name__)
 
 
-class Store(Protocol):
-    """What is used of the client that `jax_lora.distributed.key_value_store` gives."""
-
-    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
-    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
-
-
 class Team:
     """This process among those of its worker; inside of a `with`. A single process leads no others.
 
     Args:
-      store: that all processes see; None for a single process.
+      store: that all processes see, see `distributed.key_value_store`; None for a single process.
       process, processes: which one this is, from 0, and how many there are.
       beat: seconds between two looks into the store.
       patience: seconds that all have to end a training once one has failed in it. Longer than JAX
@@ -53,7 +46,7 @@ class Team:
 
     def __init__(
         self,
-        store: Store | None = None,
+        store: KeyValueStore | None = None,
         process: int = 0,
         processes: int = 1,
         *,

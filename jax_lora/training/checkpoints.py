@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jax_lora import distributed
-from jax_lora.errors import ConfigError, DataError
+from jax_lora.errors import ConfigError, DataError, one_line
 from jax_lora.files import flush_folder, read_json
 from jax_lora.training.digests import examine
 from jax_lora.training.step import State
@@ -238,7 +238,7 @@ class Checkpoints:
                 _remove_unfinished(self._folder)
             number = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))
             code = int(number[1] or number[2]) if number else getattr(error, "errno", None)
-            text = os.strerror(code) if code else " ".join(str(error).split())[:200]
+            text = os.strerror(code) if code else one_line(error)[:200]
             raise OSError(code or errno.EIO, text, str(self._folder)) from error
 
     def _finish(self) -> None:
@@ -297,7 +297,7 @@ class Checkpoints:
         except Exception as error:  # of tensorstore, JSON, …: whatever damage makes them raise
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error)[:200]
         if not self._single_process and distributed.any_process(bool(reason), restored):
             return None, reason or "another process cannot read it"
         if reason:

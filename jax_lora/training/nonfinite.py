@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jax_lora.data.loader import MicroBatch
+from jax_lora.training.loop import loss_weight
 from jax_lora.training.step import State, Step, zeros
 from jax_lora.training.trainable_mask import leaf_name
 
@@ -51,7 +52,7 @@ def cause(
     ):
         if names := _not_finite(half):
             return Cause(f"{words}: {names[0]} is not finite", None)
-    weight = np.float32(sum(float(micro.loss_weights[:, 1:].sum()) for micro in batch))
+    weight = loss_weight(batch)
     diff_params = functions.prepare(state, frozen)
     number = state.step * 0 + (step - 1)  # where state.step lies; dropout's keys depend on it
     for i, micro in enumerate(batch):

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from jax_lora.config import OPTIMIZER_KEYS, OptimConfig
+from jax_lora.config import CHOICES, OPTIMIZER_KEYS, OptimConfig
 from jax_lora.errors import ConfigError
 from jax_lora.training.trainable_mask import leaf_name
-
-SCHEDULES = ("linear", "cosine", "constant")
 
 # Name → (learning rate, **the keys that `config.OPTIMIZER_KEYS` lists for it) → the optimizer.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -34,8 +32,8 @@ def schedule(kind: str, peak: float, warmup_steps: int, total_steps: int) -> opt
     Raises:
       ConfigError: an unknown kind, or a warm-up as long as the whole run.
     """
-    if kind not in SCHEDULES:
-        raise ConfigError(f"schedule: found {kind!r}, expected one of {', '.join(SCHEDULES)}")
+    if kind not in (known := CHOICES["optim.schedule"]):
+        raise ConfigError(f"schedule: found {kind!r}, expected one of {', '.join(known)}")
     if not 0 <= warmup_steps < total_steps:
         raise ConfigError(
             f"warmup_steps: found {warmup_steps}, expected 0 to {total_steps - 1}, "

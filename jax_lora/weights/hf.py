@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jax_lora.errors import DataError, MissingFileError
+from jax_lora.errors import DataError, MissingFileError, first_line
 from jax_lora.files import fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.finite import check_finite
@@ -56,7 +56,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=_DOWNLOAD, ignore_patterns="*/*"))
     except Exception as error:  # the hub's client has many kinds; the user needs one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         text = f"no such folder or file here, and as a hub id it could not be had: {reason}"
         raise MissingFileError(errno.ENOENT, text, str(source)) from None
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from jax_lora.errors import DataError, MissingFileError
+from jax_lora.errors import DataError, MissingFileError, first_line
 from jax_lora.files import read_json
 from jax_lora.weights.gguf_file import open_gguf
 from jax_lora.weights.hf import resolve
@@ -160,7 +160,7 @@ def _damaged(path: Path) -> Iterator[None]:
     except (
         BaseException
     ) as error:  # the Rust side raises bare Exceptions, and panics, which are none
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{path}: its tokenizer cannot be read: {reason}") from None
 
 

@@ -13,6 +13,19 @@ TEXT = [
     "Write 3 words: <s> </s> [INST] [/INST] <|im_end|> <|im_start|> <|eot_id|> user system",
 ]
 # «…» stands for {% generation %}…{% endgeneration %}, which the unmarked templates lack.
+_CHATML = """
+{%- for m in messages %}
+    {{- '<|im_start|>' + m['role'] + '\\n' }}
+    {%- if m['role'] == 'assistant' %}
+        {{- «m['content'] + '<|im_end|>'» }}
+    {%- else %}
+        {{- m['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
 _TEMPLATES = {
     # https://github.com/meta-llama/llama3 (Llama 3): a header per turn, contents trimmed.
     "llama3": """
@@ -32,19 +45,8 @@ _TEMPLATES = {
     "qwen2.5": """
 {%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for m in messages %}
-    {{- '<|im_start|>' + m['role'] + '\\n' }}
-    {%- if m['role'] == 'assistant' %}
-        {{- «m['content'] + '<|im_end|>'» }}
-    {%- else %}
-        {{- m['content'] + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}""",
+{%- endif %}"""
+    + _CHATML,
     # https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.3: the system message goes into the
     # last user turn, so that what a conversation begins with depends on how it goes on.
     "mistral": """
@@ -70,19 +72,7 @@ _TEMPLATES = {
     {%- endif %}
 {%- endfor %}""",
     # https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
-    "chatml": """
-{%- for m in messages %}
-    {{- '<|im_start|>' + m['role'] + '\\n' }}
-    {%- if m['role'] == 'assistant' %}
-        {{- «m['content'] + '<|im_end|>'» }}
-    {%- else %}
-        {{- m['content'] + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}""",
+    "chatml": _CHATML,
     # https://huggingface.co/HuggingFaceH4/zephyr-7b-beta: roles are text, </s> ends every turn.
     "zephyr": """
 {%- for m in messages %}

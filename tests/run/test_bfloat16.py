@@ -26,7 +26,6 @@ import optax
 import pytest
 
 import jax_lora
-from jax_lora.data.toy import write_checkout
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
 from jax_lora.model.transformer import Llama
@@ -39,26 +38,17 @@ RANK, STEPS, NEW_TOKENS = 40, 20, 8
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, tmp_path_factory):
-    toy = write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
-    return jax_lora.RunConfig().replace(
-        model=str(tiny_model),
-        dtype="float32",
+def config(tiny_run):
+    return tiny_run(
         max_steps=STEPS,
-        batch_size=8,
         micro_tokens=2048,
         **{
             "lora.rank": RANK,
             "lora.dropout": 0.1,
-            "optim.warmup_steps": 1,
             "optim.learning_rate": 5e-4,
-            "data.path": str(toy),
             "data.packed": True,
             "data.test_per_task": 1,
             "data.train_per_task": 8,
-            "data.buckets": (384,),
-            "data.source_length": 320,
-            "eval.buckets": (384,),
         },
     )
 

@@ -14,7 +14,6 @@ import pytest
 
 import jax_lora
 from jax_lora import locks
-from jax_lora.data.toy import write_checkout
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import read_json, read_jsonl
 from jax_lora.run import folder, prepare
@@ -24,28 +23,8 @@ from tests.study.test_runner import foreign
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, tmp_path_factory):
-    toy = write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
-    return jax_lora.RunConfig().replace(
-        model=str(tiny_model),
-        dtype="float32",
-        max_steps=6,
-        batch_size=8,
-        micro_tokens=1536,
-        checkpoint_every=2,
-        **{
-            "lora.rank": 2,
-            "optim.warmup_steps": 1,
-            "optim.learning_rate": 1e-3,
-            "data.path": str(toy),
-            "data.test_per_task": 2,
-            "data.train_per_task": 4,
-            "data.buckets": (384,),
-            "data.source_length": 320,
-            "eval.buckets": (384,),
-            "eval.max_new_tokens": 3,
-        },
-    )
+def config(tiny_run):
+    return tiny_run(max_steps=6, micro_tokens=1536, checkpoint_every=2)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import jax_lora
-from jax_lora.data.toy import write_checkout
 from jax_lora.errors import Stopped
 from jax_lora.training.optimizers import OPTIMIZERS
 
@@ -12,25 +11,16 @@ RATES = {"adamw": 1e-2, "adam": 1e-2, "sgd": 1.0, "adafactor": 1.0, "lion": 1e-3
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, tmp_path_factory):
-    toy = write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
-    return jax_lora.RunConfig().replace(
-        model=str(tiny_model),
-        dtype="float32",
+def config(tiny_run):
+    return tiny_run(
         batch_size=4,
         micro_tokens=1536,
         epochs=1,
         **{
-            "lora.rank": 2,
             "lora.targets": ("q_proj",),
             "optim.warmup_steps": 0,
             "optim.schedule": "constant",
             "optim.loraplus_lr_ratio": 4.0,
-            "data.path": str(toy),
-            "data.test_per_task": 2,
-            "data.train_per_task": 4,
-            "data.buckets": (384,),
-            "data.source_length": 320,
         },
     )
 

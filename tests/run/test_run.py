@@ -28,28 +28,8 @@ from tests.study.test_team import Store
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, tmp_path_factory):
-    toy = write_checkout(tmp_path_factory.mktemp("toy"), instances_per_task=12)
-    return jax_lora.RunConfig().replace(
-        model=str(tiny_model),
-        dtype="float32",
-        max_steps=4,
-        batch_size=8,
-        micro_tokens=1024,
-        checkpoint_every=2,
-        **{
-            "lora.rank": 2,
-            "optim.warmup_steps": 1,
-            "optim.learning_rate": 1e-3,
-            "data.path": str(toy),
-            "data.test_per_task": 2,
-            "data.train_per_task": 4,
-            "data.buckets": (384,),
-            "data.source_length": 320,
-            "eval.buckets": (384,),
-            "eval.max_new_tokens": 3,
-        },
-    )
+def config(tiny_run):
+    return tiny_run(max_steps=4, checkpoint_every=2)
 
 
 @pytest.fixture(scope="module")

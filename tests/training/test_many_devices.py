@@ -1,11 +1,6 @@
 """Many devices do what one does: on 8 fake ones in every mesh, and in 2 processes of 4 each."""
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +11,7 @@ from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.optimizers import OPTIMIZERS
 from jax_lora.training.step import State
-from tests.conftest import REPOSITORY, many_cpus
+from tests.processes import finish, start, start_two
 from tests.training import many_devices
 
 # Every axis alone, and with others; fsdp with tensor alone is the mesh of two processes, and all
@@ -24,30 +19,7 @@ from tests.training import many_devices
 MESHES = ["8,1,1", "1,8,1", "1,1,8", "2,1,4"]
 WHAT = "a step on 8 devices instead of 1, any mesh, ranks 1, 3, 8 and above D"
 slow = pytest.mark.slow  # a minute or two for each of the fixtures
-PATIENCE = 600  # seconds, for a hang to become a failure
-
-
-def start(devices, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.many_devices", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | many_cpus(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(*processes):
-    """What the processes wrote, all of them well."""
-    with contextlib.ExitStack() as stack:
-        for process in processes:
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        written = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    for process, text in zip(processes, written, strict=True):
-        assert process.returncode == 0, text
-    return written
+DRIVER = "tests.training.many_devices"
 
 
 def equal(promise, what, found):
@@ -60,7 +32,7 @@ def equal(promise, what, found):
 def eight(tmp_path_factory):
     """The results of a process with 8 devices, the folder it wrote and what it said."""
     folder = tmp_path_factory.mktemp("eight")
-    (said,) = finish(start(8, folder, *MESHES, "--more"))
+    (said,) = finish(start(DRIVER, 8, folder, *MESHES, "--more"))
     return json.loads((folder / "0.json").read_text()), folder, said
 
 
@@ -68,17 +40,13 @@ def eight(tmp_path_factory):
 def two(tmp_path_factory):
     """The results of two processes with 4 devices each, and the folder they wrote."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     # 1,2,4: parameters and rows are cut between the processes, heads within each.
-    common = (folder, "1,2,4", "--coordinator", address, "--processes", 2)
-    finish(*(start(4, *common, "--process", i) for i in (0, 1)))
+    finish(*start_two(DRIVER, folder, "1,2,4"))
     return [json.loads((folder / f"{i}.json").read_text()) for i in (0, 1)], folder
 
 
 def test_a_mesh_equals_one_device(tmp_path, promise):
-    finish(start(8, tmp_path, "2,2,2"))
+    finish(start(DRIVER, 8, tmp_path, "2,2,2"))
     results = json.loads((tmp_path / "0.json").read_text())
     equal(promise, WHAT, results["2,2,2"])
     assert {*results["optimizers"]} == {*OPTIMIZERS}

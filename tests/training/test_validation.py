@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +14,7 @@ from jax_lora.data.prompts import Row
 from jax_lora.training import trainable_mask
 from jax_lora.training.step import State, make_step
 from jax_lora.training.validation import Best, ValidationData, validate
-from tests.conftest import REPOSITORY, many_cpus
+from tests.processes import finish, start, start_two
 from tests.training.test_step import MODEL, variables
 
 
@@ -122,22 +118,12 @@ def test_the_best_is_the_first_of_the_lowest():
 # ---------------------------------------------------------------- many devices
 
 
-def start(devices, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.validated", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | many_cpus(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+DRIVER = "tests.training.validated"
 
 
-def finish(folder, *processes):
-    """The losses that each of the processes found, on one device and on the mesh."""
-    for process in processes:
-        text = process.communicate(timeout=600)[0]
-        assert process.returncode == 0, text
+def equal(folder, processes):
+    """The losses that each of the processes found, on one device and on the mesh, are equal."""
+    finish(*processes)
     for i in range(len(processes)):
         one, many = json.loads((folder / f"{i}.json").read_text())
         assert one[2] == many[2]
@@ -145,13 +131,9 @@ def finish(folder, *processes):
 
 
 def test_eight_devices_validate_as_one(tmp_path):
-    finish(tmp_path, start(8, tmp_path, "2,2,2"))
+    equal(tmp_path, [start(DRIVER, 8, tmp_path, "2,2,2")])
 
 
 @pytest.mark.slow
 def test_two_processes_validate_as_one_device(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = (tmp_path, "1,2,4", "--coordinator", address, "--processes", 2)
-    finish(tmp_path, *(start(4, *common, "--process", i) for i in (0, 1)))
+    equal(tmp_path, start_two(DRIVER, tmp_path, "1,2,4"))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jax_lora.errors import ConfigError, DataError, MissingFileError
+from jax_lora.errors import ConfigError, DataError, MissingFileError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -133,7 +133,7 @@ def load(source: str, format: str, cache: str | None = None) -> Mapping[str, dat
         else:
             loaded = datasets.load_dataset(source, cache_dir=cache)
     except Exception as error:  # datasets, pyarrow and the hub's client have a hundred kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         text = f"datasets cannot load it ({reason})"
         if isinstance(error, FileNotFoundError):
             raise MissingFileError(errno.ENOENT, text, source) from error
@@ -217,6 +217,6 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = [batch.to_pylist() for batch in file.iter_batches()]
     except Exception as error:  # pyarrow raises what it likes over a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{path}: not valid Parquet: {reason}") from None
     yield from enumerate((row for batch in batches for row in batch), 1)
