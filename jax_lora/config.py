@@ -15,10 +15,19 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jax_lora.errors import ConfigError
 
 SETS = "T100 T250 T500 Tall T*100 T*500"
+
+
+class MeshSizes(NamedTuple):
+    """Devices along each axis of the mesh, in the mesh's order of axes."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,8 @@ class MeshConfig:
     fsdp: int = -1  # shards of the parameters, each with its own rows
     tensor: int = 1  # shards of the heads and of the MLP, all with the same rows
 
-    def sizes(self, devices: int) -> tuple[int, int, int]:
-        """The sizes of data, fsdp and tensor on that many devices.
+    def sizes(self, devices: int) -> MeshSizes:
+        """The sizes on that many devices.
 
         Raises:
           ConfigError: sizes that do not multiply to the number of devices.
@@ -45,8 +54,7 @@ class MeshConfig:
                 "devices, expected data × fsdp × tensor to be their number; one of the sizes may "
                 "be -1, which takes what the others leave"
             )
-        data, fsdp, tensor = sizes
-        return data, fsdp, tensor
+        return MeshSizes(*sizes)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from jax_lora.errors import ConfigError
+from jax_lora.config import MeshConfig, MeshSizes
 from jax_lora.model.arch import LINEARS, NORMS
 
-AXES = ("data", "fsdp", "tensor")
+AXES = MeshSizes._fields
 ROWS = P(("data", "fsdp"))  # of a batch
 # Logical axes of activations, see `Llama.shard_activation` → mesh axes.
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
@@ -71,31 +71,19 @@ _FACTORED = re.compile(r"(.*/)?v_(row|col)/.*")
 # ------------------------------------------------------------------ meshes and shardings
 
 
-def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices.
 
     Args:
-      sizes: of data, fsdp and tensor; one of them may be -1, which takes what the others leave.
+      sizes: one of them may be -1, which takes what the others leave.
       devices: by default those of all processes.
 
     Raises:
       ConfigError: sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    found = " × ".join(map(str, sizes))
-    if len(sizes) != 3 or list(sizes).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise ConfigError(
-            f"mesh: found {found}, expected the sizes of data, fsdp and tensor, each at least 1, "
-            "or -1 for one that takes what the others leave"
-        )
-    left = len(devices) // int(np.prod([n for n in sizes if n != -1]))
-    full = tuple(left if n == -1 else n for n in sizes)
-    if np.prod(full) != len(devices):
-        raise ConfigError(
-            f"mesh: found data × fsdp × tensor = {found} on {len(devices)} devices, expected "
-            f"a product of {len(devices)}"
-        )
-    return jax.make_mesh(full, AXES, (AxisType.Auto,) * 3, devices=devices)
+    sizes = MeshConfig(*sizes).sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def row_groups(mesh: Mesh | AbstractMesh | None) -> int:

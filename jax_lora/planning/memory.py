@@ -24,6 +24,7 @@ from functools import lru_cache
 
 import jax.numpy as jnp
 
+from jax_lora.config import MeshSizes
 from jax_lora.planning.steps import PlannedStep, trees, variables
 from jax_lora.planning.targets import Device
 from jax_lora.sharding import local_bytes
@@ -102,7 +103,7 @@ def memory(step: PlannedStep) -> Memory:
 
 def _residuals(step: PlannedStep) -> int:
     c, (d, f) = step.shape, _RESIDUALS[step.config.remat]
-    *_, tensor = step.resolved.mesh_sizes
+    tensor = step.resolved.mesh_sizes.tensor
     numbers = d * c.hidden_size + f * c.intermediate_size / tensor
     if step.config.remat != "full":
         # The products that the backward pass reads, and the result of the attention.
@@ -114,18 +115,18 @@ def _residuals(step: PlannedStep) -> int:
 
 def _layer(step: PlannedStep, gradients: int) -> int:
     c, (d, f) = step.shape, _BACKWARD[step.config.remat]
-    width, (_, fsdp, tensor) = _width(step), step.resolved.mesh_sizes
+    width, mesh = _width(step), step.resolved.mesh_sizes
     tokens = step.rows * step.length
-    activations = tokens * (d * c.hidden_size + f * c.intermediate_size / tensor)
+    activations = tokens * (d * c.hidden_size + f * c.intermediate_size / mesh.tensor)
     scores = 0.0
     if step.resolved.attention == "xla":
-        scores = step.rows * c.num_attention_heads / tensor * step.length**2 * 4
+        scores = step.rows * c.num_attention_heads / mesh.tensor * step.length**2 * 4
     if step.resolved.platform == "tpu":
         # What trains is cast for all layers at once, before the loops; kernels of a layer pass
         # through vector memory, but for the widest where `fsdp` gathers them.
         cast = gradients * width / 4 if width < 4 else 0
-        widest = max(a * b for a, b in c.linear_shapes().values()) / tensor
-        gathered = widest * width if fsdp > 1 else 0
+        widest = max(a * b for a, b in c.linear_shapes().values()) / mesh.tensor
+        gathered = widest * width if mesh.fsdp > 1 else 0
         return int(activations * width + scores + cast + gathered)
     kernels, adapters = _numbers(step)
     return int((activations + kernels + adapters) * width + scores + _gathered(step))
@@ -134,7 +135,7 @@ def _layer(step: PlannedStep, gradients: int) -> int:
 def _numbers(step: PlannedStep) -> tuple[float, float]:
     # Numbers in the kernels and in the adapters (or their deltas A·B) of one layer.
     linear, resolved = step.shape.linear_shapes(), step.resolved
-    *_, tensor = resolved.mesh_sizes
+    tensor = resolved.mesh_sizes.tensor
     adapters = 0.0
     for name in step.config.lora.targets if resolved.is_lora else ():
         a, b = linear[name]
@@ -145,7 +146,7 @@ def _numbers(step: PlannedStep) -> tuple[float, float]:
 def _gathered(step: PlannedStep) -> float:
     # What `fsdp` gathers: the adapters of one layer in float32. Those of all layers were cast
     # before the loops; a materialized delta was not.
-    _, fsdp, _ = step.resolved.mesh_sizes
+    fsdp = step.resolved.mesh_sizes.fsdp
     if fsdp == 1:
         return 0.0
     _, adapters = _numbers(step)
@@ -155,22 +156,22 @@ def _gathered(step: PlannedStep) -> float:
 
 def _materializing(step: PlannedStep) -> int:
     # On several devices: one B of all layers, gathered.
-    materialized, (_, fsdp, tensor) = step.resolved.materialized, step.resolved.mesh_sizes
-    if not materialized or fsdp == 1:
+    materialized, mesh = step.resolved.materialized, step.resolved.mesh_sizes
+    if not materialized or mesh.fsdp == 1:
         return 0
     linear = step.shape.linear_shapes()
     widest = max(linear[name][1] for name in materialized)
-    return 4 * step.shape.num_hidden_layers * step.config.lora.rank * widest // tensor
+    return 4 * step.shape.num_hidden_layers * step.config.lora.rank * widest // mesh.tensor
 
 
 def _logits(step: PlannedStep) -> int:
     # In float32, their gradient, and the softmax between the two.
     c, tokens = step.shape, step.rows * step.length
-    _, fsdp, tensor = step.resolved.mesh_sizes
-    found = min(step.config.loss_chunk, tokens) * c.vocab_size // tensor * 12
+    mesh = step.resolved.mesh_sizes
+    found = min(step.config.loss_chunk, tokens) * c.vocab_size // mesh.tensor * 12
     if step.resolved.platform == "tpu":
         # The hidden states in the order of the chunks, and the table where `fsdp` does not cut it.
-        table = c.vocab_size // tensor if fsdp == 1 else 0
+        table = c.vocab_size // mesh.tensor if mesh.fsdp == 1 else 0
         found += (table + 4 * tokens) * c.hidden_size * _width(step)
     return found
 
@@ -193,7 +194,7 @@ def fewest(step: PlannedStep, device: Device) -> int | None:
     """Fewest devices, a power of two, on which one row each fits, sharded by `fsdp`; or None."""
     count = 1
     while count <= MOST_DEVICES:
-        resolved = replace(step.resolved, mesh_sizes=(1, count, 1))
+        resolved = replace(step.resolved, mesh_sizes=MeshSizes(fsdp=count))
         if memory(replace(step, rows=1, resolved=resolved)).peak <= device.usable:
             return count
         count *= 2

@@ -72,13 +72,13 @@ def summary(model: str, step: PlannedStep, where: Target) -> str:
             method += f"; A·B materialized once per step for {', '.join(resolved.materialized)}"
     parameters = counts.table(*variables(step))
     frozen, trainable = (int(parameters[kind].to_numpy().sum()) for kind in ("frozen", "trainable"))
-    data, fsdp, tensor = resolved.mesh_sizes
+    mesh = " × ".join(f"{axis} {size}" for axis, size in resolved.mesh_sizes._asdict().items())
     return (
         f"{model}, {method}\n"
         f"{frozen:,} frozen parameters, {trainable:,} trainable "
         f"({100 * trainable / (frozen + trainable):.3f}%)\n"
         f"{step.devices} × {where.kind} of {where.device.bytes / GIB:.2f} GiB; "
-        f"mesh data {data} × fsdp {fsdp} × tensor {tensor}\n"
+        f"mesh {mesh}\n"
         f"{config.dtype}, remat {config.remat}, attention {resolved.attention}; the micro-batch "
         f"that needs most memory: {step.rows} × {step.length} tokens per device"
     )

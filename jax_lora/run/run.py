@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import PyTree
 
 from jax_lora import distributed, sharding
-from jax_lora.config import RunConfig
+from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.evaluation import metrics
 from jax_lora.files import local_path
 from jax_lora.generation import scheduler
@@ -265,7 +265,7 @@ class Run:
                 trained,
                 dropout_rate=config.lora.dropout,
                 materialized=materialized,
-                mesh=sharding.make_mesh((1, -1, 1)) if several else None,
+                mesh=sharding.make_mesh(MeshSizes(fsdp=-1)) if several else None,
             ):
                 self._say(f"  {name:<32}loss {loss:.1e}  gradient {gradient:.1e}, relative")
                 good &= loss <= 1e-5 and gradient <= 1e-5

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jax_lora import sharding
-from jax_lora.config import RunConfig
+from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.data.example import Example
 from jax_lora.data.packing import bucket_for
 from jax_lora.data.prompts import Encoder, Row
@@ -160,7 +160,7 @@ def copies(config: RunConfig) -> list[Mesh]:
             f"{len(devices)}"
         )
     groups = (devices[i : i + share] for i in range(0, len(devices), share))
-    return [sharding.make_mesh((1, 1, share), group) for group in groups]
+    return [sharding.make_mesh(MeshSizes(tensor=share), group) for group in groups]
 
 
 def generators(

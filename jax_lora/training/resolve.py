@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_lora.config import RunConfig
+from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.model import attention, lora, xla_cpu
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -28,7 +28,7 @@ class Resolved:
       config: as it was given, but for its dtype.
       shape: of the base model.
       platform: "cpu", "gpu"/"cuda" or "tpu".
-      mesh_sizes: of data, fsdp and tensor; their product is the number of devices.
+      mesh_sizes: their product is the number of devices.
       attention: the kernel, among `attention.KERNELS`.
       materialized: the targets whose delta s·A·B is formed once per step.
     """
@@ -36,7 +36,7 @@ class Resolved:
     config: RunConfig
     shape: LlamaConfig
     platform: str
-    mesh_sizes: tuple[int, int, int]
+    mesh_sizes: MeshSizes
     attention: str
     materialized: tuple[str, ...]
 
@@ -58,8 +58,7 @@ class Resolved:
     @property
     def row_groups(self) -> int:
         """Groups of devices that compute different rows: data × fsdp."""
-        data, fsdp, _ = self.mesh_sizes
-        return data * fsdp
+        return self.mesh_sizes.data * self.mesh_sizes.fsdp
 
     def model(self) -> Llama:
         """The Flax module that training applies."""

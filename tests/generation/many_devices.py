@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import sharding
+from jax_lora.config import MeshSizes
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model.transformer import Llama
 from tests.training.many_devices import CONFIG, communication, variables
@@ -37,7 +38,7 @@ def held(tree, device):
 
 
 def answered(count):
-    mesh = sharding.make_mesh((1, 1, count), jax.devices()[:count])
+    mesh = sharding.make_mesh(MeshSizes(tensor=count), jax.devices()[:count])
     model = Llama(CONFIG, dtype=jnp.float32, shard_activation=sharding.Activations(mesh))
     weights = greedy.unstack_layers(variables(), mesh)
     rows = greedy.empty_rows(model, 4, 38, 6)

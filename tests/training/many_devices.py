@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from jax_lora import distributed, sharding
-from jax_lora.config import OptimConfig
+from jax_lora.config import MeshSizes, OptimConfig
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model.arch import ATTENTION, GROUP
 from jax_lora.model.config import LlamaConfig
@@ -171,7 +171,7 @@ def optimizers_on(mesh):
 def cuts():
     """How far 128 rows on 8 devices as 1 × 128, 4 × 32 and 128 × 1 are from 1 × 128 on one."""
     batch, found = packed_batch(4, 128), {}
-    expected, mesh = step_on(None, [batch]), sharding.make_mesh((1, 8, 1))
+    expected, mesh = step_on(None, [batch]), sharding.make_mesh(MeshSizes(fsdp=8))
     for rows in (128, 32, 1):
         micros = list(cut(batch, rows, sharding.row_groups(mesh)))
         found[f"{128 // rows} × {rows}"] = deviation(step_on(mesh, micros), expected)
@@ -218,7 +218,7 @@ def saved_and_restored(state, folder):
     if jax.process_index() == 0:
         np.savez(folder / "state.npz", *jax.tree.leaves(values))
     checkpoints = Checkpoints(folder / "checkpoints")
-    like = sharding.abstract(state, sharding.make_mesh((1, 8, 1)))
+    like = sharding.abstract(state, sharding.make_mesh(MeshSizes(fsdp=8)))
     restored = checkpoints.restore(like)
     checkpoints.close()
     placed = jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, like)
@@ -240,16 +240,16 @@ def main():
     expected = step_on(None)
     results, state = {}, None
     for name in given.mesh:
-        *found, state = step_on(sharding.make_mesh([int(n) for n in name.split(",")]))
+        *found, state = step_on(sharding.make_mesh(MeshSizes(*map(int, name.split(",")))))
         results[name] = deviation(found, expected)
     if given.more or given.processes > 1:
         results["restored"] = saved_and_restored(state, given.folder)
         flags = (jax.process_index() == i for i in range(3))
         results["flags"] = [distributed.any_process(flag, state) for flag in flags]
     if given.processes == 1:
-        results["optimizers"] = optimizers_on(sharding.make_mesh((2, 2, 2)))
+        results["optimizers"] = optimizers_on(sharding.make_mesh(MeshSizes(2, 2, 2)))
     if given.more:
-        program, planned = compiled(sharding.make_mesh((2, 2, 2)))
+        program, planned = compiled(sharding.make_mesh(MeshSizes(2, 2, 2)))
         results["bytes"] = [program.memory_analysis().argument_size_in_bytes, planned]
         results["communication"] = communication(program)
         results["cuts"] = cuts()

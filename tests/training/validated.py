@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jax_lora import distributed, sharding
+from jax_lora.config import MeshSizes
 from jax_lora.data.loader import Batches
 from jax_lora.data.prompts import Row
 from jax_lora.training import trainable_mask
@@ -58,7 +59,7 @@ def main():
     parser.add_argument("--process", type=int, default=0)
     given = parser.parse_args()
     distributed.initialize(given.coordinator, given.processes, given.process)
-    mesh = sharding.make_mesh([int(n) for n in given.mesh.split(",")])
+    mesh = sharding.make_mesh(MeshSizes(*map(int, given.mesh.split(","))))
     found = [validated(None), validated(mesh)]
     (given.folder / f"{given.process}.json").write_text(json.dumps(found))
 
