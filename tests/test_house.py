@@ -218,6 +218,16 @@ def test_the_bounds_see_what_they_should():
     assert {*defined(tree)} & WORDS == {"settle", "place", "own", "kept", "Turn"}
 
 
+def test_the_map_of_the_code_names_what_exists():
+    """docs/code.md: the name of each row is in its file."""
+    text = (REPOSITORY / "docs/code.md").read_text("utf-8")
+    rows = re.findall(r"^\|.*\| `([\w/.]+)` \| `(\w+)` \|$", text, re.M)  # | what | file | name |
+    rows += [(path, name) for name, path in re.findall(r"`(\w+)` (?:in|of) `([\w/.]+)`", text)]
+    assert len(rows) >= 20
+    for path, name in rows:
+        assert re.search(rf"^ *(def|class) {name}\b|^{name}\b", (PACKAGE / path).read_text(), re.M)
+
+
 def test_annotations_of_shapes_execute():
     """In a function, in a method of a Flax module and under jit; conftest.py sees to it."""
     model = Llama(LlamaConfig(61, 32, 48, 1, 4, 2, 8))
