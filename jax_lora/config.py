@@ -127,7 +127,7 @@ class EvalConfig:
 
     metrics: tuple[str, ...] = ("exact_match", "rougeL")  # names in evaluation/metrics.py
     max_new_tokens: int = 128
-    stop: tuple[str, ...] = ()  # texts that end an answer, as the model's end tokens do
+    stop: tuple[str, ...] = ()  # texts that end an answer, besides the end tokens
     buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1024)  # prompt lengths
     batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
     max_batch: int = 64  # rows per batch on a device

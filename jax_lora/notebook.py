@@ -24,7 +24,7 @@ from jax_lora.planning import counts
 from jax_lora.training import trainable_mask
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
-from jax_lora.weights.tokenizers import end_ids, has_tokenizer, load_tokenizer
+from jax_lora.weights.tokenizers import base_end_ids, has_tokenizer, load_tokenizer
 
 _apply = jax.jit(Llama.apply, static_argnums=0)
 
@@ -157,7 +157,7 @@ def load(
     tokenizer, ends = None, ()
     if has_tokenizer(source):
         tokenizer = load_tokenizer(source)
-        ends = end_ids(tokenizer, config.vocab_size, source)
+        ends = base_end_ids(tokenizer, config.vocab_size, source)
     return LoadedModel(config, base, adapters, tokenizer, jnp.dtype(dtype), ends)
 
 

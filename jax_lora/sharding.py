@@ -41,26 +41,27 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
 }
 
-# The ends of leaf names, and how such a leaf is cut. Ends, so that a gradient or a moment of Adam
-# lies where its parameter does: `1/0/mu/lora/layers/…/q_proj/a`. `tensor` cuts kernels where they
-# leave D (q, k, v, gate and up) and where they come back to it (o and down). `fsdp` cuts them along
-# the side they read: to gather the last side XLA first copies all layers with that side in front.
-# Adapters are cut along both sides by both axes, the kernel's first, and never along the rank.
-_ROW = "|".join(linear.name for linear in LINEARS if linear.is_row_parallel)
-_COLUMN = "|".join(linear.name for linear in LINEARS if not linear.is_row_parallel)
+# The ends of leaf names, and the PartitionSpec of such a leaf. An end, so that a gradient or a
+# moment of Adam (`1/0/mu/lora/layers/…/q_proj/a`) is sharded as its parameter is. Kernels are
+# (layers, inputs, outputs), A (layers, inputs, rank), B (layers, rank, outputs). `tensor` cuts the
+# outputs of column-parallel kernels and the inputs of row-parallel ones, as Megatron does. `fsdp`
+# cuts the inputs: to gather outputs XLA would first copy all layers into another order. A is cut
+# along its inputs and B along its outputs, by both axes, the kernel's first; never along the rank.
+_ROW_PARALLEL = "|".join(linear.name for linear in LINEARS if linear.is_row_parallel)
+_COLUMN_PARALLEL = "|".join(linear.name for linear in LINEARS if not linear.is_row_parallel)
 _NORM = "|".join(("norm", *("/".join(norm.path) for norm in NORMS)))
 TABLE = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (rf"({_COLUMN})(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
-    (rf"({_ROW})(/kernel)?", P(None, ("tensor", "fsdp"))),
-    (rf"({_COLUMN})/bias", P(None, "tensor")),
-    (rf"({_ROW})/bias", P()),
-    (rf"({_COLUMN})/a", P(None, ("fsdp", "tensor"), None)),
-    (rf"({_COLUMN})/b", P(None, None, ("tensor", "fsdp"))),
-    (rf"({_ROW})/a", P(None, ("tensor", "fsdp"), None)),
-    (rf"({_ROW})/b", P(None, None, ("fsdp", "tensor"))),
-    (rf"({_COLUMN}|{_ROW})/(m|scale)", P()),
+    (rf"({_COLUMN_PARALLEL})(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
+    (rf"({_ROW_PARALLEL})(/kernel)?", P(None, ("tensor", "fsdp"))),
+    (rf"({_COLUMN_PARALLEL})/bias", P(None, "tensor")),
+    (rf"({_ROW_PARALLEL})/bias", P()),
+    (rf"({_COLUMN_PARALLEL})/a", P(None, ("fsdp", "tensor"), None)),
+    (rf"({_COLUMN_PARALLEL})/b", P(None, None, ("tensor", "fsdp"))),
+    (rf"({_ROW_PARALLEL})/a", P(None, ("tensor", "fsdp"), None)),
+    (rf"({_ROW_PARALLEL})/b", P(None, None, ("fsdp", "tensor"))),
+    (rf"({_COLUMN_PARALLEL}|{_ROW_PARALLEL})/(m|scale)", P()),
     (rf"({_NORM})/scale", P()),
 )
 

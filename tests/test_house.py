@@ -222,7 +222,7 @@ def test_the_map_of_the_code_names_what_exists():
     """docs/code.md: the name of each row is in its file."""
     text = (REPOSITORY / "docs/code.md").read_text("utf-8")
     rows = re.findall(r"^\|.*\| `([\w/.]+)` \| `(\w+)` \|$", text, re.M)  # | what | file | name |
-    rows += [(path, name) for name, path in re.findall(r"`(\w+)` (?:in|of) `([\w/.]+)`", text)]
+    rows += [(path, name) for name, path in re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", text)]
     assert len(rows) >= 20
     for path, name in rows:
         assert re.search(rf"^ *(def|class) {name}\b|^{name}\b", (PACKAGE / path).read_text(), re.M)

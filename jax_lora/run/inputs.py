@@ -24,8 +24,7 @@ from jax_lora.data.sources.user_data import HELD_OUT, UserData
 from jax_lora.data.tasksets import TaskSet, draw
 from jax_lora.errors import ConfigError
 from jax_lora.weights import base as base_weights
-from jax_lora.weights.tokenizers import check_vocabulary, load_tokenizer
-from jax_lora.weights.tokenizers import end_ids as base_end_ids
+from jax_lora.weights.tokenizers import base_end_ids, check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
 TESTS = ("seen", "unseen", "test")  # the first two of Natural Instructions, the last of own data

@@ -70,7 +70,7 @@ def make_optimizer(
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [OPTIMIZERS[config.name](learning_rate, **keys)]
     if config.loraplus_lr_ratio != 1.0:
-        parts += [optax.masked(optax.scale(config.loraplus_lr_ratio), _is_b_or_m)]
+        parts += [optax.masked(optax.scale(config.loraplus_lr_ratio), _is_b_or_magnitude)]
     return skip_nonfinite(optax.chain(*parts))
 
 
@@ -98,7 +98,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(inner.init, update)
 
 
-def _is_b_or_m(tree: PyTree) -> PyTree:
+def _is_b_or_magnitude(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: leaf_name(path).endswith(("/b", "/m")), tree
     )

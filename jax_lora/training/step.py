@@ -1,8 +1,9 @@
 """One optimizer step: gradients of micro-batches, summed, then the optimizer's update.
 
-A global batch is a list of micro-batches of a few fixed shapes. The loss is the mean over all
-loss tokens of the *global* batch (the sum of weighted losses over the sum of weights), so that
-cutting it differently changes nothing but rounding.
+A global batch is a list of micro-batches of a few fixed shapes. The loss is the sum of loss
+weight · cross-entropy over the *global* batch, divided by the sum of its loss weights: the mean
+over all loss tokens, or over examples with `data.loss_mean="examples"`. So cutting the batch
+differently changes nothing but rounding. `loop.loss_weight` computes the divisor, `_Loss` divides.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def make_step(
     Args:
       model: gives the forward pass and its remat policy.
       optimizer: of the trainable leaves, see `optimizers`.
-      seed: of dropout; a mask is a function of (seed, step, position in the batch, layer, target).
+      seed: of dropout; a mask is a function of (seed, step, example, token of the example, layer,
+        target).
       dropout_rate: on the input of A, in [0, 1).
       packed: rows hold several examples.
       materialized: targets whose A B is computed once per step, see `lora.materialized_targets`.

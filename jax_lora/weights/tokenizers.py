@@ -107,7 +107,7 @@ def check_vocabulary(
             raise DataError(f"{source}: eos token: found {token!r}, expected a token of its own")
 
 
-def end_ids(
+def base_end_ids(
     tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str | os.PathLike[str]
 ) -> tuple[int, ...]:
     """Every id that ends an answer of the model, the tokenizer's own first.

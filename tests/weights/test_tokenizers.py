@@ -10,7 +10,7 @@ import pytest
 
 from jax_lora.errors import DataError
 from jax_lora.weights import gguf, hf
-from jax_lora.weights.tokenizers import check_vocabulary, end_ids, load_tokenizer
+from jax_lora.weights.tokenizers import base_end_ids, check_vocabulary, load_tokenizer
 from tests.weights.builders import (
     CORPUS,
     hf_weights,
@@ -231,7 +231,7 @@ def test_every_end_id_that_the_files_name_ends_an_answer(tmp_path):
     path = tiny(tmp_path, keys)
     tokenizer = load_tokenizer(path)
     size = len(tokenizer)
-    assert end_ids(tokenizer, size, path) == (0, 7)
+    assert base_end_ids(tokenizer, size, path) == (0, 7)
     folder = tmp_path / "m"
     tokenizer.save_pretrained(folder)
     for generation, config, expected in (
@@ -241,10 +241,10 @@ def test_every_end_id_that_the_files_name_ends_an_answer(tmp_path):
     ):
         for name, ids in (("generation_config", generation), ("config", config)):
             (folder / f"{name}.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert end_ids(tokenizer, size, folder) == expected
+        assert base_end_ids(tokenizer, size, folder) == expected
     (folder / "config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(DataError, match="config.json: eos_token_id: found '</s>', expected ids"):
-        end_ids(tokenizer, size, folder)
+        base_end_ids(tokenizer, size, folder)
 
 
 def test_a_chat_template_in_a_file_of_its_own(tmp_path):
