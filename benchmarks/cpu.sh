@@ -29,7 +29,8 @@ avx2() { # NAME DTYPE FLAGS…: neither side gets other instructions
 		measure "$@"
 }
 
-decode="--parts=decode --shapes=1x128 --batches=32 --new-tokens=32 --repeats=1"
+# Each side in its own process: threads of torch that wait for work would slow the other side.
+decode="--parts=decode --apart --shapes=1x128 --batches=32 --new-tokens=32 --repeats=3"
 [ $# -gt 0 ] || set -- step step32 decode
 for part in "$@"; do
 	case $part in
@@ -37,8 +38,8 @@ for part in "$@"; do
 		step32) measure step32 float32 --parts=step ;;
 		noamx) avx2 noamx bfloat16 --parts=step ;;
 		noamx32) avx2 noamx32 float32 --parts=step ;;
-		epoch) measure epoch bfloat16 --parts=epoch --examples=96 ;;
-		epoch32) measure epoch32 float32 --parts=epoch --examples=96 ;;
+		epoch) measure epoch bfloat16 --parts=epoch --examples=32 --repeats=1 ;;
+		epoch32) measure epoch32 float32 --parts=epoch --examples=32 --repeats=1 ;;
 		decode) measure decode bfloat16 $decode ;;
 		decode32) measure decode32 float32 $decode ;;
 		mix) mix mix bfloat16 ;;

@@ -131,8 +131,16 @@ def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
 # ------------------------------------------------------------------ the stopwatch
 
 
-def measure(sides: dict[str, Callable[[Work], Answers]], work: Work, repeats: int) -> dict:
-    """Seconds of every side and call, in turn, and whether the answers are the same."""
+def measure(
+    sides: dict[str, Callable[[Work], Answers]],
+    work: Work,
+    repeats: int,
+    reference: Callable[[Work], Answers] | None = None,
+) -> dict:
+    """Seconds of every side and call, in turn, and whether the answers are the same.
+
+    With a reference, also how many answers of each side equal its.
+    """
     answers: dict[str, Answers] = {}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _, (side, answer) in itertools.product(range(1 + repeats), sides.items()):
@@ -152,20 +160,28 @@ def measure(sides: dict[str, Callable[[Work], Answers]], work: Work, repeats: in
         pairs = zip(answers["ours"], answers["theirs"], strict=True)
         record["same_answers"] = sum(a == b for a, b in pairs)
         record["answers"] = len(work.prompts)
+    if reference:
+        right = reference(work)
+        record["same_as_float32"] = {
+            side: sum(a == b for a, b in zip(found, right, strict=True))
+            for side, found in answers.items()
+        }
     return record
 
 
 def table(records: Sequence[dict]) -> str:
     """The records as a Markdown table, seconds being medians."""
     rows = [
-        "| work | most new tokens | ours | theirs | ratio | same answers |",
-        "|---|" + "--:|" * 5,
+        "| work | most new tokens | ours | theirs | ratio | same answers | as in float32: ours "
+        "| theirs |",
+        "|---|" + "--:|" * 7,
     ]
     for r in records:
         cells = [r["work"], r["most_new_tokens"], f"{r['ours']['median']:.1f} s"]
         if "theirs" in r:
             cells += [f"{r['theirs']['median']:.1f} s", f"**{r['ratio']:.2f}**"]
             cells += [f"{r['same_answers']} of {r['answers']}"]
+            cells += [r.get("same_as_float32", {}).get(side, "") for side in ("ours", "theirs")]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows) + "\n"
 
@@ -194,6 +210,9 @@ def main(argv: Sequence[str]) -> None:
     sides = {"ours": our_side(flags.model, flags.dtype, flags.batch, buckets)}
     if flags.peer == "hf":
         sides["theirs"] = their_side(flags.model, flags.dtype, flags.batch)
+    reference = None
+    if flags.dtype != "float32":
+        reference = our_side(flags.model, "float32", flags.batch, buckets)
     tokenizer = load_tokenizer(flags.model)
     works = [
         mix(tokenizer, flags.data, flags.per_task, new_tokens)
@@ -204,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
     setting |= {"dtype": flags.dtype, "batch": flags.batch, "works": []}
     flags.out.mkdir(parents=True, exist_ok=True)
     for work in works:
-        setting["works"].append(measure(sides, work, flags.repeats))
+        setting["works"].append(measure(sides, work, flags.repeats, reference))
         (flags.out / "decoding.json").write_text(json.dumps(setting, indent=1) + "\n")
         (flags.out / "decoding.md").write_text(table(setting["works"]))
         print(table(setting["works"][-1:]), flush=True)
