@@ -133,6 +133,8 @@ def _is_primary() -> bool:
 def configure_process(trains: bool) -> None:
     """Settings of a script's process, before JAX starts: `keep_memory`, where it trains,
     `set_xla_flags` and `keep_programs`."""
+    # That a machine has no TPU is no news; what is found is in the run's own first lines.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     if trains:
         keep_memory()
     set_xla_flags()
