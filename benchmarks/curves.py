@@ -25,7 +25,8 @@ VALUES: dict[str, dict[str, tuple[int, ...]]] = {
         "layers": (4, 8, 16, 32),
     },
 }
-EXAMPLES = {"tiny": (200,), "smollm2": (1000, 10000, 100000), "7b": (1000, 10000, 100000)}
+VALUES["8b"] = VALUES["7b"]
+EXAMPLES = {"tiny": (200,)}
 
 
 def curves(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
@@ -44,7 +45,7 @@ def curves(flags: Namespace, sides: list[str]) -> Iterator[dict[str, Any]]:
                 "seconds": seconds,
                 "tokens_per_second": case.tokens / seconds,
             }
-    for count in EXAMPLES[flags.size]:
+    for count in EXAMPLES.get(flags.size, (1000, 10_000, 100_000)):
         yield {"axis": "examples", "value": count} | _batching(base, count)
 
 

@@ -51,15 +51,17 @@ class Work:
     end: int
 
 
-def mix(tokenizer: Any, data: Path, per_task: int, new_tokens: int) -> Work:
-    """Prompts of the test tasks, `per_task` of each."""
+def mix(
+    tokenizer: Any, data: Path, per_task: int, new_tokens: int, prompts: int | None = None
+) -> Work:
+    """Prompts of the test tasks, `per_task` of each, no more than `prompts` in all."""
     encoder, asked = Encoder(tokenizer), []
     for task in read_checkout(data).test:
         for instance in task.instances()[:per_task]:
             asked.append((task.name, encoder.prompt_row(task.example(instance)).ids.tolist()))
-    tasks, prompts = map(list, zip(*asked, strict=True))
+    tasks, rows = map(list, zip(*asked[:prompts], strict=True))
     name = f"{len(set(tasks))} tasks, {len(tasks)} prompts"
-    return Work(name, prompts, tasks, new_tokens, tokenizer.eos_token_id)
+    return Work(name, rows, tasks, new_tokens, tokenizer.eos_token_id)
 
 
 # ------------------------------------------------------------------ the two sides
@@ -199,6 +201,7 @@ def main(argv: Sequence[str]) -> None:
     flag("--batch", type=int, default=32, help="rows, of both sides")
     flag("--buckets", default="128,256,384,512,768,1024", help="prompt lengths; ours")
     flag("--per-task", type=int, default=20, help="prompts of a task")
+    flag("--prompts", type=int, help="most in all")
     flag("--new-tokens", default="64,128", help="most of an answer")
     flag("--repeats", type=int, default=3, help="calls that count, behind one that does not")
     flag("--out", type=Path, default=REPOSITORY / "runs" / "benchmark")
@@ -215,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
         reference = our_side(flags.model, "float32", flags.batch, buckets)
     tokenizer = load_tokenizer(flags.model)
     works = [
-        mix(tokenizer, flags.data, flags.per_task, new_tokens)
+        mix(tokenizer, flags.data, flags.per_task, new_tokens, flags.prompts)
         for new_tokens in map(int, flags.new_tokens.split(","))
     ]
     machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"

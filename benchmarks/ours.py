@@ -21,6 +21,7 @@ from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import bitcast_bf16, einsum
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.step import State
+from jax_lora.training.unstacked import unstack
 
 
 def variables(case: Case) -> dict[str, Any]:
@@ -42,7 +43,10 @@ def variables(case: Case) -> dict[str, Any]:
     )
     if case.rank is None:
         return {"params": base}
-    adapters = lora.init(jax.random.key(1), case.shape, case.rank, alpha=case.config.lora.alpha)
+    settings = case.config.lora
+    adapters = lora.init(
+        jax.random.key(1), case.shape, case.rank, alpha=settings.alpha, targets=settings.targets
+    )
     return {"params": base, "lora": adapters}
 
 
@@ -60,7 +64,8 @@ class Trainer:
         config = resolved.config
         trains = trainable_mask.mask(weights, config.trainable, config.frozen)
         trainable, frozen = trainable_mask.partition(weights, trains)
-        self.frozen = bitcast_bf16(frozen, jax.default_backend())
+        frozen = bitcast_bf16(frozen, jax.default_backend())
+        self.frozen = unstack(frozen) if resolved.unstacks else frozen
         optimizer = resolved.optimizer(optax.constant_schedule(LEARNING_RATE))
         self.functions = resolved.step(optimizer, mesh=None)
         self.state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))

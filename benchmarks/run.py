@@ -31,6 +31,7 @@ from benchmarks.curves import curves
 from benchmarks.epoch import epoch
 from benchmarks.report import Results
 from jax_lora import cli
+from jax_lora.model import arch
 
 PARTS = {
     "products": parts.products,
@@ -42,7 +43,8 @@ PARTS = {
 }
 REMAT = ("none", "full", "products")
 KERNELS = ("auto", "xla", "cudnn", "flash")
-SHAPES = {"tiny": "2x32", "smollm2": "8x128,4x256", "7b": "4x2048"}
+SHAPES = {"tiny": "2x32", "smollm2": "8x128,4x256", "7b": "4x2048", "8b": "2x4096"}
+TARGETS = {"attention": arch.ATTENTION, "all": arch.LINEAR}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -54,7 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--parts", default="products,step,epoch,startup,curves", help=f"among {','.join(PARTS)}")
     flag("--peer", choices=("none", "hf_peft"), default="none")
     flag("--size", choices=tuple(SHAPES), default="smollm2")
-    flag("--ranks", default="16", help="of q, k, v and o, or full: 8,64,full")
+    flag("--ranks", default="16", help="of the adapters, or full: 8,64,full")
+    flag("--targets", choices=tuple(TARGETS), default="attention", help="all: the MLP's as well")
     flag("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the arithmetic")
     flag("--shapes", help="rows x length of the batches: 8x128,4x256")
     flag("--loss", default="all,answer", help="loss on all tokens, on the last eighth, or both")
@@ -89,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 attention=attention,
                 unroll=flags.unroll,
                 loss_chunk=flags.loss_chunk,
-                **{"lora.dropout": flags.dropout},
+                **{"lora.dropout": flags.dropout, "lora.targets": TARGETS[flags.targets]},
             )
             for (rows, length), loss, remat, attention, rank in itertools.product(
                 _several(flags, "shapes", _shape, "rows x length as 8x128,4x256"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +13,10 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.work import LEARNING_RATE, Case
-from jax_lora.model.arch import ATTENTION, GROUP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = -100
+ENDS = {"a": "lora_A", "b": "lora_B"}
 
 
 class Micro(NamedTuple):
@@ -152,7 +153,7 @@ def _model(case: Case, weights: Any, dtype: torch.dtype) -> Any:
             r=case.rank,
             lora_alpha=case.config.lora.alpha,
             lora_dropout=case.config.lora.dropout,
-            target_modules=list(ATTENTION),
+            target_modules=list(case.config.lora.targets),
         )
         with torch.device(DEVICE):
             model = peft.get_peft_model(model, settings)
@@ -185,11 +186,10 @@ def _tensors(weights: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if group.endswith("layernorm"):
             for i, x in enumerate(torch_of(modules["scale"])):
                 yield f"model.layers.{i}.{group}.weight", x
-    for name in ATTENTION if "lora" in weights else ():
-        leaf = weights["lora"]["layers"][GROUP[name]][name]
-        for ours_name, end in (("a", "lora_A"), ("b", "lora_B")):
+    for group, modules in weights["lora"]["layers"].items() if "lora" in weights else ():
+        for (name, leaf), (ours_name, end) in itertools.product(modules.items(), ENDS.items()):
             for i, x in enumerate(torch_of(leaf[ours_name])):
-                yield f"model.layers.{i}.self_attn.{name}.{end}.default.weight", x.T
+                yield f"model.layers.{i}.{group}.{name}.{end}.default.weight", x.T
 
 
 def product(dtype: str, side: int) -> Callable[[], Any]:

@@ -19,7 +19,7 @@ LEARNING_RATE = 1e-4  # of both sides
 REPOSITORY = Path(__file__).resolve().parents[1]
 SLICE = REPOSITORY.parent / "shared" / "data" / "niv2-slice"
 GGUF = REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-NAMES = {"smollm2": "smollm2-135m", "7b": "llama-7b"}
+NAMES = {"smollm2": "smollm2-135m", "7b": "llama-7b", "8b": "llama-3-8b"}
 FULL = {"method": "full", "trainable": (r"params/.*",), "frozen": ()}
 DEFAULTS = {"dtype": "float32", "remat": "none", "lora.dropout": 0.0, "loss_chunk": 256}
 
@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
       config: of the run: rank, dtype, remat and dropout are of both sides, the rest is of ours.
-      size: "tiny", "smollm2" or "7b".
+      size: "tiny", or among `NAMES`.
       rows, length: of the batch, no padding.
       loss: on "all" tokens, or on the last eighth of each row, its "answer".
       layers: in place of the size's own number; 0 keeps it.
@@ -69,8 +69,7 @@ class Case:
         """The step on one device, a `PlannedStep`."""
         from jax_lora.planning.steps import planned
 
-        unroll = min(self.config.unroll, self.shape.num_hidden_layers)
-        config = self.config.replace(unroll=unroll, batch_size=self.rows)
+        config = self.config.replace(batch_size=self.rows)
         share = float(np.mean(batch(self).loss_weights))
         return planned(config, self.shape, platform, 1, self.rows, self.length, share)
 
@@ -85,7 +84,9 @@ class Case:
         found = {"size": self.size, "rank": self.rank, "rows": self.rows, "length": self.length}
         found |= {"loss": self.loss, "layers": self.layers}
         found |= {key: getattr(self.config, key) for key in ("dtype", "remat")}
-        found |= {"dropout": self.config.lora.dropout}
+        if self.rank is not None:
+            targets = (name.removesuffix("_proj") for name in self.config.lora.targets)
+            found |= {"targets": " ".join(targets), "dropout": self.config.lora.dropout}
         keys = ("attention", "unroll", "loss_chunk")
         return found | {key: getattr(self.config, key) for key in keys}
 
@@ -99,7 +100,7 @@ def case(
     layers: int = 0,
     **keys: Any,
 ) -> Case:
-    """A case with LoRA of a rank on q, k, v and o, or fully fine-tuned with rank None.
+    """A case with LoRA of a rank, or fully fine-tuned with rank None.
 
     `keys` are of `RunConfig`; the defaults that differ from its own are those of `DEFAULTS`.
     """

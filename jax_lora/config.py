@@ -158,7 +158,7 @@ class RunConfig:
     dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32. "auto":
     # float32 on a CPU without products of bfloat16; a run keeps what its first part had
     remat: str = "full"  # recomputed in the backward pass: layers; "products" or "none": less
-    unroll: int = 0  # layers per iteration of the scan; 0: all on a CPU without remat, else 1
+    unroll: int = 0  # layers per iteration of the scan; 0: all without remat, but 1 on a TPU
     attention: str = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
     loss_chunk: int = 1024  # positions whose logits exist at once, on a device
 

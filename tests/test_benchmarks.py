@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
 
 from benchmarks import curves, epoch, parts, report, run, work
+from jax_lora.model.arch import ATTENTION, LINEAR
+from jax_lora.model.families import CONFIGS
 
 slow = pytest.mark.slow  # the fixture takes half a minute
 TINY = ["--size=tiny", "--ranks=2", "--loss=answer", "--repeats=1", "--examples=12"]
@@ -96,17 +101,50 @@ def test_a_wrong_flag_is_named(flag, capsys):
     assert f"error: {name}: found {value!r}, expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["tiny", "7b"])
+def test_the_script_for_cards_asks_for_what_there_is(size, tmp_path):
+    log, python = tmp_path / "commands", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{log}\n')
+    python.chmod(0o755)
+    parts = ["ranks", "large", "llama3", "mix", "study", "options", "decode", "large_batch"]
+    for chosen in ([], parts[5:]):
+        subprocess.run(
+            ["bash", "benchmarks/gpu.sh", *chosen],
+            cwd=work.REPOSITORY,
+            env=os.environ | {"PYTHON": str(python), "SIZE": size, "OUT": str(tmp_path)},
+            check=True,
+        )
+    commands = [line.split() for line in log.read_text().splitlines()]
+    commands = [command for command in commands if "--report" not in command]
+    assert [re.search(rf"{tmp_path}/(\w+)", " ".join(c))[1] for c in commands] == parts  # pyright: ignore
+    asked = {
+        part: run.parse(command[1:])
+        for part, command in zip(parts, commands, strict=True)
+        if command[0] == "benchmarks/run.py"
+    }
+    assert len(asked) == 6 and all(flags.apart for flags in asked.values())
+    if size == "7b":
+        assert [case.rank for case in asked["ranks"].cases] == [8, 512, 2048, 4096]
+        assert {(case.rows, case.length) for case in asked["ranks"].cases} == {(4, 2048)}
+        assert None in [case.rank for case in asked["large"].cases]
+        llama3 = asked["llama3"].cases[0]
+        assert llama3.shape == CONFIGS["llama-3-8b"] and llama3.config.lora.targets == LINEAR
+        assert (llama3.rank, llama3.rows, llama3.length) == (16, 2, 4096)
+        assert llama3.config.lora.dropout == 0.1
+
+
 # ---------------------------------------------------------------- beside the peer
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("rank", [2, None])
-def test_both_sides_do_the_same_work(rank):
+@pytest.mark.parametrize(("rank", "targets"), [(2, ATTENTION), (2, LINEAR), (None, ATTENTION)])
+def test_both_sides_do_the_same_work(rank, targets):
     pytest.importorskip("peft")
     from benchmarks import measure
 
-    both = measure.together(work.case(rank=rank, rows=2, length=16), ["ours", "theirs"], 1)
+    case = work.case(rank=rank, rows=2, length=16, **{"lora.targets": targets})
+    both = measure.together(case, ["ours", "theirs"], 1)
     ours, theirs = (both[side]["answers"] for side in ("ours", "theirs"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert ours[2] < ours[0]

@@ -263,7 +263,7 @@ class Llama(nn.Module):
       dtype: of the activations and matrix products; parameters keep their own.
       remat: what the backward pass recomputes, see `REMAT`.
       attention: without a cache, among `attention.KERNELS`; or a kernel itself.
-      unroll: layers per step of the scan; more compile longer and, on a CPU, run faster. With
+      unroll: layers per step of the scan; all of them compile longer and run faster. With
         `remat`, leave 1: in one step XLA finds what the backward pass would compute again.
       shard_activation: constrains the sharding of activations, see `jax_lora.sharding.Activations`.
       transposed: the head's kernel is stored (V, D), see `matmul_transposed`; for decoding.

@@ -31,6 +31,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import PlannedStep, trees
 from jax_lora.planning.targets import Target
+from jax_lora.training.unstacked import unstack
 
 # What XLA's CUDA compiler needs to know of a card, after openxla/xla,
 # backends/gpu/target_config/specs.
@@ -136,8 +137,8 @@ def devices(target: Target, count: int) -> Sequence[Any]:
     ).devices
 
 
-def compile_step(planned: PlannedStep, target: Target) -> Verdict:
-    """Compile the functions of a step for the target's devices.
+def lower_step(planned: PlannedStep, target: Target) -> dict[str, Lowered]:
+    """The functions of a step, by name, ready to be compiled for the target's devices.
 
     Args:
       planned: the step; its mesh says how many devices.
@@ -148,6 +149,8 @@ def compile_step(planned: PlannedStep, target: Target) -> Verdict:
     """
     mesh = sharding.make_mesh(planned.resolved.mesh_sizes, devices(target, planned.devices))
     frozen, state, diff_params, micro = trees(planned, mesh)
+    if planned.resolved.unstacks:
+        frozen = unstack(frozen)
     step, _ = planned.functions(mesh if planned.devices > 1 else None)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     lowered = {
@@ -158,11 +161,21 @@ def compile_step(planned: PlannedStep, target: Target) -> Verdict:
     }
     if planned.resolved.materialized:
         lowered["prepare"] = jax.jit(step.prepare).lower(state, frozen)
+    return lowered
+
+
+def compile_step(planned: PlannedStep, target: Target) -> Verdict:
+    """Compile the functions of a step for the target's devices.
+
+    The arguments and what it raises are those of `lower_step`.
+    """
+    mesh = planned.abstract_mesh
+    frozen, state, diff_params, _ = trees(planned)
     takes = {"accumulate": (diff_params, diff_params, frozen), "update": (state, diff_params)}
     takes["prepare"] = (state.trainable,)
     held = memory(planned).held
     programs = {}
-    for name, program in lowered.items():
+    for name, program in lower_step(planned, target).items():
         start = time.perf_counter()
         if target.device.platform == "tpu":
             arguments = sharding.local_bytes(takes[name], mesh)

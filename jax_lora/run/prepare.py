@@ -28,7 +28,7 @@ from jax_lora.files import write_json
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.run import folder, initial_weights, inputs, trackers, validation
-from jax_lora.training import trainable_mask
+from jax_lora.training import trainable_mask, unstacked
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.resolve import Resolved, resolve
 from jax_lora.training.step import State, Step
@@ -169,8 +169,10 @@ def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
     """Both halves of the variables before the first step, trainable and frozen, on the devices."""
     config, mesh = given.resolved.config, given.mesh
     logger.info("loading the base model")
-    sharder = sharding.leaf_sharder(mesh) if mesh else None
-    params = initial_weights.load_base(config.model, config.dtype, given.mask["params"], sharder)
+    put = sharding.leaf_sharder(mesh) if mesh else None
+    if given.resolved.unstacks and not any(jax.tree.leaves(given.mask["params"])):
+        put = unstacked.put
+    params = initial_weights.load_base(config.model, config.dtype, given.mask["params"], put)
     variables = {"params": params}
     if given.resolved.is_lora:
         variables["lora"], variables["params"] = initial_weights.on_base(
@@ -184,7 +186,8 @@ def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
     del params
     variables = sharding.shard(variables, mesh)
     trainable, frozen = trainable_mask.partition(variables, given.mask)
-    return trainable, bitcast_bf16(frozen, given.resolved.platform)
+    frozen = bitcast_bf16(frozen, given.resolved.platform)
+    return trainable, unstacked.unstack(frozen) if given.resolved.unstacks else frozen
 
 
 def build(given: Inputs, workdir: Path) -> Training:

@@ -6,6 +6,7 @@ model, mask, optimizer and step from the same `Resolved`, so that what is planne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -60,16 +61,33 @@ class Resolved:
         """Groups of devices that compute different rows: data × fsdp."""
         return self.mesh_sizes.data * self.mesh_sizes.fsdp
 
+    @property
+    def unroll(self) -> int:
+        """Layers per iteration of the scan.
+
+        A scan writes all that the backward pass reads into stacks and copies it out of them.
+        Without remat that is nearly everything: see docs/performance.md, and `xla_cpu` for CPUs.
+        """
+        depth = self.shape.num_hidden_layers
+        unrolls = self.platform != "tpu" and self.config.remat == "none"
+        return min(self.config.unroll or (depth if unrolls else 1), depth)
+
+    @property
+    def unstacks(self) -> bool:
+        """Whether frozen kernels are one array per layer, see `unstacked`: on one GPU that
+        unrolls all layers, unless the adapters' start is computed from the stacks."""
+        fits = self.platform in ("gpu", "cuda") and math.prod(self.mesh_sizes) == 1
+        plain = self.config.lora.variant == "lora" and self.config.lora.init != "pissa"
+        return fits and plain and self.unroll == self.shape.num_hidden_layers
+
     def model(self) -> Llama:
         """The Flax module that training applies."""
         c = self.config
-        # What a scan saves without remat XLA's CPU compiler copies stack by stack, see `xla_cpu`.
-        unrolls = self.platform == "cpu" and c.remat == "none"
         return Llama(
             self.shape,
             dtype=jnp.dtype(c.dtype),
             remat=c.remat,
-            unroll=c.unroll or (self.shape.num_hidden_layers if unrolls else 1),
+            unroll=self.unroll,
             attention=self.attention,
             platform=self.platform,
         )

@@ -31,6 +31,7 @@ from jax_lora.model.transformer import Llama, positions
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.training.loss import loss_sum
 from jax_lora.training.trainable_mask import combine, leaf_name
+from jax_lora.training.unstacked import stack
 
 
 class Step(NamedTuple):
@@ -43,7 +44,8 @@ class Step(NamedTuple):
     update(state, frozen, gradients) → (state, gradient norm before the clip).
     loss(diff_params, frozen, micro) → the sum of loss weight · cross-entropy, without dropout.
 
-    accumulate donates the buffers of its first two arguments, update those of its state.
+    `frozen` may be unstacked, see `unstacked`. accumulate donates the buffers of its first two
+    arguments, update those of its state.
     """
 
     prepare: Callable[..., PyTree]
@@ -177,7 +179,8 @@ class _Loss:
         )
 
     def _variables(self, diff_params: PyTree, frozen: PyTree) -> Mapping[str, PyTree]:
-        frozen = bitcast_bf16(_without(frozen, self.materialized), self.model.platform)
+        frozen = stack(_without(frozen, self.materialized))
+        frozen = bitcast_bf16(frozen, self.model.platform)
         variables = combine(diff_params["rest"], frozen)
         if self.mesh is not None:
             variables = sharding.gather_embeddings(variables, self.mesh)

@@ -1,5 +1,7 @@
 """Batches: every row once per epoch, few shapes, an order that is a function of (seed, step)."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,6 +80,22 @@ def test_streaming_equals_asking():
     for step, batch in enumerate(made.stream(2, 9), start=2):
         for ours, theirs in zip(batch, made.at(step), strict=True):
             np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def test_the_next_batch_is_made_while_a_step_runs():
+    made = {step: threading.Event() for step in range(4)}
+
+    class Watched(Batches):
+        def at(self, step):
+            found = super().at(step)
+            made[step].set()
+            return found
+
+    watched = Watched(**vars(batches([5] * 16)))
+    for step, _ in enumerate(watched.stream(0, 4)):
+        # Nobody asks for a batch now: this is where a step runs.
+        assert made[step].is_set() and (step == 3 or made[step + 1].wait(timeout=60))
+        assert not any(made[later].is_set() for later in range(step + 2, 4))
 
 
 def test_rows_share_micro_batches_with_their_like():

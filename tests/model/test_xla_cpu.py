@@ -58,10 +58,13 @@ def test_gradients_pass_what_is_saved_as_bits(remat):
         ("cpu", {"remat": "full"}, 1),
         ("cpu", {"remat": "products"}, 1),
         ("cpu", {"remat": "none", "unroll": 2}, 2),
-        ("cuda", {"remat": "none"}, 1),
+        ("cuda", {"remat": "none"}, 5),
+        ("cuda", {"remat": "full"}, 1),
+        ("tpu", {"remat": "none"}, 1),
+        ("tpu", {"remat": "none", "unroll": 9}, 5),
     ],
 )
-def test_without_remat_a_cpu_has_no_scan(platform, changes, layers):
+def test_without_remat_there_is_no_scan(platform, changes, layers):
     assert resolve(RunConfig().replace(**changes), SHAPE, platform, 1).model().unroll == layers
 
 
