@@ -27,7 +27,7 @@ from jax_lora.data.prompts import Encoder, Row
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.evaluation import behaviour, metrics
 from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, rename, write_json, write_text
-from jax_lora.generation import stop_texts
+from jax_lora.generation.stop_texts import Stop
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def predict(
     rows: Sequence[tuple[Example, Row]],
     *,
     end_ids: Sequence[int],
-    stop: Sequence[str] = (),
+    stop: Stop | None = None,
 ) -> Iterator[list[Prediction]]:
     """Answer prompts; those of a task share what they begin with.
 
@@ -63,7 +63,7 @@ def predict(
       encoder: decodes.
       rows: examples with their prompt rows.
       end_ids: what ends an answer.
-      stop: texts that end one, see `generation.stop_texts`.
+      stop: what else ends one, as for `generation.scheduler.answers`.
 
     Yields:
       Predictions as they are made.
@@ -77,7 +77,7 @@ def predict(
                 prediction=encoder.decode(ids.tolist()),
                 truncated=rows[i][1].truncated,
                 finished=int(ids[-1]) in end_ids
-                or stop_texts.ends(rows[i][1].ids, ids, stop, encoder.decode_all),
+                or (stop is not None and stop(rows[i][1].ids, ids) is not None),
                 new_tokens=len(ids),
             )
             for i, ids in ended

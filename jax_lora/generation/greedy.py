@@ -163,13 +163,16 @@ def decode(
     weights: Weights,
     rows: Rows,
     max_running: Int[Array, ""],
+    max_steps: Int[Array, ""] | int = 2**31 - 1,
     *,
     end_ids: tuple[int, ...],
 ) -> Rows:
-    """Decode until at most `max_running` rows are running; `rows` are donated."""
+    """Decode until at most `max_running` rows are running, or for `max_steps` tokens per row;
+    `rows` are donated."""
     row_ids = jnp.arange(len(rows.new))
 
-    def step(rows: Rows) -> Rows:
+    def step(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
+        done, rows = state
         token = rows.new[row_ids, rows.count - 1]
         positions = (rows.prompt + rows.count - 1)[:, None]
         rope = rope_tables(model.config, positions)
@@ -181,9 +184,13 @@ def decode(
         new = rows.new.at[row_ids, rows.count].set(token)
         count = rows.count + rows.running
         running = rows.running & _is_running(token, count, rows, end_ids)
-        return Rows(caches, rows.prompt, new, count, running)
+        return done + 1, Rows(caches, rows.prompt, new, count, running)
 
-    return jax.lax.while_loop(lambda rows: rows.running.sum() > max_running, step, rows)
+    def goes_on(state: tuple[Array, Rows]) -> Array:
+        done, rows = state
+        return (done < max_steps) & (rows.running.sum() > max_running)
+
+    return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), rows))[1]
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from jax_lora.generation import greedy
+from jax_lora.generation.stop_texts import Ids, Stop
 from jax_lora.model.transformer import Llama
 
-Ids = Sequence[int] | np.ndarray
 Answers = Iterator[list[tuple[int, np.ndarray]]]  # a prompt's index and its answer's ids
 Generate = Callable[..., Answers]  # `answers`, all but the prompts and their groups bound
 SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
@@ -28,14 +28,17 @@ SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
 
 class ChunkSizes(NamedTuple):
     """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
-    is the only row of its batch, and the fewest rows of a batch (still fewer are no faster)."""
+    is the only row of its batch, the fewest rows of a batch (still fewer are no faster), and the
+    tokens per row that are decoded before the host looks whether an answer is to be stopped (more
+    are decoded in vain, fewer keep the device waiting)."""
 
     chunk: int
     prefix_chunk: int
     smallest_batch: int
+    stop_chunk: int
 
 
-CPU, ACCELERATOR = ChunkSizes(32, 64, 8), ChunkSizes(128, 512, 32)
+CPU, ACCELERATOR = ChunkSizes(32, 64, 8, 8), ChunkSizes(128, 512, 32, 32)
 
 
 class Request(NamedTuple):
@@ -58,6 +61,7 @@ def answers(
     buckets: Sequence[int],
     batch_tokens: int,
     max_batch: int,
+    stop: Stop | None = None,
 ) -> Answers:
     """Greedy answers, as they end.
 
@@ -72,6 +76,9 @@ def answers(
       buckets: prompt lengths that the cache is made for.
       batch_tokens: prompt tokens of a batch, padding included.
       max_batch: most rows of a batch.
+      stop: says of a prompt and its answer so far how many tokens of it are left, None where it
+        goes on; the same of an answer however much of it is there yet. Rows that it stops make
+        room like others that have ended.
 
     Yields:
       Pairs of a prompt's index and its answer's ids, a few at a time, every prompt once.
@@ -83,7 +90,7 @@ def answers(
     if scaling is not None and scaling.rope_type == "dynamic":
         groups = range(len(prompts))  # what follows a prefix decides how its keys are rotated
     queue = deque(make_queue(prompts, groups, buckets))
-    batch = _Batch(model, weights, prompts, max_new_tokens, end_ids)
+    batch = _Batch(model, weights, prompts, max_new_tokens, end_ids, stop)
     ended: list[tuple[int, np.ndarray]] = []
     while queue or any(batch.requests):
         # Long prompts come first, so that a row's slots only ever become fewer.
@@ -158,9 +165,9 @@ def round_robin(devices: Sequence[Generate]) -> Generate:
 class _Batch:
     """The rows on the device, and on the host whose answer is in each (`requests`; None: free)."""
 
-    def __init__(self, model, weights, prompts, max_new_tokens, end_ids):
+    def __init__(self, model, weights, prompts, max_new_tokens, end_ids, stop):
         self.model, self.weights, self.prompts = model, weights, prompts
-        self.max_new_tokens, self.end_ids = max_new_tokens, end_ids
+        self.max_new_tokens, self.end_ids, self.stop = max_new_tokens, end_ids, stop
         self.requests: list[Request | None] = []
         self.bucket = 0
         self.rows: greedy.Rows | None = None
@@ -229,22 +236,29 @@ class _Batch:
         )
 
     def decode(self, max_running: int) -> None:
-        """Start decoding until at most `max_running` answers are running; does not wait."""
+        """Start decoding until at most `max_running` answers are running or, where answers can be
+        stopped, are to be looked at; does not wait."""
+        max_steps = self.chunk_sizes.stop_chunk if self.stop else self.max_new_tokens
         self.rows = greedy.decode(
-            self.model, self.weights, self.rows, max_running, end_ids=self.end_ids
+            self.model, self.weights, self.rows, max_running, max_steps, end_ids=self.end_ids
         )
 
     def pop_finished(self) -> list[tuple[int, np.ndarray]]:
         """Wait for the device; the answers that have ended, whose rows are free from now on."""
         assert self.rows is not None  # `fit` came first
-        rows = self.rows
+        rows, ended = self.rows, []
         new, count, running = jax.device_get((rows.new, rows.count, rows.running))
-        ended = []
         for row in self.busy:
             request = self.requests[row]
-            if request and not running[row]:
-                ended.append((request.prompt, new[row, : count[row]]))
+            assert request
+            answer = new[row, : count[row]]
+            length = self.stop(self.prompts[request.prompt], answer) if self.stop else None
+            if length is not None or not running[row]:
+                ended.append((request.prompt, answer[:length]))
                 self.requests[row] = None
+        if self.stop:
+            running = np.isin(np.arange(len(self.requests)), self.busy)
+            self.rows = rows._replace(running=jax.device_put(running, rows.running.sharding))
         return ended
 
 

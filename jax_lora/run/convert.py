@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jax_lora.files import check_vacant, fresh_folder, read_json
 from jax_lora.run import hub
@@ -11,6 +12,9 @@ from jax_lora.run.model_card import write_card
 from jax_lora.run.run import Run
 from jax_lora.weights import base, hf, merge, origin, peft, tokenizers
 from jax_lora.weights.fold import fold_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Say = Callable[[str], None]
 
@@ -50,7 +54,7 @@ def convert(
     path = hf.resolve(source)
     # What is small is read first.
     tokenizer = tokenizers.load_tokenizer(path)
-    generation = _generation(path)
+    generation = _generation(path, tokenizer)
     if adapter and not any_base:
         origin.check_base(adapter, peft.base_digest(adapter), path, "--any-base")
 
@@ -127,17 +131,19 @@ def is_adapter(source: str) -> bool:
     return (peft.resolve(source) / "adapter_config.json").is_file()
 
 
-def _generation(path: Path) -> Mapping[str, object] | None:
-    """The generation settings of a source, where it has more than its tokenizer says."""
-    generation_path = path / "generation_config.json"
-    if generation_path.is_file():
-        return read_json(generation_path)
-    if path.is_dir():
-        known = read_json(path / "config.json", dict)
-        if isinstance(known.get("eos_token_id"), list):  # of which the tokenizer knows one
-            names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            return {name: known.get(name) for name in names}
-    return None
+def _generation(path: Path, tokenizer: PreTrainedTokenizerFast) -> Mapping[str, object]:
+    """The generation settings of a source, with all ids that end its answers wherever it names
+    them."""
+    file = path / "generation_config.json"
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    known: dict[str, object] = {name: getattr(tokenizer, name) for name in names}
+    if path.is_dir() and file.is_file():
+        known = read_json(file, dict)
+    given = known.get("eos_token_id")
+    ids = tokenizers.end_ids(tokenizer, base.read_config(path).vocab_size, path)
+    if not {*ids} <= {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}:
+        known["eos_token_id"] = list(ids)
+    return known
 
 
 def stored_dtype(path: Path) -> str:

@@ -10,13 +10,15 @@ import functools
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jax_lora.config import DataConfig, RunConfig
 from jax_lora.data.example import Example
 from jax_lora.data.hub import read_hub
 from jax_lora.data.instructions import Checkout, read_checkout
+from jax_lora.data.packing import bucket_for
 from jax_lora.data.prompts import TEMPLATES, Encoder, Row, RowTooLong
 from jax_lora.data.sources import user_data
 from jax_lora.data.sources.tables import format_of, is_natural_instructions
@@ -268,14 +270,45 @@ def fitting(
     return found
 
 
-def check_tests(config: RunConfig, encoder: Encoder) -> None:
-    """Ask before training what scoring will ask: that every test prompt can be encoded.
+class Asked(NamedTuple):
+    """What scoring asks a model.
+
+    Attributes:
+      rows: of each test set, its examples with their prompts.
+      end_ids: any of which ends an answer.
+    """
+
+    rows: dict[str, list[tuple[Example, Row]]]
+    end_ids: tuple[int, ...]
+
+
+def asked(config: RunConfig, encoder: Encoder, sets: Mapping[str, TaskSet]) -> Asked:
+    """All that scoring reads but the weights, checked; training calls it too, before it trains.
+
+    Args:
+      config, encoder: of the run.
+      sets: test sets by name.
 
     Raises:
-      ConfigError, DataError: as `Encoder.prompt_row`.
+      ConfigError, DataError: a prompt that cannot be encoded, or whose row the model cannot take.
     """
-    for name, taskset in examples(config).items():
-        if name in TESTS and not prompt_rows(encoder, taskset, is_strict(config)):
+    shape, strict = base_weights.read_config(config.model), is_strict(config)
+    rows = {name: prompt_rows(encoder, one, strict) for name, one in sets.items()}
+    for found in filter(None, rows.values()):
+        bucket = bucket_for(max(len(row.ids) for _, row in found), config.eval.buckets)
+        shape.check_length(bucket + config.eval.max_new_tokens)
+    return Asked(rows, end_ids(config))
+
+
+def check_tests(config: RunConfig, encoder: Encoder) -> None:
+    """Ask before training what scoring will ask, and warn of test sets that are empty.
+
+    Raises:
+      ConfigError, DataError: see `asked`.
+    """
+    sets = {name: one for name, one in examples(config).items() if name in TESTS}
+    for name, rows in asked(config, encoder, sets).rows.items():
+        if not rows:
             logger.warning(
                 "%s: no example is left to score; tasks of a single distinct input have none "
                 "besides those that are trained on",

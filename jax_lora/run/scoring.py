@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,6 @@ from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import MeshSizes, RunConfig
-from jax_lora.data.example import Example
-from jax_lora.data.packing import bucket_for
-from jax_lora.data.prompts import Encoder, Row
-from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import evaluate, metrics
 from jax_lora.files import write_json
@@ -164,7 +160,12 @@ def copies(config: RunConfig) -> list[Mesh]:
 
 
 def generators(
-    config: RunConfig, model: Llama, variables: PyTree, meshes: Sequence[Mesh], end_ids: tuple
+    config: RunConfig,
+    model: Llama,
+    variables: PyTree,
+    meshes: Sequence[Mesh],
+    end_ids: tuple,
+    stop: stop_texts.Stop | None = None,
 ) -> list[Callable[..., PyTree]]:
     """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound."""
     return [
@@ -177,6 +178,7 @@ def generators(
             buckets=config.eval.buckets,
             batch_tokens=config.eval.batch_tokens,
             max_batch=config.eval.max_batch,
+            stop=stop,
         )
         for mesh in meshes
     ]
@@ -202,20 +204,6 @@ def _check_what(workdir: Path, config: RunConfig, adapter: str, checkpoint: str)
                 f"--checkpoint: found {checkpoint!r} with --adapter={adapter}, expected one of them"
             )
         step_named(workdir / "checkpoints", checkpoint)
-
-
-def _prompts(
-    config: RunConfig, encoder: Encoder, sets: Mapping[str, TaskSet], names: Sequence[str]
-) -> dict[str, list[tuple[Example, Row]]]:
-    """The examples and prompts of every set, which fit the buckets and the model's window."""
-    shape, strict = base_weights.read_config(config.model), inputs.is_strict(config)
-    rows = {name: inputs.prompt_rows(encoder, sets[name], strict) for name in names}
-    for name, found in rows.items():
-        if not found:
-            raise DataError(f"{config.data.path}: found no example of {name}, expected some")
-        bucket = bucket_for(max(len(row.ids) for _, row in found), config.eval.buckets)
-        shape.check_length(bucket + config.eval.max_new_tokens)
-    return rows
 
 
 def score(
@@ -254,9 +242,11 @@ def score(
     }
     run_folder.check_same_run(workdir, config, digests)
     encoder = inputs.encoder(config)
-    rows = _prompts(config, encoder, sets, names)
+    rows, end_ids = inputs.asked(config, encoder, sets)
+    for name in names:
+        if not rows[name]:
+            raise DataError(f"{config.data.path}: found no example of {name}, expected some")
     scored = load(workdir, config, adapter, put, checkpoint)
-    end_ids = inputs.end_ids(config)
     settings = digests | {
         "origin": scored.origin,
         "weights_digest": scored.digest,
@@ -271,10 +261,9 @@ def score(
         evaluate.write_examples(results / name, rows[name])
         evaluate.write_labels(results / name, data.answers, sets[name].tasks)
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
-    generate = scheduler.round_robin(generators(config, model, scored.variables, meshes, end_ids))
-    stop = config.eval.stop
-    generate = stop_texts.stopped(generate, stop, encoder.decode_all)
-    origin = scored.origin
+    stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all)
+    each = generators(config, model, scored.variables, meshes, end_ids, stop)
+    generate, origin = scheduler.round_robin(each), scored.origin
     del scored
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids, stop=stop)
 

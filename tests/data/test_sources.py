@@ -117,6 +117,15 @@ def test_other_names_of_columns(tmp_path):
             ConfigError, match="config.data.columns: found .*, expected name=column"
         ):
             train(path, columns=wrong)
+    # A renamed column stands in for one that has its new name already, wherever it stands.
+    both = [{"question": "1?", "instruction": "no", "answer": "1", "output": "no"}]
+    for rows in (both, [dict(reversed(both[0].items()))]):
+        found = train(write(path, rows), columns="instruction=question,output=answer")
+        assert (found[0].instruction, found[0].references) == ("1?", ("1",))
+    swapped = train(write(path, [GOOD]), columns="instruction=output,output=instruction")
+    assert (swapped[0].instruction, swapped[0].references) == ("done", ("Do.",))
+    with pytest.raises(DataError, match="a.jsonl: found no column kontext, expected all that conf"):
+        train(path, columns="input=kontext")
 
 
 # ---------------------------------------------------------------- splits
@@ -204,6 +213,18 @@ BAD = {  # name: (rows, the row, what is said)
     "a huge text": ([GOOD | {"output": "a" * 1_000_001}], 1, "a text of more than 1,000,000 ch"),
     "half of a surrogate pair": ([GOOD | {"output": "\ud83d"}], 1, "output: found .*surrogate"),
     "the same id twice": ([GOOD | {"id": "x"}] * 2, 2, "id: found 'x' again, expected distinct"),
+    "an id of two lines": ([GOOD | {"id": "a\nb"}], 1, "id: found 'a..b', expected one line"),
+    "a task of two lines": ([GOOD | {"task": "a\r"}], 1, "task: found 'a..', expected one line"),
+    "a thousand columns": (
+        [{f"c{i}": i for i in range(1000)}],
+        1,
+        "found columns c0, c1, c10, c10",
+    ),
+    "a turn of a thousand keys": (
+        [{"messages": [{f"c{i}": i for i in range(1000)}]}],
+        1,
+        "messages.0.: found c0, c1, c2, .*, expected role and content",
+    ),
     "an id that is none": ([GOOD | {"id": [1]}], 1, "id: found .1., expected a text or a whole"),
     "no turns": ([{"messages": []}], 1, "messages: found .., expected a list of turns"),
     "turns that are texts": ([{"messages": ["hi"]}], 1, "messages.0.: found 'hi', expected an ob"),
@@ -246,6 +267,11 @@ def test_a_bad_row_is_one_line_with_file_and_row(tmp_path, kind):
 FILES = {  # name: (bytes, what is said)
     "no JSON": (b'{"instruction": "a", "output": "b"}\n{"instr\n', "row 2: not valid JSON"),
     "a line that is a list": (b'{"prompt": "a", "completion": "b"}\n[1]\n', "row 2: found .1., ex"),
+    "a key twice": (
+        b'{"prompt": "a", "completion": "b", "prompt": "c"}',
+        "row 1: .*'prompt' is th",
+    ),
+    "a column twice": (b"prompt,completion,prompt\na,b,c\n", "the column 'prompt' twice, exp"),
     "half a list": (b'[{"instruction": "a"', "not valid JSON"),
     "a list of numbers": (b"[1, 2]", "row 1: found 1, expected an object"),
     "deep nesting": (b"[" * 100_000, "not valid JSON"),
@@ -271,6 +297,12 @@ def test_a_bad_file_is_one_line_with_its_name(tmp_path, kind):
     with pytest.raises(DataError, match=f"data: .*{message}") as error:
         train(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_field_of_a_table_may_be_long(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"instruction,output\n{'word ' * 40_000},done\n")
+    assert len(train(path)[0].instruction) == 200_000
 
 
 def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, caplog):

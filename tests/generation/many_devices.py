@@ -4,8 +4,10 @@ them share, beside those of one.
     python -m tests.generation.many_devices
 
 prints JSON: for each number of devices the answers, and of every device the bytes that it holds of
-the weights and, after each stretch of decoding, of a layer's cache; `planned` is what the table of
-`jax_lora.sharding` gives a device of the weights; `communication` is of the loop that decodes.
+the weights and, after each stretch of decoding, of a layer's cache; `stopped` are the answers that
+the host stops behind three tokens, `new_programs` how many were compiled for them; `planned` is
+what the table of `jax_lora.sharding` gives a device of the weights; `communication` is of the loop
+that decodes.
 """
 
 import itertools
@@ -55,8 +57,13 @@ def answered(count):
     ended = scheduler.answers(model, weights, prompts(), groups, **LIMITS)
     answers = dict(itertools.chain.from_iterable(ended))
     greedy.decode = decode
+    programs, stop = decode._cache_size(), lambda prompt, answer: 3 if len(answer) > 2 else None
+    ended = scheduler.answers(model, weights, prompts(), groups, **LIMITS, stop=stop)
+    stopped = dict(itertools.chain.from_iterable(ended))
     return {
         "answers": [answers[i].tolist() for i in range(len(answers))],
+        "stopped": [stopped[i].tolist() for i in range(len(answers))],
+        "new_programs": decode._cache_size() - programs,
         "weights": [held(weights, device) for device in jax.devices()],
         "planned": sharding.local_bytes(variables(), mesh),
         "caches": caches,

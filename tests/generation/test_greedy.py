@@ -113,6 +113,40 @@ def test_a_row_that_ends_makes_room(model, by_definition):
     assert 0 in last and len(before) >= len(short) - 1
 
 
+def test_a_row_that_is_stopped_makes_room(model, by_definition, monkeypatch):
+    # The host looks at a row every few tokens, and ends it at the first multiple of 5.
+    steps, original = [], greedy.decode
+
+    def counted(module, weights, rows, *args, **options):
+        before = np.asarray(rows.count)
+        rows = original(module, weights, rows, *args, **options)
+        steps.append(int((np.asarray(rows.count) - before).max()))  # some row ran to the end
+        return rows
+
+    def stop(prompt, answer):
+        return next((n for n, i in enumerate(answer, 1) if i % 5 == 0), None)
+
+    def decoded(rows, **options):
+        steps.clear()
+        options |= dict(max_new_tokens=40, end_ids=(reference.END,), buckets=(8,), max_batch=rows)
+        return decode(model, prompts, **options), sum(steps)
+
+    monkeypatch.setattr(greedy, "decode", counted)
+    prompts = [(i, 2 * i) for i in range(8, 28)]
+    free = [by_definition(prompt, 40) for prompt in prompts]
+    expected = [answer[: stop(None, answer)] for answer in free]
+    chunk = scheduler.CPU.stop_chunk
+    for rows in (1, 4):
+        whole, most = decoded(rows)
+        stopped, fewer = decoded(rows, stop=stop)
+        assert whole == free and stopped == expected
+        assert fewer < most / 2
+        if rows == 1:
+            assert most == sum(len(answer) - 1 for answer in free)
+            by_chunks = [max(1, -(-(len(x) - 1) // chunk)) for x in expected]
+            assert fewer <= chunk * sum(by_chunks)
+
+
 def test_what_prompts_share_is_read_once(model, monkeypatch):
     read, admitted = [], []
 

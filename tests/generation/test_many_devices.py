@@ -29,6 +29,12 @@ def test_answers_are_those_of_one_device(found, count):
     assert found[count]["answers"] == found["1"]["answers"]
 
 
+@pytest.mark.parametrize("count", ["1", "2", "4"])
+def test_the_host_stops_answers_on_any_number_of_devices(found, count):
+    assert found[count]["stopped"] == [answer[:3] for answer in found[count]["answers"]]
+    assert found[count]["new_programs"] == 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_device_holds_its_part_of_the_weights(found, count):
     planned = found[str(count)]["planned"]

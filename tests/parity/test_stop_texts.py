@@ -48,22 +48,18 @@ def test_answers_equal_those_of_stop_strings(toy):
     prompts = [tokenizer("".join(rng.choice(words, 6))).input_ids for _ in range(6)]
 
     def answer(texts):
-        generate = stop_texts.stopped(
-            lambda prompts, groups: scheduler.answers(
-                module,
-                weights,
-                prompts,
-                groups,
-                max_new_tokens=NEW,
-                end_ids=(tokenizer.eos_token_id,),
-                buckets=(48,),
-                batch_tokens=1000,
-                max_batch=8,
-            ),
-            texts,
-            encoder.decode_all,
+        ended = scheduler.answers(
+            module,
+            weights,
+            prompts,
+            max_new_tokens=NEW,
+            end_ids=(tokenizer.eos_token_id,),
+            buckets=(48,),
+            batch_tokens=1000,
+            max_batch=4,  # so that rows that are stopped make room
+            stop=stop_texts.stop_rule(texts, encoder.decode_all),
         )
-        found = dict(itertools.chain.from_iterable(generate(prompts, None)))
+        found = dict(itertools.chain.from_iterable(ended))
         return [found[i].tolist() for i in range(len(prompts))]
 
     def theirs(texts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -22,17 +23,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class StandIn(ThreadingHTTPServer):
-    """The part of the hub that a commit of small files needs.
+    """The part of the hub that a commit needs: small files in it, large ones by Git LFS.
 
     Attributes:
       repositories: name → path → content.
+      objects: what came by LFS, by its sha256; weights come so where `large` says so.
       token: that is let in.
       refuses: part of the paths that are answered with 403.
     """
 
     def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}
-        self.token, self.refuses = "hf_test", "nothing"
+        self.objects: dict[str, bytes] = {}
+        self.token, self.refuses, self.large = "hf_test", "nothing", False
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -50,6 +53,14 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(b"")
 
     def do_POST(self) -> None:
+        self._answer(self._body())
+
+    def do_PUT(self) -> None:  # to an address that the batch gave away, without a token
+        content = self._body()
+        self.server.objects[hashlib.sha256(content).hexdigest()] = content
+        self._send(200, {})
+
+    def _body(self) -> bytes:
         size = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b""
@@ -57,9 +68,8 @@ class Handler(BaseHTTPRequestHandler):
                 body += self.rfile.read(length)
                 self.rfile.readline()
             self.rfile.readline()
-        else:
-            body = self.rfile.read(size)
-        self._answer(body)
+            return body
+        return self.rfile.read(size)
 
     def _answer(self, body: bytes) -> None:
         path, code, found = self.path.split("?")[0], 200, {}
@@ -79,18 +89,37 @@ class Handler(BaseHTTPRequestHandler):
             found = {"errors": [], "warnings": []}
         elif "preupload" in parts:
             files = [file["path"] for file in json.loads(body)["files"]]
-            modes = {"uploadMode": "regular", "shouldIgnore": False}
-            found = {"files": [{"path": file, **modes} for file in files]}
+            modes = [self._mode(file) for file in files]
+            found = {
+                "files": [
+                    {"path": file, "uploadMode": mode, "shouldIgnore": False}
+                    for file, mode in zip(files, modes, strict=True)
+                ]
+            }
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            upload = {"upload": {"href": f"{self.server.address}/lfs"}}
+            objects = [one | {"actions": upload} for one in json.loads(body)["objects"]]
+            found = {"transfer": "basic", "objects": objects}
         elif "commit" in parts:
             name = "/".join(parts[2:4])
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.server.repositories[name][line["value"]["path"]] = content
+                if line["key"] == "lfsFile":
+                    content = self.server.objects[line["value"]["oid"]]
+                    assert line["value"]["size"] == len(content)
+                    self.server.repositories[name][line["value"]["path"]] = content
             url = f"{self.server.address}/{name}/commit/{COMMIT}"
             found = {"commitUrl": url, "commitOid": COMMIT, "hookOutput": "", "success": True}
         elif parts[:2] == ["api", "models"]:
             found = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [], "private": False}
+        self._send(code, found)
+
+    def _mode(self, file: str) -> str:
+        return "lfs" if self.server.large and file.endswith(".safetensors") else "regular"
+
+    def _send(self, code: int, found: dict[str, Any]) -> None:
         content = json.dumps(found).encode()
         self.send_response(code)
         if code >= 400:
@@ -145,8 +174,15 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_a_folder_is_sent_whole_with_its_card(standin, trained, tiny_model, tmp_path, kind):
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's client's own
+@pytest.mark.parametrize(
+    ("kind", "large"), [("adapter", False), ("merged", False), ("adapter", True), ("merged", True)]
+)
+def test_a_folder_is_sent_whole_with_its_card(
+    standin, trained, tiny_model, tmp_path, monkeypatch, kind, large
+):
+    standin.large = large
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # which has no stand-in
     flags = [str(trained), str(tmp_path / "out"), "--fold-scale"]
     if kind == "merged":
         flags = [str(tiny_model), str(tmp_path / "out"), f"--merge={trained}"]
@@ -156,6 +192,7 @@ def test_a_folder_is_sent_whole_with_its_card(standin, trained, tiny_model, tmp_
     assert standin.repositories == {"me/tuned": files(tmp_path / "out")}
     sent = standin.repositories["me/tuned"]
     weights = {"adapter": "adapter_model.safetensors", "merged": "model.safetensors"}[kind]
+    assert list(standin.objects.values()) == [sent[weights]] * large
     assert {weights, "README.md", "jax_lora.json"} <= sent.keys()
     card = sent["README.md"].decode()
     for text in (

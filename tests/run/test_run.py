@@ -24,6 +24,8 @@ from jax_lora.run import folder, inputs, prepare, scoring, training
 from jax_lora.training import loop
 from jax_lora.training.validation import Best
 from jax_lora.weights import base as base_weights
+from jax_lora.weights import hf
+from jax_lora.weights.tokenizers import load_tokenizer
 from tests.study.test_team import Store
 
 
@@ -196,6 +198,48 @@ def test_what_scoring_would_refuse_is_told_before_training(config, tmp_path):
     with pytest.raises(ConfigError, match=f"{name} .*: the prompt has .* without its input"):
         jax_lora.Run.open(config.replace(**{"data.path": str(toy)}), tmp_path / "r").train()
     assert not (tmp_path / "r").exists()
+
+
+SCORING_REFUSES = {  # what only answers need: a file of the base, its keys, what is said
+    "a sliding window": (
+        "config.json",
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 385},
+        "rows of 387 tokens: expected at most 385, the model's sliding_window",
+    ),
+    "an end id": (
+        "generation_config.json",
+        {"eos_token_id": "</s>"},
+        "generation_config.json: eos_token_id: found '</s>', expected ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCORING_REFUSES)
+def test_what_only_scoring_needs_of_a_base_is_told_before_training(
+    config, tiny_model, tmp_path, kind
+):
+    name, keys, message = SCORING_REFUSES[kind]
+    shape, base = base_weights.load(tiny_model, "float32")
+    hf.save(tmp_path / "m", shape, base, load_tokenizer(tiny_model))
+    path = tmp_path / "m" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    spoilt = config.replace(model=str(tmp_path / "m"))
+    with pytest.raises((ConfigError, DataError), match=message):
+        jax_lora.Run.open(spoilt, tmp_path / "r").train()
+    assert not (tmp_path / "r").exists()
+
+
+def test_training_and_scoring_ask_by_one_function(run, config, tmp_path, monkeypatch):
+    def asked(config, encoder, sets):
+        raise ConfigError(f"asked for {', '.join(sets)}")
+
+    monkeypatch.setattr(inputs, "asked", asked)
+    with pytest.raises(ConfigError, match="asked for seen, unseen"):
+        jax_lora.Run.open(config, tmp_path / "r").train()
+    with pytest.raises(ConfigError, match="asked for seen, unseen"):
+        run.score()
+    with pytest.raises(ConfigError, match="asked for unseen"):
+        run.score(["unseen"])
 
 
 def test_a_test_set_without_examples_is_told_before_training(config, tmp_path, caplog):

@@ -63,6 +63,21 @@ def test_a_folder_becomes_a_folder_with_its_own_generation_settings(tmp_path, so
     assert all(one[k].tobytes() == two[k].tobytes() for k in one)
 
 
+def test_every_end_id_is_kept_wherever_the_source_names_it(tmp_path):
+    keys = tiny_bpe("smollm") | {"eot_token_id": 7}
+    source = tmp_path / "tiny.gguf"
+    write_gguf(source, hf_weights(len(keys["tokens"])), tokenizer=keys)
+    convert.main([str(source), str(tmp_path / "one")])
+    one = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    assert one["eos_token_id"] == [0, 7] and one["bos_token_id"] == 1
+    # Now generation_config.json names one, and config.json still both.
+    settings = json.dumps({"eos_token_id": 5, "top_k": 3})
+    (tmp_path / "one" / "generation_config.json").write_text(settings)
+    convert.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    two = json.loads((tmp_path / "two" / "generation_config.json").read_text())
+    assert two == {"eos_token_id": [0, 5, 7], "top_k": 3}
+
+
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, source, capsys):
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:-100])
     keys = tiny_bpe("tekken")

@@ -101,18 +101,22 @@ def read_examples(table: Table, columns: Mapping[str, str], unused: Unused) -> I
     Raises:
       DataError: a row that is malformed, has another shape than the first one, or another's id.
     """
-    shape, seen, empty = "", set(), True
+    shape, seen, empty, absent = "", set(), True, set(columns)
     for number, found in table.rows:
         where, empty = f"{table.source}: row {number}", False
-        renamed = {columns.get(name, name): value for name, value in found.items()}
+        absent -= found.keys()
+        # A column that is renamed stands in for one that has the name already.
+        renamed = {name: found[name] for name in found if name not in columns.values()}
+        renamed |= {ours: found[name] for name, ours in columns.items() if name in found}
         row = {name: value for name, value in renamed.items() if value is not None}
         fits = [name for name, needed in SHAPES.items() if all(c in row for c in needed)]
         shape = shape or next(iter(fits), "")
         if not shape or not all(column in row for column in SHAPES[shape]):
-            expected = [SHAPES[shape]] if shape else [c for s, c in SHAPES.items()]
+            expected = [SHAPES[shape]] if shape else list(SHAPES.values())
+            names = ", ".join(sorted(map(str, row))) or "none"
             raise DataError(
-                f"{where}: found columns {', '.join(sorted(map(str, row))) or 'none'}, expected "
-                f"{' or '.join(' and '.join(names) for names in expected)}"
+                f"{where}: found columns {names:.200}, expected "
+                f"{' or '.join(map(' and '.join, expected))}"
                 + (", as in the rows before" if shape else "; config.data.columns renames them")
             )
         try:
@@ -126,6 +130,11 @@ def read_examples(table: Table, columns: Mapping[str, str], unused: Unused) -> I
         yield example
     if empty:
         raise DataError(f"{table.source}: found no rows, expected at least one")
+    if absent:
+        raise DataError(
+            f"{table.source}: found no column {', '.join(sorted(absent))}, expected all that "
+            "config.data.columns renames"
+        )
 
 
 def _example(row: Mapping[str, object], shape: str, where: str, number: int) -> Example:
@@ -139,6 +148,9 @@ def _example(row: Mapping[str, object], shape: str, where: str, number: int) -> 
     name = _unicode(str(given), "id", where) or f"row {number}"
     if not task.strip() or not category.strip():
         raise Unusable("an empty task or category")
+    for column, text in (("task", task), ("category", category), ("id", name)):
+        if text.splitlines() != [text]:  # it is a line of tables and messages
+            raise DataError(f"{where}: {column}: found {text!r:.60}, expected one line")
     if shape in ("messages", "conversations"):
         turns = _turns(row[shape], shape, where)
         *before, question, answer = turns
@@ -206,7 +218,7 @@ def _turn(turn: object, at: str) -> Message:
     keys = next((k for k in (("role", "content"), ("from", "value")) if set(k) <= turn.keys()), ())
     if not keys:
         found = ", ".join(map(str, turn)) or "no keys"
-        raise DataError(f"{at}: found {found}, expected role and content, or from and value")
+        raise DataError(f"{at}: found {found:.200}, expected role and content, or from and value")
     role, content = (turn[key] for key in keys)
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{at}: role: found {role!r:.60}, expected one of {', '.join(_ROLES)}")

@@ -180,9 +180,18 @@ def _json(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 def _parse(text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from None
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, of which Python would keep the last of several equal keys in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r:.60} is there twice")
+    return found
 
 
 def _object(row: object, path: Path, number: int) -> Mapping[str, object]:
@@ -195,10 +204,13 @@ def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     text = _text(path)
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
+    csv.field_size_limit(len(text))  # Python's own is 131,072 characters
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     number, names = 0, []
     try:
         names = next(rows)
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise DataError(f"{path}: found the column {twice[0]!r:.60} twice, expected it once")
         for number, row in enumerate(rows, 1):
             if len(row) != len(names):
                 raise DataError(
