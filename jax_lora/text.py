@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 Style = Literal["plain", "markdown", "latex"]
+# What is a mark of GitHub's Markdown in any place, and at the start of a line.
+_MARKS = re.compile(
+    r"[*|`\\~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|:(?=//)|(?<=www)\."
+    r"|(?<![^\W_])_|_(?![^\W_])"
+    r"|^(?:>|#(?=#{0,5}(?:\s|$))|[-+](?=\s|$)|-(?=-+\s*$)|=(?==*\s*$))"
+)
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "−": "$-$",
@@ -46,8 +52,14 @@ def table(
 
 
 def markdown(text: str) -> str:
-    """A text for Markdown: T*100 and T*500 frame no emphasis, a bar ends no cell."""
-    return re.sub(r"([*|])", r"\\\1", text)
+    """A text as a line of GitHub's Markdown that shows it letter by letter, also in a table.
+
+    T*100 and T*500 frame no emphasis, a bar ends no cell, a tag is no HTML, an address no link; a
+    line end is the letters \\n.
+    """
+    line = re.sub(r"[\t\n\u2028\u2029]", lambda found: ascii(found[0])[1:-1], printable(text))
+    marked = _MARKS.sub(r"\\\g<0>", line)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", marked)  # no list of numbers
 
 
 def tex(text: str) -> str:
@@ -86,3 +98,14 @@ def _tex_groups(groups: Sequence[str]) -> str:
     top = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{group}}}" for group, _, n in spans)
     rules = " ".join(rf"\cmidrule(lr){{{i}-{i + n - 1}}}" for group, i, n in spans if group)
     return f"{top} \\\\\n{rules}\n"
+
+
+# Control characters but newline and tab, what reorders the letters of a line, and halves of
+# surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: control characters, with which a file could move its cursor or write
+    over what stands there, become escapes such as \\x1b; newlines and tabs stay."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

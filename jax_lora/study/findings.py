@@ -1,4 +1,4 @@
-"""What a study says to the paper's questions, in sentences with intervals."""
+"""What a study says to the paper's questions, in sentences with intervals, and the paper itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pandas as pd
 
-from jax_lora.study import METRICS, TESTS, Frame, Study, set_order
+from jax_lora.study import METRICS, TESTS, Frame, Study, paper_findings, set_order
 from jax_lora.study.estimates import (
     FEWEST_TASKS,
     Estimate,
@@ -17,11 +17,11 @@ from jax_lora.study.estimates import (
     slope,
     verdict,
 )
-from jax_lora.text import markdown
+from jax_lora.study.sections import Finding
 
 
-def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) -> list[str]:
-    """What a study says to the paper's questions, for and against, as paragraphs of Markdown.
+def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) -> list[Finding]:
+    """What a study says to the paper's questions, for and against.
 
     Args:
       study: checked rows and grid.
@@ -30,25 +30,35 @@ def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) ->
       seed: of the bootstrap and the sign flips.
     """
     sets, fixed = plain_sets(study), fixed_size_sets(study)
-    answers = {
-        "Does more rank help on seen tasks?": [_rank_helps(study, s, seed) for s in sets],
-        "Do unseen tasks need capacity?": [_capacity(study, s, seed) for s in sets],
-        "Do out-of-options answers fall before accuracy rises?": [
-            _form_first(study, s, seed) for s in sets
-        ],
-        "Does LoRA reach full fine-tuning?": [
-            _reaches(study, compared, s, test) for test in TESTS for s in sets
-        ],
-    }
+    found = [
+        Finding(
+            "Does more rank help on seen tasks?",
+            [_rank_helps(study, s, seed) for s in sets],
+            paper_findings.rank_helps(),
+        ),
+        Finding(
+            "Do unseen tasks need capacity?",
+            [_capacity(study, s, seed) for s in sets],
+            paper_findings.capacity(),
+        ),
+        Finding(
+            "Do out-of-options answers fall before accuracy rises?",
+            [_form_first(study, s, seed) for s in sets],
+            paper_findings.FORM_FIRST,
+        ),
+        Finding(
+            "Does LoRA reach full fine-tuning?",
+            [_reaches(study, compared, s, test) for test in TESTS for s in sets],
+            paper_findings.reaches(),
+        ),
+    ]
     if len(fixed) > 1:
         question = f"More tasks, or more examples of each, {fixed[0]} to {fixed[-1]}?"
-        answers[question] = [_diversity(study, c, fixed, seed) for c in study.configs(variant="")]
+        answers = [_diversity(study, c, fixed, seed) for c in study.configs(variant="")]
+        found.append(Finding(question, [s for s in answers if s], paper_findings.DIVERSITY))
     if numbers["exact_match_difference"].notna().any():
-        answers["How far from the paper?"] = _from_paper(numbers)
-    return [
-        f"**{markdown(question)}**\n\n" + "\n".join(f"- {markdown(s)}" for s in lines if s)
-        for question, lines in answers.items()
-    ]
+        found.append(Finding("How far from the paper?", _from_paper(numbers)))
+    return found
 
 
 def plain_sets(study: Study) -> list[str]:

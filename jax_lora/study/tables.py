@@ -5,7 +5,7 @@ Tables 1 and 2 have the paper's layout. A mean of fewer rounds than the grid pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Table:
     """A table for reading, and the numbers behind it.
 
     `columns` are pairs of a group ("" for none) and a name; `rows` hold finished text; `data` is
-    what the CSV file has, in full precision and often with more rows.
+    what the CSV file has, in full precision and often with more rows. `beneath` are rows, counted
+    from 0, that belong to the one above, wherever a reader sorts it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Table:
     columns: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[str]]
     data: Frame = field(repr=False)
+    beneath: Collection[int] = ()
 
     def markdown(self) -> str:
         """The table as GitHub's Markdown, its caption above it."""
@@ -78,7 +80,8 @@ def scores_table(
     shown = numbers[(numbers["test"] == test) & numbers["set"].isin(sets)]
     main = shown[shown["main"]]
     papers = main["exact_match_paper"].notna().any()
-    rows = []
+    rows: list[list[str]] = []
+    beneath = []
     for config in study.configs():
         group = main[main["config"] == config].set_index("set")
         if group.empty:
@@ -95,6 +98,7 @@ def scores_table(
             below += [_beside(cell, metric) for metric in METRICS]
         rows.append(row)
         if any(below[4:]):
+            beneath.append(len(rows))
             rows.append(below)
     columns = [("", "Method"), ("", "Rank"), ("", "Trainable"), ("", "Operations")]
     columns += [(name_of_set, label) for name_of_set in sets for label in METRICS.values()]
@@ -111,7 +115,7 @@ def scores_table(
         caption += (
             f" Below each row the paper's figures (ours less the paper's; its rates: {rates})."
         )
-    return Table(name, caption, columns, rows, shown)
+    return Table(name, caption, columns, rows, shown, beneath)
 
 
 def behaviour_table(study: Study, test: str, name_of_set: str) -> Table:

@@ -1,6 +1,7 @@
 """What a study says in words, its report and its case studies, and what damaged results say."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jax_lora.study import Study, read
-from jax_lora.study.case_studies import case_studies
+from jax_lora.study import Study, paper, paper_findings, read
+from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.estimates import Estimate, verdict
 from jax_lora.study.findings import findings
-from jax_lora.study.report import report
+from jax_lora.study.report import report, write
 from jax_lora.study.statistics import comparisons, summary
 from jax_lora.study.tables import comparison_table
+from tests.conftest import REPOSITORY
 from tests.study.test_tables import PAPER_SETS, cells_of, grid, linear, results, tasks
 
 RANKS = [4, 8, 16, 32, 64, None]
@@ -53,8 +55,10 @@ def written(tmp_path_factory):
 def words(study: Study) -> dict[str, list[str]]:
     """The findings' lines by question."""
     found = findings(study, summary(study), comparisons(study))
-    plain = [paragraph.replace("\\", "") for paragraph in found]
-    return {p.split("**")[1]: p.splitlines()[2:] for p in plain}
+    for one in found:
+        lines = one.markdown().replace("\\", "").splitlines()
+        assert lines == [f"**{one.question}**", "", *(f"- {answer}" for answer in one.answers)]
+    return {one.question: [f"- {answer}" for answer in one.answers] for one in found}
 
 
 def test_everything_is_written_and_what_is_linked_exists(written):
@@ -183,6 +187,17 @@ def test_the_paper_is_compared_with_where_it_can_be():
     ]
 
 
+@pytest.mark.slow
+def test_the_committed_report_is_the_one_that_is_written(tmp_path):
+    committed = REPOSITORY / "docs" / "study_mini"
+    for name in ("study.json", "results.parquet", "cases.jsonl"):
+        shutil.copy(committed / name, tmp_path / name)
+    again = write(tmp_path)
+    assert again.read_text("utf-8") == (committed / "report" / "report.md").read_text("utf-8")
+    for path in (committed / "report" / "tables").glob("*.md"):
+        assert (again.parent / "tables" / path.name).read_text("utf-8") == path.read_text("utf-8")
+
+
 def test_damaged_results_leave_nothing_behind(tmp_path):
     cells = grid([4, None], ["T2"], rounds=1)
     rows = results(cells, tasks(2), linear)
@@ -232,30 +247,67 @@ def case(**fields: Any) -> dict[str, Any]:
     return whole | fields
 
 
+def answers_of(one: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """By model the kind of its answer, and the words that are marked."""
+    (found,) = CaseStudies.of([one]).cases
+    return {
+        answer.model: (answer.kind, [text for text, marked in answer.pieces if marked])
+        for answer in found.answers
+    }
+
+
 def test_case_studies_mark_what_the_reference_lacks():
-    answers = {"full": "a x c", "rank 4": "A, b c!", "rank 8": "", "rank 16": "d & <e>"}
-    page = case_studies([case(answers=answers), case(answers={"rank 32": "a"})])
-    assert "</b> a <mark>x</mark> c</td>" in page
-    assert '<b class="yes">✓</b> A, b c!</td>' in page
-    assert "<i>(nothing)</i>" in page
-    assert "<mark>d</mark> <mark>&amp;</mark> <mark>&lt;e&gt;</mark>" in page
-    assert page.count('<b class="yes">') == 1
-    assert page.count("(missing)") == 5  # each case has columns for all models
-    nearest = case_studies([case(references=["z z", "a q"], answers={"full": "a b"})])
-    assert "</b> a <mark>b</mark></td>" in nearest
-
-
-def test_case_studies_escape_everything():
-    evil = "<script>alert('&')</script>"
-    page = case_studies(
-        [case(task=evil, input=evil, references=[evil], answers={evil: evil, "b": evil + " b"})],
-        title=evil,
+    said = {
+        "full": "a x c", "rank 4": "A, b c!", "rank 8": " ", "rank 16": "d & <e>", "rank 32": "I.",
+    }  # fmt: skip
+    assert answers_of(case(answers=said)) == {
+        "full": ("part", ["x"]),
+        "rank 4": ("exact", []),
+        "rank 8": ("empty", []),
+        "rank 16": ("other", ["d", "&", "<e>"]),
+        "rank 32": ("copy", ["I."]),
+    }
+    nearest = case(references=["z z", "a q"], answers={"full": "a b"})
+    assert answers_of(nearest) == {"full": ("part", ["b"])}
+    assert (
+        answers_of(case(references=["a"], input="a", answers={"full": "a"}))["full"][0] == "exact"
     )
-    assert "<script" not in page and "alert('" not in page
-    assert page.count("&lt;script&gt;") >= 7
-    assert "http" not in page and "src=" not in page  # it needs nothing from elsewhere
+
+
+def test_a_case_that_lacks_a_model_says_so():
+    studies = CaseStudies.of([case(answers={"full": "a"}), case(answers={"rank 32": "b"})])
+    kinds = [[answer.kind for answer in one.answers] for one in studies.cases]
+    assert studies.models == ["full", "rank 32"]
+    assert kinds == [["part", "missing"], ["missing", "part"]]
     with pytest.raises(ValueError, match="case 1: no input; expected"):
-        case_studies([case(), {"task": "t", "references": ["a"], "answers": {}}])
+        CaseStudies.of([case(), {"task": "t", "references": ["a"], "answers": {}}])
+    with pytest.raises(ValueError, match="case 0: no references; expected"):
+        CaseStudies.of([case(references=[])])
+
+
+def test_the_papers_own_answers_are_its_tables():
+    rows = {(row["test"], row["rank"]): row for row in paper()["rows"]}
+    ranks = [2**i for i in range(2, 13)]
+    yes, em, _ = paper_findings.rank_helps()
+    assert yes == "Yes." and em.startswith("EM from rank 4 to rank 4096: +20.69 (T100), +20.31 (T2")
+    slopes = re.findall(r"([+−]\d\.\d\d) \((\w+)\)", em.partition("per doubling")[2])
+    for slope, name in slopes:
+        scores = [rows["seen", rank][name][0] for rank in ranks]
+        assert float(slope) == pytest.approx(np.polyfit(range(11), scores, 1)[0], abs=0.005)
+    assert [name for _, name in slopes] == PAPER_SETS
+    assert re.search(r"up in (\d+) of 40 steps", em)
+
+    _, unseen, _ = paper_findings.capacity()
+    scores = [rows["unseen", rank]["Tall"][0] for rank in ranks]
+    low, high = (np.polyfit(range(6), part, 1)[0] for part in (scores[:6], scores[5:]))
+    parts = [re.findall(r"([+−]\d\.\d\d) \(Tall\)", half)[0] for half in unseen.split("above")]
+    assert [float(part) for part in parts] == [pytest.approx(x, abs=0.005) for x in (low, high)]
+    assert "up to rank 128" in unseen
+
+    _, seen, unseen = paper_findings.reaches()
+    assert "EM −1.02 (T100), −0.82 (T250), +0.13 (T500), −0.41 (Tall), the first" in seen
+    assert "as good as full: none (T100), none (T250), 4096 (T500), none (Tall)" in seen
+    assert "EM +2.61 (T100), +1.02 (T250), +1.20 (T500), +0.54 (Tall)" in unseen
 
 
 def test_the_main_rate_is_the_commonest_then_the_papers_then_the_lowest():
