@@ -22,4 +22,6 @@ from configs import base, study_base
 
 
 def get_config(arg=None):
-    return base.override(study_base.get_config(), arg, **study_base.SHORT)
+    config = study_base.get_config()
+    config.measure.spectra = False  # of matrices of 4096 × 4096, on the host: hours
+    return base.override(config, arg, **study_base.SHORT)

@@ -57,12 +57,17 @@ class MeshConfig:
         return MeshSizes(*sizes)
 
 
+ALPHA_LAWS = {"r": 1, "sqrt(r)": 0.5, "constant": 0}  # the power of the rank
+LAWS_AGREE = 16  # the rank at which all have the same α
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The adapters."""
 
     rank: int = 16  # r, 1 to 4096 and above
     alpha_per_rank: float = 2.0  # α/r; the paper sets α = 2r
+    alpha_law: str = "r"  # α grows like r; "sqrt(r)", "constant": as "r" has it at rank 16
     scaling: str = "alpha/r"  # of the update; rsLoRA's is "alpha/sqrt(r)"
     dropout: float = 0.05  # on the input of A, in training only
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -72,8 +77,13 @@ class LoraConfig:
 
     @property
     def alpha(self) -> float:
-        """α."""
-        return self.alpha_per_rank * self.rank
+        """α, by `alpha_law`: proportional to r, to √r, or the same at all ranks.
+
+        "sqrt(r)" with a scale of α/r is rsLoRA's scale, 1/√r, and "constant" is what "LoRA Without
+        Regret" (Thinking Machines 2025) trains with.
+        """
+        power = ALPHA_LAWS[self.alpha_law]
+        return self.alpha_per_rank * self.rank**power * LAWS_AGREE ** (1 - power)
 
 
 @dataclass(frozen=True)
@@ -299,6 +309,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),
     "lora.scaling": ("alpha/r", "alpha/sqrt(r)"),
+    "lora.alpha_law": tuple(ALPHA_LAWS),
     "lora.variant": ("lora", "dora"),
     "lora.materialize_delta": ("auto", "never"),
     "data.format": ("auto", "ni", "jsonl", "json", "csv", "parquet", "datasets", "hub"),

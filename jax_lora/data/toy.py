@@ -5,6 +5,7 @@ in a few hundred LoRA steps; the test tasks are relatives of the train tasks, no
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax_lora.data import toy_closed, toy_free
@@ -15,7 +16,12 @@ TASKS: tuple[ToyTask, ...] = (*toy_closed.TASKS, *toy_free.TASKS)
 TRIES = 30  # picks that one more new input may need, on average
 
 
-def write_checkout(path: str | Path, seed: int = 0, instances_per_task: int = 300) -> Path:
+def write_checkout(
+    path: str | Path,
+    seed: int = 0,
+    instances_per_task: int = 300,
+    tasks: Sequence[ToyTask] = TASKS,
+) -> Path:
     """Writes tasks/*.json and splits/default/*.txt, ready for `instructions.read_checkout`.
 
     The labels of a closed task take turns, so every prefix of its instances is balanced.
@@ -24,6 +30,7 @@ def write_checkout(path: str | Path, seed: int = 0, instances_per_task: int = 30
         path: the folder to fill; made where it is missing, files of the same name are replaced.
         seed: another seed gives other instances of the same tasks.
         instances_per_task: instances, all with distinct inputs, of each task.
+        tasks: to write.
     Returns:
         The folder.
     Raises:
@@ -32,14 +39,14 @@ def write_checkout(path: str | Path, seed: int = 0, instances_per_task: int = 30
     if instances_per_task < 1:
         raise ConfigError(f"instances_per_task is {instances_per_task}, expected at least 1")
     root = Path(path)
-    records = {task.name: _record(task, seed, instances_per_task) for task in TASKS}
+    records = {task.name: _record(task, seed, instances_per_task) for task in tasks}
     (root / "tasks").mkdir(parents=True, exist_ok=True)
     (root / "splits" / "default").mkdir(parents=True, exist_ok=True)
     for name, record in records.items():
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (root / "tasks" / f"{name}.json").write_text(text, encoding="utf-8")
     for split in ("train", "test", "excluded"):
-        names = "".join(f"{task.name}\n" for task in TASKS if task.split == split)
+        names = "".join(f"{task.name}\n" for task in tasks if task.split == split)
         (root / "splits" / "default" / f"{split}_tasks.txt").write_text(names, encoding="utf-8")
     return root
 

@@ -21,7 +21,16 @@ from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import reduction_error
-from jax_lora.run import folder, inputs, invariance, prepare, score_tables, scoring, training
+from jax_lora.run import (
+    folder,
+    inputs,
+    invariance,
+    losses,
+    prepare,
+    score_tables,
+    scoring,
+    training,
+)
 from jax_lora.text import table
 from jax_lora.training import trainable_mask
 from jax_lora.training.resolve import resolve, with_dtype
@@ -208,6 +217,23 @@ class Run:
             )
         results = self.workdir / scoring.folder_name(adapter, checkpoint)
         return score_tables.score_frame(results, sets)
+
+    def losses(
+        self, adapter: str = "last", *, checkpoint: str = "last", any_base: bool = False
+    ) -> losses.Losses:
+        """The losses per token of a model: `.references(task set)` and `.text(text)`.
+
+        Args:
+          adapter, checkpoint, any_base: as for `score`.
+
+        Returns:
+          The model on this process's devices, as long as the object lives.
+
+        Raises:
+          ConfigError, DataError, OSError: wrong input.
+        """
+        self._check_base(adapter, any_base)
+        return losses.load(self.workdir, self.config, adapter, checkpoint)
 
     def check(
         self,

@@ -37,10 +37,17 @@ COLUMNS = {
     "unfinished": "percent", "trainable": "count", "frozen": "number", "train_tokens": "count",
     "train_operations": "number", "base_operations": "number",
 }  # fmt: skip
+MEASURES = {  # see docs/study.md; null where they were not measured, in all rows of older studies
+    "reference_loss": "number or null", "adapter_rank": "number or null", "alpha": "number or null",
+    "text_loss": "number or null", "forgetting": "real or null",
+    "effective_rank": "number or null", "intruder_dimensions": "number or null",
+    "memorized_bits": "real or null",
+}  # fmt: skip
 GRID = ["cell", "method", "rank", "variant", "set", "round", "learning_rate"]
 TESTS = ("seen", "unseen")
 METRICS = {"exact_match": "EM", "rougeL": "R-L"}
 CHOICES = {"method": ("lora", "full"), "test": TESTS}
+MEASURES_OF_A_CELL = [name for name in MEASURES if name != "reference_loss"]
 OF_A_CELL = [
     "model", *GRID[1:], "set_tasks", "train_examples", "trainable", "frozen", "train_tokens",
     "train_operations", "base_operations",
@@ -63,7 +70,13 @@ def read(path: str | Path) -> Frame:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path}: {reason}; expected a whole parquet file") from None
     _require_columns(results, list(COLUMNS), str(path))
-    return results
+    return with_measures(results)
+
+
+def with_measures(results: Frame) -> Frame:
+    """The results with a column for each of `MEASURES`, empty where there was none."""
+    absent = [name for name in MEASURES if name not in results]
+    return results.assign(**dict.fromkeys(absent, np.nan))
 
 
 @cache
@@ -81,7 +94,7 @@ def check(results: Frame, expected: Frame) -> None:
     """Check a study's rows one by one, against each other and against the grid.
 
     Args:
-      results: COLUMNS.
+      results: COLUMNS, perhaps MEASURES.
       expected: GRID, one row per cell, finished or not.
 
     Raises:
@@ -93,7 +106,8 @@ def check(results: Frame, expected: Frame) -> None:
         raise DataError(
             f"found {len(results)} results of {len(expected)} cells, expected some of both"
         )
-    _check_values(results, COLUMNS)
+    results = with_measures(results)
+    _check_values(results, COLUMNS | MEASURES)
     _check_values(expected, {name: COLUMNS[name] for name in GRID})
     _check_cells(results, expected)
     _check_tasks(results)
@@ -115,7 +129,7 @@ class Study:
     def of(cls, results: Frame, expected: Frame) -> Study:
         """Check a study (see `check`, which raises) and name its configurations."""
         check(results, expected)
-        rows, grid = results.copy(), expected[GRID].copy()
+        rows, grid = with_measures(results), expected[GRID].copy()
         for frame in (rows, grid):
             frame["rank"] = frame["rank"].astype("Int64")
         grid["main"] = _main_rates(grid)
@@ -127,7 +141,8 @@ class Study:
         ]
         grid["config"] = names
         rows["config"] = rows["cell"].map(dict(zip(grid["cell"], names, strict=True)))
-        floats = {name: float for name, kind in COLUMNS.items() if kind.startswith("percent")}
+        percents = [name for name, kind in COLUMNS.items() if kind.startswith("percent")]
+        floats = dict.fromkeys((*percents, *MEASURES), float)
         return cls(rows.astype({**floats, "closed_label": bool}), grid)
 
     @property
@@ -200,23 +215,27 @@ def _allowed(rows: Frame, name: str, kind: str) -> tuple[np.ndarray, str]:
         return np.where(full, null, valid), "a whole number, or null where the method is full"
     if kind == "flag":
         return np.isin(numbers, [0.0, 1.0]), "true or false"
-    least = 1 if kind == "count" else 0
+    least = 1 if kind == "count" else -np.inf if kind.startswith("real") else 0
     most = 100 + 1e-6 if kind.startswith("percent") else np.inf
     good = (numbers >= least) & (numbers <= most) & np.isfinite(numbers)
     if kind == "percent if closed":
         closed = (rows["closed_label"] == 1).to_numpy()
         return np.where(closed, good, null), "0 to 100, or null where the task is not closed-label"
-    good |= null & (kind == "percent or null")
-    return good, f"{kind}, at least {least}" + (", at most 100" if most < np.inf else "")
+    good |= null & kind.endswith("or null")
+    bounds = (f", at least {least}" if least > -np.inf else "") + (
+        ", at most 100" if most < np.inf else ""
+    )
+    return good, kind + bounds
 
 
 def _check_cells(rows: Frame, grid: Frame) -> None:
     """A cell is one thing, in the results as in the grid, and no two cells are the same thing."""
-    distinct = rows[["cell", *OF_A_CELL]].drop_duplicates()
+    of_a_cell = [*OF_A_CELL, *MEASURES_OF_A_CELL]
+    distinct = rows[["cell", *of_a_cell]].drop_duplicates()
     if (doubled := distinct["cell"][distinct["cell"].duplicated()]).size:
         cell = doubled.iloc[0]
         rows_of_cell = distinct[distinct["cell"] == cell]
-        name = next(n for n in OF_A_CELL if rows_of_cell[n].nunique(dropna=False) > 1)
+        name = next(n for n in of_a_cell if rows_of_cell[n].nunique(dropna=False) > 1)
         found = " and ".join(map(str, rows_of_cell[name].iloc[:2]))
         raise DataError(f"results, cell {cell}: {name} is {found}, expected one value")
     for what, keys in (("cell", ["cell"]), ("configuration, set and round", GRID[1:])):

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jax_lora.config import RunConfig, flatten, read_typed, to_plain
+from jax_lora.data.toy_pairs import CODEBOOKS
 from jax_lora.errors import ConfigError
 from jax_lora.evaluation import metrics
 
 FULL = "full"  # among the ranks: full fine-tuning
 AXES = ("ranks", "sets", "rounds", "learning_rates", "variants")
+OF_AXES = ("lora.rank", "data.set", "round", "optim.learning_rate")  # of a run, set by the axes
 Changes = Mapping[str, object]  # nested as a run's config is: {"lora": {"rank": 4}}
 
 
@@ -44,6 +46,7 @@ class ToyConfig:
     """Tasks and a base of the study's own, in place of `run.data.path` and `run.model`."""
 
     instances: int = 0  # of each toy task; 0: a checkout and a base are given
+    codebooks: int = 0  # tasks of random pairs in place of the grid's; 0: none. A memory probe
     outside: tuple[str, ...] = (  # categories that are not in the grid: the base learns their tasks
         "Program Execution",
         "Information Extraction",
@@ -63,6 +66,15 @@ class ToyConfig:
 
 
 @dataclass(frozen=True)
+class MeasureConfig:
+    """What a trained cell is measured by, beside its answers; see docs/study.md."""
+
+    losses_per_task: int = 10  # test examples of each task whose reference's loss is measured
+    text: str = ""  # a file, whose loss says what was forgotten; "": a passage of the package
+    spectra: bool = True  # of weight updates, and intruder dimensions; on the host, hours at 7B
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """A run for every rank × variant × set × round × learning rate, and what these runs share."""
 
@@ -74,6 +86,8 @@ class StudyConfig:
     rounds: tuple[int, ...] = (0, 1, 2)
     learning_rates: LearningRates = field(default_factory=LearningRates)
     variants: Mapping[str, Changes] = field(default_factory=dict)  # in addition to the plain recipe
+    match_parameters: bool = False  # a variant with other lora.targets gets the rank that has most
+    # nearly as many parameters as the plain recipe's
 
     # ---- what full fine-tuning changes in `run`
     full: Changes = field(
@@ -86,6 +100,7 @@ class StudyConfig:
     )
 
     toy: ToyConfig = field(default_factory=ToyConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     @classmethod
     def from_config_dict(cls, config: Mapping[str, object]) -> StudyConfig:
@@ -129,12 +144,40 @@ class StudyConfig:
             except ConfigError as error:
                 text = str(error).removeprefix("config.")
                 raise ConfigError(f"config.{key}.{text}") from None
+        self._validate_variants()
+        if self.measure.losses_per_task < 0:
+            raise ConfigError(
+                f"config.measure.losses_per_task: found {self.measure.losses_per_task}, expected a "
+                "number of at least 0"
+            )
+        most = CODEBOOKS // 2  # half are for the base
+        if not 0 <= self.toy.codebooks <= most:
+            raise ConfigError(
+                f"config.toy.codebooks: found {self.toy.codebooks}, expected 0 to {most}"
+            )
         metrics.check_names(self.run.eval.metrics)
         if absent := set(metrics.OFFICIAL) - set(self.run.eval.metrics):
             raise ConfigError(
                 f"config.run.eval.metrics: {', '.join(sorted(absent))} not found, expected "
                 f"{' and '.join(metrics.OFFICIAL)} among them: the report is about these"
             )
+
+    def _validate_variants(self) -> None:
+        """Refuse what would train the same cells twice, or what an axis overrules."""
+        known = {self.run: "the plain recipe"}
+        for name, change in self.variants.items():
+            if taken := sorted({key for key, _ in flatten(dict(change))} & {*OF_AXES}):
+                raise ConfigError(
+                    f"config.variants.{name}.{taken[0]}: found a key that an axis of the study "
+                    f"sets, expected others than {', '.join(OF_AXES)}"
+                )
+            run = self.run_with(change)
+            if run in known:
+                raise ConfigError(
+                    f"config.variants.{name}: found the same config as {known[run]}, expected "
+                    "another"
+                )
+            known[run] = f"config.variants.{name}"
 
     def _validate_axes(self) -> None:
         axes = {"ranks": self.ranks, "sets": self.sets, "rounds": self.rounds}

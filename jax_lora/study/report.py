@@ -12,17 +12,30 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from jax_lora.config import flatten
 from jax_lora.errors import DataError
 from jax_lora.files import read_json, read_jsonl, write_text
-from jax_lora.study import METRICS, TESTS, Frame, Study, figures, grid, page, read, set_order
+from jax_lora.study import (
+    METRICS,
+    TESTS,
+    Frame,
+    Study,
+    figures,
+    grid,
+    measure_figures,
+    page,
+    read,
+    set_order,
+)
 from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.config import AXES, read_axes
 from jax_lora.study.estimates import LEVEL, MARGIN
 from jax_lora.study.findings import findings, fixed_size_sets, plain_sets
+from jax_lora.study.measure_tables import capacity_table, measures_table
 from jax_lora.study.sections import Bullets, File, Paragraph, Part, Picture, Report, Section
-from jax_lora.study.statistics import comparisons, summary
+from jax_lora.study.statistics import comparisons, measured, summary
 from jax_lora.study.tables import Table, behaviour_table, comparison_table, scores_table
 
 _CAPTIONS = {
@@ -30,6 +43,10 @@ _CAPTIONS = {
     "figure4": "Figure 4. Closed-label categories of unseen tasks (number of tasks) after training "
     "on the largest of these sets.",
     "figure5": "Figure 5. As many training examples from more and more tasks.",
+    "measures": "Forgetting, and the weight update: effective rank and intruder dimensions per "
+    "matrix.",
+    "spectra": "Singular values of the weight updates, means over matrices.",
+    "capacity": "Bits of random pairs that were learned by heart; the sets are numbers of tasks.",
     "costs": "Scores against the trainable share and against training operations (analytic).",
     "learning_rates": "Rank × learning rate, each rank's best rate framed, or all that tie: the "
     "best on the very test set shown, so its score is no fair estimate. *: rounds are missing.",
@@ -52,6 +69,7 @@ def report(
     folder: str | Path,
     *,
     cases: Sequence[Mapping] = (),
+    updates: Frame | None = None,
     config: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> Path:
@@ -68,6 +86,7 @@ def report(
       expected: the grid's cells, `jax_lora.study.GRID`.
       folder: made where it is missing; files of the same names are replaced.
       cases: see `CaseStudies.of`.
+      updates: updates.parquet, where there is one; its spectra are drawn.
       config: the study's, nested; the page shows it.
       seed: of the bootstrap and the sign flips; the same one gives the same files.
 
@@ -79,14 +98,15 @@ def report(
     """
     study, folder = Study.of(results, expected), Path(folder)
     numbers, compared = summary(study, seed=seed), comparisons(study, seed=seed)
-    shown = CaseStudies.of(cases)
+    measures, shown = measured(study), CaseStudies.of(cases)
+    pictures = _pictures(study, numbers, measures, updates)
     made = Report(
         f"Rank × task set × round: {study.model}",
         _lead(study),
         [
             Section("Findings", findings(study, numbers, compared, seed=seed)),
-            Section("Tables", _tables(study, numbers, compared)),
-            Section("Figures", [*_pictures(study, numbers), *([shown] if cases else [])]),
+            Section("Tables", _tables(study, numbers, compared, measures)),
+            Section("Figures", [*pictures, *([shown] if cases else [])]),
             Section("Missing cells", [_missing(study)]),
             Section("How to read the numbers", [Paragraph(_METHOD)]),
         ],
@@ -114,8 +134,10 @@ def write(workdir: Path) -> Path:
         raise DataError(f"{workdir / 'study.json'}: expected a config with {', '.join(AXES)}")
     cells = grid.frame(grid.cells_of(read_axes(axes)))
     answers = read_jsonl(cases) if cases.is_file() else []
-    found = read(workdir / "results.parquet")
-    return report(found, cells, workdir / "report", cases=answers, config=axes)
+    found, path = read(workdir / "results.parquet"), workdir / "updates.parquet"
+    updates = pd.read_parquet(path) if path.is_file() else None
+    folder = workdir / "report"
+    return report(found, cells, folder, cases=answers, updates=updates, config=axes)
 
 
 def _lead(study: Study) -> str:
@@ -131,7 +153,7 @@ def _largest_set(study: Study) -> str:
     return max(study.rows["set"].unique(), key=lambda name: (name in plain, set_order(name)))
 
 
-def _tables(study: Study, numbers: Frame, compared: Frame) -> list[Part]:
+def _tables(study: Study, numbers: Frame, compared: Frame, measures: Frame) -> list[Part]:
     """All tables, and where their numbers are."""
     plain, fixed, largest = plain_sets(study), fixed_size_sets(study), _largest_set(study)
     made: list[Part] = []
@@ -144,10 +166,14 @@ def _tables(study: Study, numbers: Frame, compared: Frame) -> list[Part]:
             made.append(scores_table(study, numbers, test, fixed, name, title))
         made.append(behaviour_table(study, test, largest))
         made += [comparison_table(study, compared, test, metric) for metric in METRICS]
+    found = (capacity_table(study, measures), measures_table(study, measures, largest))
+    made += [table for table in found if table]
     return [*made, File("All numbers, in full precision", "tables/summary.csv")]
 
 
-def _pictures(study: Study, numbers: Frame) -> list[Picture]:
+def _pictures(
+    study: Study, numbers: Frame, measures: Frame, updates: Frame | None
+) -> list[Picture]:
     """All figures that the study has results for."""
     largest, fixed = _largest_set(study), fixed_size_sets(study)
     drawings = {"figure1": partial(figures.scaling, study, numbers)}
@@ -156,12 +182,26 @@ def _pictures(study: Study, numbers: Frame) -> list[Picture]:
     if fixed:
         drawings["figure5"] = partial(figures.fixed_size, study, numbers, fixed)
     drawings["costs"] = partial(figures.costs, study, numbers)
+    drawings |= _drawings_of_measures(study, measures, updates, largest)
     made = [Picture(name, _CAPTIONS[name], draw) for name, draw in drawings.items()]
     for name in _sets_with_rates(study):
         draw = partial(figures.learning_rates, study, numbers, name)
         file = f"learning_rates_{name.replace('*', 'x')}"
         made.append(Picture(file, _CAPTIONS["learning_rates"], draw))
     return made
+
+
+def _drawings_of_measures(
+    study: Study, measures: Frame, updates: Frame | None, largest: str
+) -> dict[str, partial[Figure]]:
+    drawings: dict[str, partial[Figure]] = {}
+    if measures["memorized_bits"].notna().any():
+        drawings["capacity"] = partial(measure_figures.capacity, study, measures)
+    if measures[["forgetting", "effective_rank"]].notna().any(axis=None):
+        drawings["measures"] = partial(measure_figures.measures, study, measures)
+    if updates is not None and measure_figures.mean_spectra(study, updates, largest):
+        drawings["spectra"] = partial(measure_figures.spectra, study, updates, largest)
+    return drawings
 
 
 def _sets_with_rates(study: Study) -> list[str]:

@@ -17,15 +17,20 @@ import pandas as pd
 from jax_lora.evaluation import behaviour
 from jax_lora.evaluation.metrics import normalize
 from jax_lora.files import fresh_file, read_json, read_jsonl
-from jax_lora.study import COLUMNS, TESTS, set_order
+from jax_lora.study import COLUMNS, MEASURES, TESTS, set_order, with_measures
 from jax_lora.study.grid import Cell
 from jax_lora.study.runner import cell_folder
 
+UPDATE = "update.parquet"  # of a cell, see `update.measure`
 _TYPES = {"text": "str", "rank": "Int64", "count": "int64", "flag": "bool"}  # others are floats
 
 
 def rows(
-    cell: Cell, folder: Path, facts: Mapping[str, object], metrics: Sequence[str]
+    cell: Cell,
+    folder: Path,
+    facts: Mapping[str, object],
+    metrics: Sequence[str],
+    reference_losses: Mapping[tuple[str, str], float],
 ) -> list[dict[str, object]]:
     """The rows of a scored cell, from the files of its evaluation.
 
@@ -34,13 +39,15 @@ def rows(
       folder: its own.
       facts: the other columns that are the same in all of its rows.
       metrics: that were scored, `config.run.eval.metrics`.
+      reference_losses: see `measures.Measured`.
 
     Returns:
-      One row per test set × task, with the keys of `COLUMNS`, then the metrics that are not among
-      these, and values that JSON can hold.
+      One row per test set × task, with the keys of `COLUMNS` and `MEASURES`, then the metrics that
+      are not among these, and values that JSON can hold.
     """
     found = []
-    columns = dict.fromkeys((*COLUMNS, *metrics))
+    columns = dict.fromkeys((*COLUMNS, *MEASURES, *metrics))
+    facts = dict.fromkeys(MEASURES) | {**facts}
     for test in TESTS:
         there = folder / "eval" / test
         answers = {(p["task"], p["id"]): p for p in read_jsonl(there / "predictions.jsonl")}
@@ -52,6 +59,7 @@ def rows(
         for task, scores in read_json(there / "scores.json")["tasks"].items():
             row = asdict(cell) | {**facts} | {"cell": cell.id, "test": test, "task": task} | scores
             row |= behaviour.describe(by_task[task], labels.get(task))
+            row["reference_loss"] = reference_losses.get((test, task))
             found.append({name: row[name] for name in columns})
     return found
 
@@ -80,7 +88,8 @@ def share_examples(cell: Cell, folder: Path, shared: Path) -> None:
 
 
 def gather(cells: Sequence[Cell], folder: Path) -> None:
-    """Write results.parquet and timings.parquet from the done.json of `cells`, in their order.
+    """Write results.parquet, timings.parquet and, where there are any, updates.parquet from what
+    the folders of `cells` hold, in their order.
 
     Times are in the second file alone: the first one is a function of the study's config.
     """
@@ -94,13 +103,23 @@ def gather(cells: Sequence[Cell], folder: Path) -> None:
     while found.keys() != (now := done()).keys():
         found = now
         saved = {name: read_json(path) for name, path in found.items()}
-        results = pd.DataFrame([row for one in saved.values() for row in one["rows"]])
-        kinds = COLUMNS | {"round": "count"}
+        rows = [row for one in saved.values() for row in one["rows"]]
+        results = with_measures(pd.DataFrame(rows))
+        kinds = COLUMNS | MEASURES | {"round": "count"}
         types = {name: _TYPES.get(kind, "float64") for name, kind in kinds.items()}
         timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in saved.items()])
         for name, table in (("results", results.astype(types)), ("timings", timings)):
             with fresh_file(folder / f"{name}.parquet") as fresh:
                 table.to_parquet(fresh, index=False)
+        updates = {name: path.with_name(UPDATE) for name, path in found.items()}
+        tables = [
+            pd.read_parquet(path).assign(cell=name)
+            for name, path in updates.items()
+            if path.is_file()
+        ]
+        if tables:
+            with fresh_file(folder / "updates.parquet") as fresh:
+                pd.concat(tables).to_parquet(fresh, index=False)
 
 
 def write_cases(cells: Sequence[Cell], folder: Path) -> None:
@@ -174,6 +193,7 @@ def seconds(wanted: Sequence[float], known: Sequence[tuple[float, float]]) -> li
 def finished(folder: Path, operations: Mapping[str, float]) -> dict[str, float]:
     """Seconds that the finished ones among the cells of `operations` took, by their ids."""
     path = folder / "timings.parquet"
-    rows = pd.read_parquet(path).to_dict("records") if path.is_file() else []
-    took = {row["cell"]: row["training"] + row["scoring"] for row in rows}
+    rows = pd.read_parquet(path).fillna(0.0).to_dict("records") if path.is_file() else []
+    parts = ("training", "scoring", "measuring")
+    took = {row["cell"]: sum(row[name] for name in parts if name in row) for row in rows}
     return {name: took[name] for name in operations if name in took}

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.prompts import TEMPLATES
 from jax_lora.data.toy import TASKS, write_checkout
+from jax_lora.data.toy_pairs import codebook
 from jax_lora.errors import ConfigError
 from jax_lora.files import fresh_folder
 from jax_lora.model.config import LlamaConfig
@@ -35,7 +36,11 @@ CHECKOUTS = ("grid", "outside")
 
 
 def write_tasks(
-    folder: Path, instances: int, outside: Sequence[str], unseen: Sequence[str]
+    folder: Path,
+    instances: int,
+    outside: Sequence[str],
+    unseen: Sequence[str],
+    codebooks: int = 0,
 ) -> None:
     """Write the checkouts `<folder>/grid` and `<folder>/outside`, with the same test tasks.
 
@@ -44,6 +49,8 @@ def write_tasks(
       instances: of each task.
       outside: categories of train tasks that are excluded from the grid.
       unseen: train tasks that become test tasks of both.
+      codebooks: train tasks of random pairs that the grid has in place of its others, see
+        `jax_lora.data.toy_pairs`; the base learns as many others, or it would not know the letters.
 
     Raises:
       ConfigError: a category that no train task has, or all of them; a task that is no train task.
@@ -61,12 +68,21 @@ def write_tasks(
         )
     left = [task for task in trained if task.name not in unseen]
     tested = [*(task.name for task in TASKS if task.split == "test"), *unseen]
+    books = {
+        name: [codebook(i) for i in range(first, first + codebooks)]
+        for name, first in (("grid", 0), ("outside", codebooks))
+    }
     with fresh_folder(folder) as partial:
         for name in CHECKOUTS:
-            splits = write_checkout(partial / name, instances_per_task=instances) / "splits"
+            tasks = (*TASKS, *books[name])
+            root = write_checkout(partial / name, instances_per_task=instances, tasks=tasks)
+            splits = root / "splits"
             names_of_checkout = [
                 t.name for t in left if (t.category in outside) == (name == "outside")
             ]
+            if name == "grid" and codebooks:
+                names_of_checkout = []
+            names_of_checkout += [book.name for book in books[name]]
             for split, names in (("train", names_of_checkout), ("test", tested)):
                 lines = "".join(f"{task}\n" for task in names)
                 (splits / "default" / f"{split}_tasks.txt").write_text(lines, encoding="utf-8")

@@ -12,8 +12,9 @@ import numpy as np
 from jax_lora.config import SPEED, RunConfig, flatten, read_typed
 from jax_lora.errors import ConfigError
 from jax_lora.files import read_json
+from jax_lora.model.config import LlamaConfig
 from jax_lora.run import inputs, prepare
-from jax_lora.study import runner, small
+from jax_lora.study import measures, runner, small
 from jax_lora.study.config import FULL, Changes, StudyConfig
 from jax_lora.study.grid import Cell, cells_of
 from jax_lora.weights import base as base_weights
@@ -30,12 +31,33 @@ def run_config(config: StudyConfig, workdir: Path, cell: Cell) -> RunConfig:
     }
     if cell.rank:
         axes["lora"] = {"rank": cell.rank}
-    return config.run_with(
+    run = config.run_with(
         config.full if cell.method == FULL else {},
         config.variants[cell.variant] if cell.variant else {},
         axes,
         _toy_paths(workdir, "toy-llama", "grid") if config.toy.instances else {},
     )
+    plain = config.run.lora.targets
+    if cell.rank and config.match_parameters and set(run.lora.targets) != {*plain}:
+        shape = base_weights.known_or_read_config(run.model)
+        rank = matched_rank(shape, cell.rank, plain, run.lora.targets)
+        run = run.replace(**{"lora.rank": rank})
+    return run
+
+
+def matched_rank(
+    shape: LlamaConfig, rank: int, targets: Sequence[str], others: Sequence[str]
+) -> int:
+    """The rank at which adapters of other targets have most nearly as many parameters.
+
+    Args:
+      shape: of the base.
+      rank: of the adapters of `targets`.
+      targets, others: linear layers; an adapter of rank r has r · (in + out) parameters per layer.
+    """
+    sizes = shape.linear_shapes()
+    one, other = (sum(sum(sizes[name]) for name in names) for names in (targets, others))
+    return max(1, round(rank * one / other))
 
 
 def run_of(config: StudyConfig, workdir: Path, name: str) -> tuple[RunConfig, Path]:
@@ -68,7 +90,7 @@ def write_start(config: StudyConfig, workdir: Path, name: str) -> None:
     """Write the toy tasks, and a base of random weights under a name."""
     c, toy = config.toy, workdir / "toy"
     if not (toy / "tasks").is_dir():
-        small.write_tasks(toy / "tasks", c.instances, c.outside, c.unseen)
+        small.write_tasks(toy / "tasks", c.instances, c.outside, c.unseen, c.codebooks)
     if not (toy / name).is_dir():
         template, seed = config.run.data.template, config.run.seed
         small.write_base(toy / name, toy / "tasks", template, c.vocabulary, seed, c.shape)
@@ -122,8 +144,11 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str
     """The fingerprint of the data, where every cell finds its base and its task set.
 
     Raises:
-      ConfigError: a cell without a base, data or its task set.
+      ConfigError: a cell without a base, data or its task set; or two that would train the same.
+      DataError, OSError: `measure.text` that is no text file.
     """
+    measures.text_of(config.measure.text)
+    _check_matched(config, folder, cells)
     for cell in cells:
         run = run_config(config, folder, cell)
         for key, value in (("model", run.model), ("data.path", run.data.path)):
@@ -135,6 +160,19 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str
             )
     base_weights.read_config(run.model)
     return inputs.open_checkout(run.data.path, run.data.categories).fingerprint
+
+
+def _check_matched(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> None:
+    found: dict[tuple[str, int], int] = {}
+    for cell in cells if config.match_parameters else ():
+        if cell.rank:
+            rank = run_config(config, folder, cell).lora.rank
+            first = found.setdefault((cell.variant, rank), cell.rank)
+            if first != cell.rank:
+                raise ConfigError(
+                    f"config.match_parameters: ranks {first} and {cell.rank} of the variant "
+                    f"{cell.variant} would both be rank {rank}, expected ranks further apart"
+                )
 
 
 def train_tokens(run: RunConfig) -> int:

@@ -1,4 +1,6 @@
-"""What an adapter has learned: singular values and directions of ΔW = s·A·B, ΔW never formed.
+"""What training changed: singular values and directions of ΔW, and new directions of W + ΔW.
+
+An adapter's ΔW = s·A·B is never formed.
 
 With thin QR decompositions A = P·S and Bᵀ = Q·T, ΔW = P (s·S·Tᵀ) Qᵀ: the small core in the middle
 has ΔW's singular values, and P and Q carry its singular vectors to the model's dimensions. A layer
@@ -14,6 +16,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+LEADING = 10  # the paper's k, and PEFT's top_k
+EPSILON = 0.5  # of the largest absolute cosine
 
 
 class Spectrum(NamedTuple):
@@ -89,6 +94,80 @@ def stable_rank(values: np.ndarray) -> np.ndarray:
     """
     shares = values / np.maximum(values[..., :1], np.finfo(values.dtype).tiny)
     return (shares**2).sum(-1)
+
+
+def variance_rank(values: np.ndarray, share: float = 0.9) -> np.ndarray:
+    """The fewest directions that hold a share of ‖ΔW‖_F²; 0 for a ΔW of zero.
+
+    Args:
+      values: (..., K), falling.
+      share: above 0, at most 1.
+
+    Returns:
+      (...,).
+
+    Source: Biderman et al. (2024), "LoRA Learns Less and Forgets Less", arXiv:2405.09673, who ask
+    it of full fine-tuning's ΔW.
+    """
+    squares = values**2
+    left = squares[..., ::-1].cumsum(-1)  # of the last 1, 2, … directions
+    dropped = (left <= (1 - share) * left[..., -1:]).sum(-1)
+    return (values.shape[-1] - dropped) * (values[..., 0] > 0)
+
+
+def output_directions(kernel: np.ndarray) -> np.ndarray:
+    """The singular vectors of kernels on the side of their outputs, the leading ones first.
+
+    These are the left singular vectors of Hugging Face's W, which is (out, in).
+
+    Args:
+      kernel: (..., in, out).
+
+    Returns:
+      (..., out, K) orthonormal columns, K = min(in, out).
+    """
+    return np.linalg.svd(kernel, full_matrices=False)[2].mT
+
+
+def leading_output_directions(kernel: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` of `output_directions`, by the eigenvectors of the smaller of W Wᵀ and WᵀW.
+
+    A quarter of the time of the decomposition, and as exact for leading vectors.
+
+    Args:
+      kernel: (..., in, out).
+      count: at most K.
+
+    Returns:
+      (..., out, count) orthonormal columns.
+    """
+    if kernel.shape[-2] >= kernel.shape[-1]:
+        return np.linalg.eigh(kernel.mT @ kernel)[1][..., : -count - 1 : -1]
+    vectors = kernel.mT @ np.linalg.eigh(kernel @ kernel.mT)[1][..., : -count - 1 : -1]
+    norms = np.linalg.norm(vectors, axis=-2, keepdims=True)
+    return vectors / np.maximum(norms, np.finfo(kernel.dtype).tiny)
+
+
+def intruder_dimensions(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """How many leading directions of trained kernels are no direction of the base's.
+
+    A singular vector of W + ΔW is an intruder where its absolute cosine with every singular vector
+    of W is below EPSILON; the LEADING ones by singular value are looked at, and the vectors are
+    those on the side of the outputs, as in the paper's program and PEFT's
+    `reduce_intruder_dimension`.
+
+    Args:
+      before: (..., out, K) `output_directions` of W.
+      after: (..., in, out) W + ΔW.
+
+    Returns:
+      (...,) counts of 0 to LEADING.
+
+    Source: Shuttleworth et al. (2024), "LoRA vs Full Fine-tuning: An Illusion of Equivalence",
+    arXiv:2410.21228, Definition 1.
+    """
+    leading = leading_output_directions(after, min(LEADING, before.shape[-1]))
+    return (abs(leading.mT @ before).max(-1) < EPSILON).sum(-1)
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -13,7 +13,16 @@ from dataclasses import astuple
 import numpy as np
 import pandas as pd
 
-from jax_lora.study import METRICS, OF_A_CELL, TESTS, Frame, Study, is_papers_model, paper
+from jax_lora.study import (
+    MEASURES_OF_A_CELL,
+    METRICS,
+    OF_A_CELL,
+    TESTS,
+    Frame,
+    Study,
+    is_papers_model,
+    paper,
+)
 from jax_lora.study.estimates import contrasts, verdict
 
 CLOSED_LABEL = (
@@ -97,6 +106,29 @@ def behaviour(study: Study, by_category: bool = False) -> Frame:
     groups = one.groupby(level=keys)
     spread = groups[["exact_match", "out_of_options"]].std().add_suffix("_std")
     return groups.mean().join(spread).join(groups.size().rename("rounds")).reset_index()
+
+
+def measured(study: Study) -> Frame:
+    """What `MEASURES` come to, one row per configuration × set of the grid, finished or not.
+
+    Returns:
+      config, main, method, variant, rank, learning_rate, set; rounds and expected_rounds; means
+      over rounds, and their standard deviations (_std), of trainable, of the measures of a cell and
+      of the reference losses on both test sets, reference_loss_seen and reference_loss_unseen,
+      which are means over tasks weighed by their examples. What is missing is NaN.
+    """
+    cells = study.rows[["cell", "trainable", *MEASURES_OF_A_CELL]].drop_duplicates("cell")
+    losses = weighted_means(study.rows, ["cell", "test"], ["reference_loss"])["reference_loss"]
+    losses = losses.unstack("test").reindex(columns=list(TESTS)).add_prefix("reference_loss_")
+    cells = cells.merge(losses, left_on="cell", right_index=True, how="left")
+    frame = study.grid.merge(cells, on="cell", how="left")
+    by = ["config", "main", "method", "variant", "rank", "learning_rate", "set"]
+    groups = frame.groupby(by, dropna=False, sort=False)
+    names = [name for name in cells.columns if name != "cell"]
+    found = groups.agg(rounds=("trainable", "count"), expected_rounds=("cell", "size"))
+    return (
+        found.join(groups[names].mean()).join(groups[names].std().add_suffix("_std")).reset_index()
+    )
 
 
 def comparisons(study: Study, *, seed: int = 0) -> Frame:

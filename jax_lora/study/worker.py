@@ -13,9 +13,9 @@ from shutil import rmtree
 
 from jax_lora import locks, study
 from jax_lora.config import RunConfig
-from jax_lora.files import read_json, write_json
+from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.run import Run
-from jax_lora.study import costs, grid, results, runner, spec, view
+from jax_lora.study import costs, grid, measures, results, runner, spec, view
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
@@ -123,9 +123,23 @@ class Worker:
             training = self._train(cell.id, study.TESTS)
         timings = {"training": training, "scoring": time.perf_counter() - began - training}
         results.share_examples(cell, folder, self.workdir / "examples")
-        run = spec.run_config(self.config, self.workdir, cell)
-        rows = results.rows(cell, folder, costs.facts(run, folder), run.eval.metrics)
+        run, began = spec.run_config(self.config, self.workdir, cell), time.perf_counter()
+        measured = self._measure(cell, run, folder)
+        timings["measuring"] = time.perf_counter() - began
+        facts = costs.facts(run, folder) | measured.columns
+        rows = results.rows(cell, folder, facts, run.eval.metrics, measured.reference_losses)
         return {"timings": locks.owner() | timings, "rows": rows}
+
+    def _measure(self, cell: Cell, run: RunConfig, folder: Path) -> measures.Measured:
+        """Measure a cell, and write what changed in its weights beside its checkpoints."""
+        is_probe = self.config.toy.codebooks > 0
+        with _output(self.workdir, cell.id), _faults():
+            opened = Run.open(run, folder, say=print_line)
+            measured = measures.measure(self.config.measure, opened, is_probe)
+        if measured.update is not None:
+            with fresh_file(folder / results.UPDATE) as fresh:
+                measured.update.to_parquet(fresh, index=False)
+        return measured
 
 
 def print_line(text: str) -> None:

@@ -7,10 +7,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import study_base, study_mini, study_smoke
-from jax_lora.config import RunConfig
+from jax_lora.config import CHOICES, RunConfig
 from jax_lora.errors import ConfigError
+from jax_lora.model import lora
+from jax_lora.model.arch import ATTENTION, MLP
+from jax_lora.model.families import CONFIGS
 from jax_lora.study import grid, spec
 from jax_lora.study.config import StudyConfig, read_axes
+from jax_lora.weights.base import read_config
 
 LINEAR = ("q_proj", "down_proj")
 
@@ -57,6 +61,83 @@ def test_a_cell_is_the_runs_config_with_the_changes_of_its_axes(tmp_path):
     assert list(runs.values()) == [RunConfig().replace(**changes) for changes in expected]
 
 
+@pytest.mark.parametrize("rank", [1, 4, 64, 1024])
+@pytest.mark.parametrize("targets", [MLP, ("q_proj",), (*ATTENTION, *MLP)])
+@pytest.mark.parametrize("model", ["llama-7b", "llama-13b"])
+def test_matched_targets_have_as_many_parameters_as_they_can(rank, targets, model):
+    shape = CONFIGS[model]
+    sizes = shape.linear_shapes()
+
+    def count(names, rank):
+        return sum(rank * sum(sizes[name]) for name in names)
+
+    found = spec.matched_rank(shape, rank, ATTENTION, targets)
+    wanted = count(ATTENTION, rank)
+    distances = {r: abs(count(targets, r) - wanted) for r in (found - 1, found, found + 1) if r}
+    assert min(distances, key=distances.__getitem__) == found
+
+
+def test_a_variant_with_other_targets_gets_the_matched_rank(tiny_model, tmp_path):
+    changes = {
+        "queries": {"lora": {"targets": ("q_proj",)}},
+        "batch32": {"batch_size": 32},
+        "turned": {"lora": {"targets": ATTENTION[::-1]}},
+    }
+    config = study(
+        run={"model": str(tiny_model)},
+        ranks=(4, 8, "full"),
+        sets=("T100",),
+        rounds=(0,),
+        variants=changes,
+        match_parameters=True,
+    )
+    runs = {cell.id: spec.run_config(config, tmp_path, cell) for cell in grid.cells_of(config)}
+    shape = read_config(tiny_model)
+    for rank in (4, 8):
+        matched = spec.matched_rank(shape, rank, ATTENTION, ("q_proj",))
+        assert runs[f"r{rank}-queries-T100-round0"].lora.rank == matched != rank
+        assert runs[f"r{rank}-batch32-T100-round0"].lora.rank == rank
+        assert runs[f"r{rank}-turned-T100-round0"].lora.rank == rank
+    assert runs["full-batch32-T100-round0"].batch_size == 32
+
+
+def test_ranks_that_would_be_one_rank_are_refused(tiny_model, tmp_path):
+    config = study(
+        run={"model": str(tiny_model)},
+        ranks=(1, 2),
+        sets=("T100",),
+        variants={"all": {"lora": {"targets": (*ATTENTION, *MLP)}}},
+        match_parameters=True,
+    )
+    words = "ranks 1 and 2 of the variant all would both be rank 1, expected ranks further apart"
+    with pytest.raises(ConfigError, match=f"config.match_parameters: {words}"):
+        spec.check_input(config, tmp_path, grid.cells_of(config))
+
+
+def test_laws_of_alpha():
+    alphas = {
+        law: [
+            RunConfig().replace(**{"lora.rank": rank, "lora.alpha_law": law}).lora.alpha
+            for rank in (4, 16, 64)
+        ]
+        for law in CHOICES["lora.alpha_law"]
+    }
+    assert alphas == {"r": [8, 32, 128], "sqrt(r)": [16, 32, 64], "constant": [32, 32, 32]}
+    # √r with a scale of α/r is rsLoRA's scale of a constant α/√r.
+    one, other = (
+        RunConfig().replace(**{"lora.rank": 64, **changes}).lora
+        for changes in (
+            {"lora.alpha_law": "sqrt(r)"},
+            {
+                "lora.alpha_law": "constant",
+                "lora.scaling": "alpha/sqrt(r)",
+                "lora.alpha_per_rank": 0.5,
+            },
+        )
+    )
+    assert lora.scale(one.alpha, 64, one.scaling) == lora.scale(other.alpha, 64, other.scaling)
+
+
 def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
     config = StudyConfig.from_config_dict(study_smoke.get_config())
     run, folder = spec.run_of(config, tmp_path, spec.TOY)
@@ -80,6 +161,18 @@ def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
         ({"variants": {"x": 3}}, "config.variants.x: found 3, expected a group of keys"),
         ({"variants": {"x": {"lora": {"r": 1}}}}, "config.variants.x.lora.r: no such key"),
         ({"variants": {"x": {"lora": {"dropout": 2}}}}, "config.variants.x.lora.dropout: found 2"),
+        (
+            {"variants": {"x": {"lora": {"rank": 8}}}},
+            "x.lora.rank: found a key that an axis",
+        ),
+        ({"variants": {"x": {"seed": 0}}}, "variants.x: found the same config as the plain recipe"),
+        (
+            {"variants": {"x": {"seed": 1}, "y": {"seed": 1}}},
+            "config.variants.y: found the same config as config.variants.x",
+        ),
+        ({"variants": {"x": {"lora": {"alpha_law": "2r"}}}}, "x.lora.alpha_law: found '2r'"),
+        ({"toy": {"codebooks": 129}}, "config.toy.codebooks: found 129, expected 0 to 128"),
+        ({"measure": {"losses_per_task": -1}}, "config.measure.losses_per_task: found -1"),
         ({"full": {"method": "some"}}, "config.full.method: found 'some'"),
         ({"toy": {"run": {"epochs": 0}}}, "config.toy.run.epochs: found 0"),
         ({"toy": {"shape": {"width": 8}}}, "config.toy.shape.width: no such key"),

@@ -463,11 +463,12 @@ def test_a_further_metric_has_a_column(tmp_path):
             write_json(folder / "labels.json", {})
             write_json(folder / "scores.json", evaluate.score(folder, scored))
         same = whole | {"round": cell.round, "rank": cell.rank, "set": cell.set}
-        found = results.rows(cell, own, same, scored)
+        found = results.rows(cell, own, same, scored, {("seen", "t"): 1.5})
         write_json(own / "done.json", {"rows": found, "timings": {}})
     results.gather(CELLS[:2], tmp_path)
     found = study.read(tmp_path / "results.parquet")
-    assert [*found.columns] == [*study.COLUMNS, "token_f1"]
+    assert [*found.columns] == [*study.COLUMNS, *study.MEASURES, "token_f1"]
+    assert found["reference_loss"].to_list()[0] == 1.5 and found["forgetting"].isna().all()
     own = study.Study.of(found, grid.frame(CELLS))
     assert own.scores("T2", "seen", "token_f1")["rank 4"].to_list() == pytest.approx([200 / 3] * 2)
 

@@ -70,6 +70,69 @@ def test_effective_and_stable_ranks():
     np.testing.assert_allclose(found, ratio)
 
 
+def test_the_rank_of_most_of_the_variance():
+    values = np.array([[4.0, 1, 0, 0], [2, 2, 2, 2], [5, 0, 0, 0], [0, 0, 0, 0]])
+    assert spectra.variance_rank(values).tolist() == [1, 4, 1, 0]
+    assert spectra.variance_rank(values, 0.5).tolist() == [1, 2, 1, 0]
+    drawn_values = np.sort(np.random.default_rng(0).random(9))[::-1]
+    for share in (0.1, 0.5, 0.9, 1.0):
+        sums = np.cumsum(drawn_values**2) / np.sum(drawn_values**2)
+        expected = 1 + int((sums < share - 1e-12).sum())
+        assert spectra.variance_rank(drawn_values, share) == expected
+
+
+def counted(before: np.ndarray, after: np.ndarray) -> int:
+    """Intruder dimensions by the paper's definition, on Hugging Face's (out, in) weights."""
+    base, *_ = np.linalg.svd(before.T, full_matrices=False)
+    tuned, *_ = np.linalg.svd(after.T, full_matrices=False)
+    count = 0
+    for j in range(min(spectra.LEADING, tuned.shape[1])):
+        cosines = [abs(tuned[:, j] @ base[:, i]) for i in range(base.shape[1])]
+        count += max(cosines) < spectra.EPSILON
+    return count
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (6, 30)])
+def test_leading_directions_are_those_of_the_whole_decomposition(shape):
+    kernels = np.random.default_rng(1).normal(size=(LAYERS, *shape))
+    whole = spectra.output_directions(kernels)
+    assert whole.shape == (LAYERS, shape[1], min(shape))
+    for layer in range(LAYERS):
+        expected = np.linalg.svd(kernels[layer].T, full_matrices=False)[0]
+        cosines = abs(expected.T @ whole[layer])
+        np.testing.assert_allclose(cosines, np.eye(min(shape)), atol=1e-6)
+    leading = spectra.leading_output_directions(kernels, 5)
+    np.testing.assert_allclose(
+        abs(leading.mT @ whole)[..., :5], np.tile(np.eye(5), (LAYERS, 1, 1)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (6, 30)])
+@pytest.mark.parametrize("size", [0.0, 0.3, 1.0, 3.0])
+def test_intruder_dimensions_are_those_of_the_definition(shape, size):
+    rng = np.random.default_rng(2)
+    before = rng.normal(size=(LAYERS, *shape))
+    a, b = rng.normal(size=(LAYERS, shape[0], 3)), rng.normal(size=(LAYERS, 3, shape[1]))
+    after = before + size * a @ b
+    found = spectra.intruder_dimensions(spectra.output_directions(before), after)
+    assert found.tolist() == [counted(*pair) for pair in zip(before, after, strict=True)]
+    if not size:
+        assert not found.any()
+
+
+@pytest.mark.parametrize("planted", [1, 2, 4])
+def test_planted_directions_are_intruders(planted):
+    """Kernels that write to half of the outputs, and large updates that write to the others."""
+    rng = np.random.default_rng(3)
+    before = rng.normal(size=(20, 40))
+    before[:, 20:] = 0
+    update = np.zeros((20, 40))
+    update[:, 20:] = 30 * directions(20, planted, rng) @ directions(20, planted, rng).T
+    base = spectra.output_directions(before)
+    assert spectra.intruder_dimensions(base, before + update) == planted
+    assert spectra.intruder_dimensions(base, before) == 0
+
+
 def test_the_overlap_is_that_of_its_definition():
     rng = np.random.default_rng(0)
     first, second = directions(10, 3, rng), directions(10, 5, rng)
