@@ -5,6 +5,7 @@
 `seen` is the intra-task test set of the run's round (held-out examples of its smallest task set,
 whatever set was trained on), `unseen` the official test tasks. Answers stream to disk; rerun the
 same command to resume after an interruption. Only what is answered in full is scored.
+`--baselines` scores copying, the majority label and an empty answer, without a model.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax_lora import signals
 signals.stop_on_signals()
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from jax_lora import cli
 from jax_lora.errors import ConfigError, RunFailed
@@ -35,25 +37,23 @@ _METRICS = flags.DEFINE_list(
 )
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "make answers that are there again")
 _DEVICES_PER_COPY = flags.DEFINE_integer(
-    "devices_per_copy",
-    None,
-    "devices that share one copy of the weights; in place of the config's",
-    lower_bound=1,
+    "devices_per_copy", None, "devices of each copy of the weights; see config.eval", 1
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "in place of the config's", lower_bound=1
-)
-_CHECK = flags.DEFINE_boolean(
-    "check", False, "in place of scoring: do answers and updates depend on how work is cut?"
-)
-_CHECK_PROMPTS = flags.DEFINE_integer(
-    "check_prompts", 64, "prompts of --check; a quarter of them train", lower_bound=4
-)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "in place of the config's", 1)
+_CHECK = flags.DEFINE_boolean("check", False, "do answers and updates depend on how work is cut?")
+_CHECK_PROMPTS = flags.DEFINE_integer("check_prompts", 64, "of --check; a quarter of them train", 4)
+_BASELINES = flags.DEFINE_boolean("baselines", False, "score what needs no model")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="of --baselines without a run")
 
 
 def main(_):
     cli.configure_process(trains=False)
     with cli.exit_codes():
+        if _BASELINES.value:
+            from jax_lora.run import baselines
+
+            given = _CONFIG.value, _WORKDIR.value, _SETS.value, _METRICS.value
+            return print(baselines.score(*given))
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected a folder that train.py made")
         cli.log_progress()

@@ -24,12 +24,12 @@ def get_config(arg=None):
     run.optim.warmup_steps = 30
     run.data.test_per_task = 20
     run.data.answer_only = True
-    run.data.source_length = 512
+    run.data.source_length = 1024  # the longest definition alone has 913 tokens
     run.data.target_length = 128
-    run.data.buckets = (640,)
+    run.data.buckets = (1152,)
     run.data.packed = True
     run.eval.max_new_tokens = 32
-    run.eval.buckets = (128, 256, 384, 512)
+    run.eval.buckets = (128, 256, 384, 512, 1024)
     run.eval.batch_tokens = 65536
     run.eval.max_batch = 256
     return base.override(config, arg, **study_base.SHORT)

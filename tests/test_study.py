@@ -82,6 +82,7 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     many = [f"--coordinator={free_address()}", "--processes=2"]
     axes = [flag for flag in SMOKE if "ranks" not in flag]
     axes += ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
+    axes += ["--config.run.validate_every=99", "--config.run.data.validation_per_task=2"]
     both = [
         subprocess.Popen(
             command(workdir, *axes, *many, f"--process={i}"),
@@ -95,7 +96,8 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     ]
     output = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [1, 0], output
-    assert "1 of 2 done, 1 failed, 0 running" in output[0][0] and "done" not in output[1][0]
+    # The rate that fails is not chosen; the other one is scored, and tried with another seed.
+    assert "2 of 3 done, 1 failed, 0 running" in output[0][0] and "done" not in output[1][0]
     failed = json.loads((workdir / "cells" / "r2-T2-round0-lr1e+30" / "failed.json").read_text())
     assert "try a lower optim.learning_rate" in failed["reason"]
     trained = workdir / "cells" / cell
@@ -108,6 +110,12 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     scores += ["exact_match_given_valid", "empty", "copies", "unfinished"]
     assert set(found["cell"]) == {cell}
     assert found.drop(columns=["cell", *scores]).equals(wanted.drop(columns=["cell", *scores]))
+    rates = pd.read_parquet(workdir / "rates.parquet").set_index("cell")
+    assert rates["chosen"].to_dict() == {
+        **{"r2-T2-round0-lr1e+30": False, cell: True, f"{cell}-seed1": False}
+    }
+    losses = rates["validation_loss"]
+    assert np.isnan(losses.iloc[0]) and 0 < abs(losses[cell] - losses[f"{cell}-seed1"]) < 1
     base = Path("toy", "toy-llama", "model.safetensors")
     found, wanted = (load_file(w / base) for w in (workdir, smoke_study))
     far = max(np.linalg.norm(found[n] - x) / np.linalg.norm(x) for n, x in wanted.items())

@@ -224,6 +224,23 @@ def _read_facts(path: Path) -> dict:
     }
 
 
+def positive_outputs(task: Task) -> tuple[str, ...]:
+    """The outputs of a task's positive examples, which are demonstrations and no instances.
+
+    Arguments:
+        task: of a checkout on disk; the hub's copy has no positive examples.
+    Returns:
+        The first accepted output of each, in file order.
+    """
+    path = Path(task.path)
+    if not path.is_file():
+        return ()
+    examples = parse_object(path)[0].get("Positive Examples")
+    outputs = [one.get("output") for one in examples or () if isinstance(one, dict)]
+    firsts = [one[0] if isinstance(one, list) and one else one for one in outputs]
+    return tuple(text for text in firsts if isinstance(text, str))
+
+
 def _reread(path: Path, content: str) -> tuple[Instance, ...]:
     record, now = parse_object(path)
     if now != content:

@@ -140,8 +140,9 @@ def _generation(path: Path, tokenizer: PreTrainedTokenizerFast) -> Mapping[str, 
     if path.is_dir() and file.is_file():
         known = read_json(file, dict)
     given = known.get("eos_token_id")
-    ids = tokenizers.end_ids(tokenizer, base.read_config(path).vocab_size, path)
-    if not {*ids} <= {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}:
+    ids = tokenizers.base_end_ids(tokenizer, base.read_config(path).vocab_size, path)
+    named = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
+    if any(i not in named for i in ids):
         known["eos_token_id"] = list(ids)
     return known
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jax_lora import sharding
-from jax_lora.config import RunConfig
+from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.data import control_tokens
 from jax_lora.data.example import Example
 from jax_lora.data.packing import bucket_for
@@ -119,7 +119,7 @@ def load(workdir: Path, config: RunConfig, adapter: str, checkpoint: str = "last
     """The model of a run; for the arguments see `scoring.load`."""
     scored = scoring.load(workdir, config, adapter, None, checkpoint)
     devices = jax.local_devices()
-    mesh = sharding.make_mesh((1, -1, 1), devices) if len(devices) > 1 else None
+    mesh = sharding.make_mesh(MeshSizes(fsdp=-1), devices) if len(devices) > 1 else None
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype), platform=jax.default_backend())
     return Losses(config, model, sharding.shard(scored.variables, mesh), mesh)
 

@@ -118,8 +118,9 @@ class Study:
     """Checked results and grid, each with a column `config`: a configuration's name.
 
     `rows` keep columns beyond COLUMNS, such as further metrics of `config.run.eval.metrics`.
-    `grid` also says in `main` whether a cell has its configuration's main learning rate: the one
-    that most cells of the grid have; of several the paper's, else the lowest.
+    `grid` also says in `main` whether a cell has its configuration's main learning rate: the only
+    one of its set and round, as a study has it that chose one (see `choice`); else the one that
+    most cells of the grid have, of several the paper's, else the lowest.
     """
 
     rows: Frame
@@ -284,4 +285,5 @@ def _main_rates(grid: Frame) -> Frame:
     best = counts.sort_values(["cells", "paper", "learning_rate"], ascending=[False, False, True])
     best = best.drop_duplicates(keys)[[*keys, "learning_rate"]]
     rate = grid[keys].merge(best, on=keys, how="left")["learning_rate"]
-    return rate.set_axis(grid.index) == grid["learning_rate"]
+    is_only = ~grid.duplicated([*keys, "set", "round"], keep=False)
+    return is_only | (rate.set_axis(grid.index) == grid["learning_rate"])

@@ -15,7 +15,7 @@ from jax_lora import distributed
 from jax_lora.config import RunConfig
 from jax_lora.errors import RunFailed
 from jax_lora.run.training import running
-from jax_lora.study import costs, grid, slurm, spec
+from jax_lora.study import choice, costs, grid, slurm, spec
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.team import Team
 from jax_lora.study.worker import Worker
@@ -59,15 +59,19 @@ class Command:
         with spec.inputs_of(config, self._workdir) as folder:
             fingerprint = spec.check_input(config, folder, chosen)
         spec.check_same_study(path, config, fingerprint)
+        choice.Choices.in_folder(config, self._workdir).check_only(chosen)
         return chosen, fingerprint
 
     def dry_run(self, target: str | None, tokens_per_second: float | None) -> None:
         """Say what the cells cost, see `costs.dry_run`."""
         cells, _ = self._check()
         with spec.inputs_of(self._config, self._workdir) as folder:
+            choices = choice.Choices.in_folder(self._config, self._workdir)
+            planned, scored = choices.planned(cells), choices.scored(cells)
             header, rows, note = costs.dry_run(
-                self._config, folder, self._workdir, cells, target, tokens_per_second
+                self._config, folder, self._workdir, planned, target, tokens_per_second
             )
+            note += f"\n{costs.scoring(self._config, folder, scored)}"
         self._say(f"{table(header, rows)}\n{note}")
 
     def launch(

@@ -16,6 +16,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.evaluation import metrics
 
 FULL = "full"  # among the ranks: full fine-tuning
+EACH = "each"  # in place of a set's name: every set chooses its learning rates
 AXES = ("ranks", "sets", "rounds", "learning_rates", "variants")
 OF_AXES = ("lora.rank", "data.set", "round", "optim.learning_rate")  # of a run, set by the axes
 Changes = Mapping[str, object]  # nested as a run's config is: {"lora": {"rank": 4}}
@@ -85,6 +86,9 @@ class StudyConfig:
     sets: tuple[str, ...] = ("T100", "T250", "T500", "Tall", "T*100", "T*500")
     rounds: tuple[int, ...] = (0, 1, 2)
     learning_rates: LearningRates = field(default_factory=LearningRates)
+    choose_on: str = EACH  # of several learning rates one goes on to all rounds and is scored: the
+    # one with the lowest last validation loss in the first round, on every set; or on this set
+    # for all sets
     variants: Mapping[str, Changes] = field(default_factory=dict)  # in addition to the plain recipe
     match_parameters: bool = False  # a variant with other lora.targets gets the rank that has most
     # nearly as many parameters as the plain recipe's
@@ -155,6 +159,7 @@ class StudyConfig:
             raise ConfigError(
                 f"config.toy.codebooks: found {self.toy.codebooks}, expected 0 to {most}"
             )
+        self._validate_choice()
         metrics.check_names(self.run.eval.metrics)
         if absent := set(metrics.OFFICIAL) - set(self.run.eval.metrics):
             raise ConfigError(
@@ -178,6 +183,26 @@ class StudyConfig:
                     "another"
                 )
             known[run] = f"config.variants.{name}"
+
+    def _validate_choice(self) -> None:
+        if self.choose_on != EACH and self.choose_on not in self.sets:
+            raise ConfigError(
+                f"config.choose_on: found {self.choose_on!r}, expected {EACH!r} or one of "
+                f"config.sets, {', '.join(self.sets)}"
+            )
+        methods = {FULL if rank == FULL else "lora" for rank in self.ranks}
+        for method in sorted(methods):
+            if len(getattr(self.learning_rates, method)) == 1:
+                continue
+            recipe = self.full if method == FULL else {}
+            for change in ({}, *self.variants.values()):
+                run = self.run_with(recipe, change)
+                for key in ("validate_every", "data.validation_per_task"):
+                    if not dict(flatten(run.to_dict()))[key]:
+                        raise ConfigError(
+                            f"config.run.{key}: found 0 with several learning_rates.{method}, "
+                            "which are chosen by the validation loss; expected at least 1"
+                        )
 
     def _validate_axes(self) -> None:
         axes = {"ranks": self.ranks, "sets": self.sets, "rounds": self.rounds}
@@ -210,4 +235,5 @@ def read_axes(saved: Mapping[str, object]) -> StudyConfig:
     Raises:
       ConfigError: an axis of another type.
     """
-    return read_typed(StudyConfig, {name: saved[name] for name in AXES if name in saved}, "")
+    names = (*AXES, "choose_on")  # which older versions did not write
+    return read_typed(StudyConfig, {name: saved[name] for name in names if name in saved}, "")

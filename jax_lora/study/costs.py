@@ -12,7 +12,7 @@ from jax_lora.planning.operations import ceiling, operations
 from jax_lora.planning.steps import PlannedStep, planned, planned_steps
 from jax_lora.planning.targets import target as hardware
 from jax_lora.run import inputs
-from jax_lora.study import grid, results, spec
+from jax_lora.study import TESTS, grid, results, spec
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.weights import base as base_weights
@@ -69,6 +69,24 @@ def facts(run: RunConfig, folder: Path) -> dict[str, object]:
         "train_operations": tokens * training,
         "base_operations": tokens * forward,
     }
+
+
+def scoring(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str:
+    """What is asked of the cells that are scored, in words.
+
+    Args:
+      config: of the study.
+      folder: of the toy tasks and base.
+      cells: those that are scored.
+    """
+    prompts = tokens = 0
+    for cell in cells:
+        run = spec.run_config(config, folder, cell)
+        encoder = inputs.encoder(run)
+        for taskset in inputs.test_sets(run, TESTS).values():
+            lengths = [len(row.ids) for _, row in inputs.prompt_rows(encoder, taskset)]
+            prompts, tokens = prompts + len(lengths), tokens + sum(lengths)
+    return f"scoring: {len(cells)} cells answer {prompts:,} prompts of {tokens:,} tokens in all"
 
 
 def dry_run(

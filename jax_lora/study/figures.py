@@ -2,8 +2,8 @@
 
 Each function returns a matplotlib `Figure` that needs no display and no pyplot.
 TEXT and COLUMN are the widths, in inches, that they are drawn for. Lines are means over
-rounds, bands and bars their standard deviations; a gap is a missing cell; a hollow marker, or in
-the grid of learning rates a star, is a mean of fewer rounds than the grid plans.
+rounds, bands and bars their standard deviations; a gap is a missing cell; a hollow marker is a
+mean of fewer rounds than the grid plans.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -232,55 +233,51 @@ def _against_cost(
 
 
 @styled
-def learning_rates(
-    study: Study, numbers: Frame, name: str, metric: str = "exact_match", width: float = TEXT
-) -> Figure:
-    """A score by rank and learning rate, the best rate of each rank joined by a line.
+def learning_rates(rates: Frame, name: str, width: float = TEXT) -> Figure:
+    """The validation loss by rank and learning rate, the chosen rates framed and joined by a line.
 
-    Rates that tie are all framed, and the line has a gap there. The best is the best on the test
-    set shown: it says where the optimum lies, and is no fair estimate of the score there.
+    Shades are of a rank's own, from its lowest loss to its highest; a cross is a rate that failed.
 
     Args:
-      study: checked rows and grid.
-      numbers: `statistics.summary`.
+      rates: `choice.COLUMNS`.
       name: the set that was trained on.
-      metric: "exact_match" or "rougeL".
       width: of the picture in inches.
     """
-    cells = numbers[(numbers["set"] == name) & (numbers["variant"] == "")]
-    lora = sorted(cells["rank"].dropna().unique())
-    columns = [*lora, *(["full"] if (cells["method"] == "full").any() else [])]
-    rates = sorted(cells["learning_rate"].unique())
-    shape, size = (1, 2) if width > 5 else (2, 1), 6 if len(columns) < 9 else 5
-    figure, axes = panels(width, *shape, 0.2 * len(rates) + 0.75, sharex=True)
-    for axis, test in zip(axes.flat, TESTS, strict=True):
-        values = np.full((len(rates), len(columns)), np.nan)
-        words = {}
-        for row in cells[cells["test"] == test].to_dict("records"):
-            column = columns.index("full" if row["method"] == "full" else row["rank"])
-            at = rates.index(row["learning_rate"]), column
-            values[at] = row[metric]
-            few = "*" if row["rounds"] < row["expected_rounds"] else ""
-            words[at] = "–" if np.isnan(row[metric]) else f"{row[metric]:.1f}{few}"
-        axis.grid(False)
-        known = [j for j in range(len(columns)) if np.isfinite(values[:, j]).any()]
-        best = [np.flatnonzero(values[:, j] > np.nanmax(values[:, j]) - 1e-9) for j in known]
-        ranks = [j for j in known if columns[j] != "full"]
-        line = [at[0] if len(at) == 1 else np.nan for at in best[: len(ranks)]]
-        axis.plot(ranks, line, color=COLOURS[5], lw=1.5, label="best rate")
-        for j, i in ((j, i) for j, at in zip(known, best, strict=True) for i in at):
-            axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fc="none", ec=COLOURS[5], lw=1.5))
-        shades = axis.imshow(values, cmap="cividis", aspect="auto", origin="lower")
-        for (i, j), text in words.items():
-            value, bare = values[i, j], text == "–"
-            axis.text(j, i, text, ha="center", va="center", fontsize=size,
-                      color="white" if not bare and shades.norm(value) < 0.5 else "black",
-                      bbox={"fc": "white" if bare else shades.to_rgba(value), "ec": "none",
-                            "pad": 0.8})  # fmt: skip
-        axis.set_xticks(range(len(columns)), map(str, columns), fontsize=size + 0.5)
-        axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-        axis.set_title(f"{TITLES[test]}, {set_label(name)}: {NAMES[metric].lower()}")
-    axes[0, 0].set_ylabel("Learning rate")
-    for axis in axes[-1]:
-        axis.set_xlabel("LoRA rank")
+    trials = rates[(rates["set"] == name) & (rates["variant"] == "") & (rates["repeat"] == 0)]
+    lora = sorted(trials["rank"].dropna().unique())
+    columns = [*lora, *(["full"] if (trials["method"] == "full").any() else [])]
+    tried = sorted(trials["learning_rate"].unique())
+    size = 6 if len(columns) < 9 else 5
+    figure, axes = panels(width, 1, 1, 0.2 * len(tried) + 0.75, sharex=True)
+    axis = axes[0, 0]
+    values = np.full((len(tried), len(columns)), np.nan)
+    words, chosen = {}, {}
+    for row in trials.to_dict("records"):
+        column = columns.index("full" if row["method"] == "full" else row["rank"])
+        at = tried.index(row["learning_rate"]), column
+        values[at] = row["validation_loss"]
+        words[at] = "×" if np.isnan(values[at]) else f"{values[at]:.3f}"
+        chosen |= {column: at[0]} if row["chosen"] else {}
+    axis.grid(False)
+    line = [chosen.get(column, np.nan) for column in range(len(lora))]
+    axis.plot(range(len(lora)), line, color=COLOURS[5], lw=1.5, label="chosen rate")
+    for column, i in chosen.items():
+        frame = Rectangle((column - 0.5, i - 0.5), 1, 1, fc="none", ec=COLOURS[5], lw=1.5)
+        axis.add_patch(frame)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a rank whose rates all failed
+        above = values - np.nanmin(values, axis=0)
+        above /= np.maximum(np.nanmax(above, axis=0), 1e-12)
+    shades = axis.imshow(above, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for (i, j), text in words.items():
+        failed = text == "×"
+        axis.text(j, i, text, ha="center", va="center", fontsize=size,
+                  color="white" if not failed and above[i, j] > 0.5 else "black",
+                  bbox={"fc": "white" if failed else shades.to_rgba(above[i, j]), "ec": "none",
+                        "pad": 0.8})  # fmt: skip
+    axis.set_xticks(range(len(columns)), map(str, columns), fontsize=size + 0.5)
+    axis.set_yticks(range(len(tried)), [f"{rate:g}" for rate in tried])
+    axis.set_title(f"{set_label(name)}: validation loss")
+    axis.set_ylabel("Learning rate")
+    axis.set_xlabel("LoRA rank")
     return figure

@@ -56,6 +56,10 @@ def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) ->
         question = f"More tasks, or more examples of each, {fixed[0]} to {fixed[-1]}?"
         answers = [_diversity(study, c, fixed, seed) for c in study.configs(variant="")]
         found.append(Finding(question, [s for s in answers if s], paper_findings.DIVERSITY))
+    for pair in more_examples(study):
+        question = f"More examples of the same tasks, {pair[0]} to {pair[1]}?"
+        answers = [_diversity(study, c, pair, seed) for c in study.configs(variant="")]
+        found.append(Finding(question, [s for s in answers if s]))
     if numbers["exact_match_difference"].notna().any():
         found.append(Finding("How far from the paper?", _from_paper(numbers)))
     return found
@@ -67,14 +71,29 @@ def plain_sets(study: Study) -> list[str]:
 
 
 def fixed_size_sets(study: Study) -> list[str]:
-    """T*100, T250 and T*500: the starred sets have as many examples as the one between them."""
+    """T*100, T250 and T*500: the starred sets have as many examples as the one between them, or
+    T*100 and T500: as the one that has as many where there is one starred set."""
     starred = sorted(set_order(name)[1:] for name in study.sets if "*" in name)
     if not starred:
         return []
-    between = [
-        key for key in map(set_order, plain_sets(study)) if starred[0][0] < key[1] < starred[-1][0]
-    ]
-    return [name for _, name in sorted([*starred, *(key[1:] for key in between)])]
+    examples, plain = _examples(study), [set_order(name)[1:] for name in plain_sets(study)]
+    if len(starred) > 1:
+        equal = [key for key in plain if starred[0][0] < key[0] < starred[-1][0]]
+    else:
+        count = examples.get(starred[0][1], 0)
+        equal = [key for key in plain if abs(examples.get(key[1], 0) - count) <= 0.05 * count]
+    return [name for _, name in sorted([*starred, *equal])]
+
+
+def more_examples(study: Study) -> list[tuple[str, str]]:
+    """Pairs such as T100 and T*100: the same tasks, the second with more examples of each."""
+    examples = _examples(study)
+    pairs = [(name.replace("*", ""), name) for name in study.sets if "*" in name]
+    return [pair for pair in pairs if 0 < examples.get(pair[0], 0) < examples.get(pair[1], 0)]
+
+
+def _examples(study: Study) -> dict[str, float]:
+    return study.rows.groupby("set")["train_examples"].mean().to_dict()
 
 
 def _ranks(study: Study, scores: Frame) -> dict[str, int]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pandas as pd
 
 from jax_lora.errors import ConfigError
 from jax_lora.study import GRID, Frame
-from jax_lora.study.config import FULL, Changes, StudyConfig
+from jax_lora.study.config import EACH, FULL, Changes, StudyConfig
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to train and score; the fields are `jax_lora.study.GRID`'s.
+    """One model to train and score; the fields but the last are `jax_lora.study.GRID`'s.
 
     `id` also names its folder; `rank` is None for full fine-tuning, `variant` "" for the plain
-    recipe.
+    recipe; `repeat` is added to the run's seed.
     """
 
     id: str
@@ -29,6 +29,7 @@ class Cell:
     set: str
     round: int
     learning_rate: float
+    repeat: int = 0
 
 
 def cells(
@@ -63,14 +64,27 @@ def cells(
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
-    """All cells of a study."""
+    """All cells of a study, at all of their learning rates; `choice` says which are run.
+
+    Behind the trials (see `is_trial`) stand their repeats with another seed, one of which is run.
+    """
     rates = {"lora": config.learning_rates.lora, FULL: config.learning_rates.full}
-    return cells(config.ranks, config.sets, config.rounds, rates, config.variants)
+    found = cells(config.ranks, config.sets, config.rounds, rates, config.variants)
+    repeats = (replace(c, id=f"{c.id}-seed1", repeat=1) for c in found if is_trial(config, c))
+    return [*found, *repeats]
+
+
+def is_trial(config: StudyConfig, cell: Cell) -> bool:
+    """Whether a cell tries one of several learning rates, among which its validation loss decides:
+    those of the first round, on `config.choose_on`."""
+    several = len(getattr(config.learning_rates, cell.method)) > 1
+    return several and cell.round == config.rounds[0] and config.choose_on in (EACH, cell.set)
 
 
 def frame(cells: Iterable[Cell]) -> Frame:
     """The cells as a table of `jax_lora.study.GRID`: what a report expects."""
-    return pd.DataFrame([astuple(cell) for cell in cells], columns=GRID).astype({"rank": "Int64"})
+    rows = [[cell.id, *(getattr(cell, name) for name in GRID[1:])] for cell in cells]
+    return pd.DataFrame(rows, columns=GRID).astype({"rank": "Int64"})
 
 
 # ---------------------------------------------------------------- costs

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from jax_lora.config import RunConfig
@@ -59,7 +59,7 @@ def measure(asked: MeasureConfig, run: Run, is_probe: bool) -> Measured:
     changed = update.measure(run) if asked.spectra else None
     if changed is not None:
         for name in ("effective_rank", "intruder_dimensions"):
-            columns[name] = float(changed[name].mean())
+            columns[name] = float(np.mean(changed[name].to_numpy()))
     # What a resumed cell measures again may differ in the last digits that a BLAS gives.
     rounded = {name: None if x is None else float(f"{x:.6g}") for name, x in columns.items()}
     return Measured(rounded, references, changed)
@@ -77,7 +77,7 @@ def memorized_bits(model: losses.Losses) -> float:
     uniform random data.
     """
     found = model.references(inputs.training_set(model.config))
-    nats = float((found["loss"] * found["tokens"]).sum())
+    nats = float(found["loss"].to_numpy() @ found["tokens"].to_numpy())
     return len(found) * VALUE_BITS - nats / math.log(2)
 
 
@@ -86,8 +86,8 @@ def _reference_losses(model: losses.Losses, per_task: int) -> dict[tuple[str, st
         return {}
     found: dict[tuple[str, str], float] = {}
     for test, taskset in inputs.test_sets(model.config, TESTS).items():
-        of_tasks: Mapping = model.references(taskset, per_task).groupby("task")["loss"].mean()
-        found |= {(test, task): float(f"{loss:.6g}") for task, loss in of_tasks.items()}
+        losses_of = model.references(taskset, per_task).groupby("task")["loss"]
+        found |= {(test, str(task)): float(f"{x.mean():.6g}") for task, x in losses_of}
     return found
 
 

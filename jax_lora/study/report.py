@@ -26,10 +26,12 @@ from jax_lora.study import (
     grid,
     measure_figures,
     page,
+    rates,
     read,
     set_order,
 )
 from jax_lora.study.case_studies import CaseStudies
+from jax_lora.study.choice import Choices
 from jax_lora.study.config import AXES, read_axes
 from jax_lora.study.estimates import LEVEL, MARGIN
 from jax_lora.study.findings import findings, fixed_size_sets, plain_sets
@@ -48,8 +50,8 @@ _CAPTIONS = {
     "spectra": "Singular values of the weight updates, means over matrices.",
     "capacity": "Bits of random pairs that were learned by heart; the sets are numbers of tasks.",
     "costs": "Scores against the trainable share and against training operations (analytic).",
-    "learning_rates": "Rank × learning rate, each rank's best rate framed, or all that tie: the "
-    "best on the very test set shown, so its score is no fair estimate. *: rounds are missing.",
+    "learning_rates": "Validation loss by rank × learning rate, the chosen rates framed; shades "
+    "are each rank's own, from its lowest loss to its highest.",
 }
 _METHOD = f"""\
 Scores are percentages and means over examples; tables/summary.csv also has means over tasks.
@@ -69,6 +71,7 @@ def report(
     folder: str | Path,
     *,
     cases: Sequence[Mapping] = (),
+    chosen_rates: Frame | None = None,
     updates: Frame | None = None,
     config: Mapping[str, object] | None = None,
     seed: int = 0,
@@ -86,6 +89,7 @@ def report(
       expected: the grid's cells, `jax_lora.study.GRID`.
       folder: made where it is missing; files of the same names are replaced.
       cases: see `CaseStudies.of`.
+      chosen_rates: where learning rates were chosen, `choice.COLUMNS`.
       updates: updates.parquet, where there is one; its spectra are drawn.
       config: the study's, nested; the page shows it.
       seed: of the bootstrap and the sign flips; the same one gives the same files.
@@ -99,12 +103,13 @@ def report(
     study, folder = Study.of(results, expected), Path(folder)
     numbers, compared = summary(study, seed=seed), comparisons(study, seed=seed)
     measures, shown = measured(study), CaseStudies.of(cases)
-    pictures = _pictures(study, numbers, measures, updates)
+    pictures = _pictures(study, numbers, measures, updates, chosen_rates)
     made = Report(
         f"Rank × task set × round: {study.model}",
         _lead(study),
         [
             Section("Findings", findings(study, numbers, compared, seed=seed)),
+            *([] if chosen_rates is None else [_learning_rates(study, chosen_rates)]),
             Section("Tables", _tables(study, numbers, compared, measures)),
             Section("Figures", [*pictures, *([shown] if cases else [])]),
             Section("Missing cells", [_missing(study)]),
@@ -127,17 +132,27 @@ def report(
 
 
 def write(workdir: Path) -> Path:
-    """Write the report of a study from its results.parquet, study.json and cases.jsonl alone."""
+    """Write the report of a study from its results.parquet, study.json and cases.jsonl alone, and
+    from rates.parquet and updates.parquet, where it chose learning rates and kept updates."""
     saved, cases = read_json(workdir / "study.json", dict), workdir / "cases.jsonl"
     axes = saved.get("config")
     if not isinstance(axes, dict) or not axes.keys() >= {*AXES}:
         raise DataError(f"{workdir / 'study.json'}: expected a config with {', '.join(AXES)}")
-    cells = grid.frame(grid.cells_of(read_axes(axes)))
-    answers = read_jsonl(cases) if cases.is_file() else []
-    found, path = read(workdir / "results.parquet"), workdir / "updates.parquet"
-    updates = pd.read_parquet(path) if path.is_file() else None
-    folder = workdir / "report"
-    return report(found, cells, folder, cases=answers, updates=updates, config=axes)
+    chosen, updates = (
+        pd.read_parquet(path) if path.is_file() else None
+        for path in (workdir / "rates.parquet", workdir / "updates.parquet")
+    )
+    config = read_axes(axes)
+    cells = grid.cells_of(config) if chosen is None else Choices.in_table(config, chosen).scored()
+    return report(
+        read(workdir / "results.parquet"),
+        grid.frame(cell for cell in cells if not cell.repeat),
+        workdir / "report",
+        cases=read_jsonl(cases) if cases.is_file() else [],
+        chosen_rates=chosen,
+        updates=updates,
+        config=axes,
+    )
 
 
 def _lead(study: Study) -> str:
@@ -171,8 +186,20 @@ def _tables(study: Study, numbers: Frame, compared: Frame, measures: Frame) -> l
     return [*made, File("All numbers, in full precision", "tables/summary.csv")]
 
 
+def _learning_rates(study: Study, found: Frame) -> Section:
+    """The learning rates that were chosen."""
+    made = rates.choices(found)
+    parts: list[Part] = [rates.choices_table(made, study.model)]
+    lines = [*rates.statements(found, made)]
+    return Section("Learning rates", [*([Bullets(lines)] if lines else []), *parts])
+
+
 def _pictures(
-    study: Study, numbers: Frame, measures: Frame, updates: Frame | None
+    study: Study,
+    numbers: Frame,
+    measures: Frame,
+    updates: Frame | None,
+    chosen_rates: Frame | None,
 ) -> list[Picture]:
     """All figures that the study has results for."""
     largest, fixed = _largest_set(study), fixed_size_sets(study)
@@ -184,8 +211,8 @@ def _pictures(
     drawings["costs"] = partial(figures.costs, study, numbers)
     drawings |= _drawings_of_measures(study, measures, updates, largest)
     made = [Picture(name, _CAPTIONS[name], draw) for name, draw in drawings.items()]
-    for name in _sets_with_rates(study):
-        draw = partial(figures.learning_rates, study, numbers, name)
+    for name in sorted(set() if chosen_rates is None else {*chosen_rates["set"]}, key=set_order):
+        draw = partial(figures.learning_rates, chosen_rates, name)
         file = f"learning_rates_{name.replace('*', 'x')}"
         made.append(Picture(file, _CAPTIONS["learning_rates"], draw))
     return made
@@ -202,13 +229,6 @@ def _drawings_of_measures(
     if updates is not None and measure_figures.mean_spectra(study, updates, largest):
         drawings["spectra"] = partial(measure_figures.spectra, study, updates, largest)
     return drawings
-
-
-def _sets_with_rates(study: Study) -> list[str]:
-    recipe = study.grid[study.grid["variant"] == ""]
-    rates = recipe.groupby(["set", "method", "rank"], dropna=False)["learning_rate"].nunique()
-    varied = rates.groupby("set").max()
-    return [name for name in study.sets if varied.get(name, 0) > 1]
 
 
 def _missing(study: Study) -> Part:

@@ -2,14 +2,17 @@
 
     <folder>/cells/<id>/             a run's folder
              cells/<id>/done.json    rows of results and timings of a finished cell
+             cells/<id>/tried.json   of one that is trained and validated, and not scored
              cells/<id>/failed.json  why a cell could not be finished
              locks/                  who works on what (see `locks`)
 
-A cell is over with either of the two files, which appear complete or not at all.
+A cell is over with the file that its stage names or with failed.json; they appear complete or not
+at all. What is to be done with a cell may depend on others (see `choice`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[Cell, Path], dict[str, object]]
 OnChange = Callable[[Cell, str], None]
+Stage = Callable[[Cell], str]
+DONE, TRIED = "done", "tried"  # how a cell ends, and the file that says so
+LATER, NEVER = "later", "never"  # which of the two is not known yet; it is not to be run
 STATES = ("done", "failed", "running", "waiting")
 
 
@@ -35,12 +41,20 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / cell.id
 
 
-def states(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
-    """By cell one of STATES."""
+def always(_: Cell) -> str:
+    """The stage of the cells of a study that has nothing to choose."""
+    return DONE
+
+
+def states(folder: Path, cells: Sequence[Cell], stage: Stage = always) -> dict[str, str]:
+    """By cell one of STATES; what is only to be tried is done with that."""
     found = {}
     for cell in cells:
+        ends = {stage(cell): "done", "failed": "failed"}
         kinds = [
-            k for k in ("done", "failed") if (cell_folder(folder, cell) / f"{k}.json").is_file()
+            kind
+            for name, kind in ends.items()
+            if (cell_folder(folder, cell) / f"{name}.json").is_file()
         ]
         if not kinds:
             kinds = ["running" if locks.is_held(folder / "locks", cell.id) else "waiting"]
@@ -53,6 +67,7 @@ def run_cells(
     folder: Path,
     run: Run,
     *,
+    stage: Stage = always,
     retry_failed: bool = False,
     on_change: OnChange = lambda cell, what: None,
     beat: float = locks.BEAT,
@@ -64,14 +79,16 @@ def run_cells(
     What `run` raises is written to the cell's failed.json, and the next cell is taken; a full or
     lost disk is raised, and the cell stays as it is. Before
     this returns, every process that still holds a cell has given a sign of life: what a dead one
-    left is taken over.
+    left is taken over. As long as other processes are at cells that decide what is to be done with
+    the rest, it waits for them.
 
     Args:
       cells: in the order of preference.
       folder: of the study.
-      run: (cell, its folder) → what goes into done.json.
+      run: (cell, its folder) → what goes into the file that ends the cell.
+      stage: how a cell ends; asked anew each time.
       retry_failed: take cells that failed, once.
-      on_change: called with a cell and "begins", "done" or "failed: …".
+      on_change: called with a cell and "begins", its stage or "failed: …".
       beat, silence: see `locks.take`.
       sleep: waits so many seconds.
     """
@@ -80,9 +97,11 @@ def run_cells(
     _drop_damaged(cells, folder)
 
     def is_open(cell: Cell) -> bool:
+        end = stage(cell)
         again = retry_failed and cell.id not in tried
-        kinds = ("done",) if again else ("done", "failed")
-        return not any((cell_folder(folder, cell) / f"{kind}.json").is_file() for kind in kinds)
+        ends = (end,) if again else (end, "failed")
+        is_over = any((cell_folder(folder, cell) / f"{name}.json").is_file() for name in ends)
+        return end in (DONE, TRIED) and not is_over
 
     def attempt(cell: Cell) -> bool:
         lock = locks.take(folder / "locks", cell.id, beat=beat, silence=silence)
@@ -91,7 +110,7 @@ def run_cells(
         with lock:
             if is_open(cell):  # nobody finished it since we looked
                 tried.add(cell.id)
-                _attempt(cell, cell_folder(folder, cell), run, on_change)
+                _attempt(cell, cell_folder(folder, cell), run, on_change, stage(cell))
         return True
 
     def lives(cell: Cell) -> bool:
@@ -100,12 +119,12 @@ def run_cells(
 
     while left := list(filter(is_open, cells)):
         if not any(map(attempt, left)):
-            if all(map(lives, left)):
+            if all(map(lives, left)) and LATER not in map(stage, cells):
                 return
             sleep(beat / 3)
 
 
-def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange) -> None:
+def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange, end: str) -> None:
     on_change(cell, "begins")
     try:
         found = run(cell, folder)
@@ -117,9 +136,9 @@ def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange) -> None:
         on_change(cell, f"failed: {reason}")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "done.json", found)
+    write_json(folder / f"{end}.json", found)
     (folder / "failed.json").unlink(missing_ok=True)
-    on_change(cell, "done")
+    on_change(cell, end)
 
 
 def fail(folder: Path, reason: str, trace: str = "") -> None:
@@ -131,8 +150,8 @@ def fail(folder: Path, reason: str, trace: str = "") -> None:
 
 def _drop_damaged(cells: Sequence[Cell], folder: Path) -> None:
     # No process leaves a file in halves, but a disk may: the cell is finished anew.
-    for cell in cells:
-        path = cell_folder(folder, cell) / "done.json"
+    for cell, end in itertools.product(cells, (DONE, TRIED)):
+        path = cell_folder(folder, cell) / f"{end}.json"
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -42,7 +42,7 @@ def run_config(config: StudyConfig, workdir: Path, cell: Cell) -> RunConfig:
         shape = base_weights.known_or_read_config(run.model)
         rank = matched_rank(shape, cell.rank, plain, run.lora.targets)
         run = run.replace(**{"lora.rank": rank})
-    return run
+    return run.replace(seed=run.seed + cell.repeat)
 
 
 def matched_rank(

@@ -102,8 +102,10 @@ def scores_table(
             rows.append(below)
     columns = [("", "Method"), ("", "Rank"), ("", "Trainable"), ("", "Operations")]
     columns += [(name_of_set, label) for name_of_set in sets for label in METRICS.values()]
-    rates = main.drop_duplicates(["method", "learning_rate"])
-    rates_text = "; ".join(f"{r['method']} {r['learning_rate']:g}" for _, r in rates.iterrows())
+    found = main[main["rounds"] > 0].groupby("method", sort=False)["learning_rate"].unique()
+    rates_text = "; ".join(
+        f"{m} {', '.join(f'{r:g}' for r in sorted(f))}" for m, f in found.items()
+    )
     caption = (
         f"{title}: exact match (EM) and Rouge-L (R-L) on the {test} test set, {study.model}. Means "
         "over examples, ± the standard deviation over rounds. (2/3): two of three planned rounds "

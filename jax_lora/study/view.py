@@ -24,7 +24,10 @@ _COLOURS = {"done": "32", "failed": "31", "running": "1", "waiting": "2"}  # of 
 
 
 def look(
-    folder: Path, cells: Sequence[Cell], operations: Mapping[str, float]
+    folder: Path,
+    cells: Sequence[Cell],
+    operations: Mapping[str, float],
+    stage: runner.Stage = runner.always,
 ) -> tuple[str, list[Row]]:
     """How far a study is.
 
@@ -32,12 +35,13 @@ def look(
       folder: of the study.
       cells: of it, or some of them.
       operations: of each, by id; what is finished says how long they take.
+      stage: how each ends.
 
     Returns:
       How many cells are done, failed and running, and how long the others may take; and the cells
       in their order.
     """
-    states, took = runner.states(folder, cells), results.finished(folder, operations)
+    states, took = runner.states(folder, cells, stage), results.finished(folder, operations)
     known = [(operations[name], seconds) for name, seconds in took.items()]
     seconds = results.seconds([operations[name] for name in states], known)
     about = dict(zip(states, seconds or (), strict=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,8 @@ from jax_lora import locks, study
 from jax_lora.config import RunConfig
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.run import Run
-from jax_lora.study import costs, grid, measures, results, runner, spec, view
+from jax_lora.run import folder as run_folder
+from jax_lora.study import choice, costs, grid, measures, results, runner, spec, view
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
@@ -63,14 +63,22 @@ class Worker:
           How far the study is, and a line per cell that failed.
         """
         workdir, cells = self.workdir, grid.cells_of(self.config)
+        choices = choice.Choices.in_folder(self.config, workdir)
+        if retry_failed:
+            choices.forget_failures(workdir)
         runs = {cell.id: spec.run_config(self.config, workdir, cell) for cell in chosen}
         operations = {name: costs.estimate(run) for name, run in runs.items()}
         ordered = grid.cheap_first(chosen, operations)
-        look = functools.partial(view.look, workdir, ordered, operations)
+        operations |= {choice.without_rate(cell): operations[cell.id] for cell in chosen}
+
+        def look() -> tuple[str, list[view.Row]]:
+            return view.look(workdir, choices.planned(ordered), operations, choices.stage)
+
         live = view.Live(look, sys.stderr) if sys.stderr.isatty() else None
 
         def on_change(cell: Cell, what: str) -> None:
-            if what == "done":
+            if what in (runner.DONE, runner.TRIED):
+                choices.write_table(workdir)
                 results.gather(cells, workdir)
             if not live:
                 self.say(f"{look()[0]} | {cell.id} {what}")
@@ -79,8 +87,14 @@ class Worker:
 
         with live or nullcontext():
             runner.run_cells(
-                ordered, workdir, self._run_cell, retry_failed=retry_failed, on_change=on_change
+                ordered,
+                workdir,
+                lambda cell, folder: self._run_cell(cell, folder, choices.stage(cell)),
+                stage=choices.stage,
+                retry_failed=retry_failed,
+                on_change=on_change,
             )
+            choices.write_table(workdir)
             results.gather(cells, workdir)
             results.write_cases(cells, workdir)
         failed = [runner.cell_folder(workdir, cell) / "failed.json" for cell in chosen]
@@ -114,21 +128,27 @@ class Worker:
         path = self.workdir / "toy" / "toy-llama"
         hf.save(path, shape, params, load_tokenizer(run.model), run.dtype)
 
-    def _run_cell(self, cell: Cell, folder: Path) -> dict[str, object]:
-        """Train and score a cell, or resume it; what its done.json holds."""
+    def _run_cell(self, cell: Cell, folder: Path, end: str) -> dict[str, object]:
+        """Train a cell, or resume it, and score it; what the file of its end holds."""
         if not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
             rmtree(folder, ignore_errors=True)  # answers of a model that was deleted
+        tried = folder / f"{runner.TRIED}.json"
+        before = read_json(tried)["timings"]["training"] if tried.is_file() else 0.0
         began = time.perf_counter()
         with _faults():
-            training = self._train(cell.id, study.TESTS)
-        timings = {"training": training, "scoring": time.perf_counter() - began - training}
-        results.share_examples(cell, folder, self.workdir / "examples")
-        run, began = spec.run_config(self.config, self.workdir, cell), time.perf_counter()
-        measured = self._measure(cell, run, folder)
-        timings["measuring"] = time.perf_counter() - began
-        facts = costs.facts(run, folder) | measured.columns
-        rows = results.rows(cell, folder, facts, run.eval.metrics, measured.reference_losses)
-        return {"timings": locks.owner() | timings, "rows": rows}
+            training = self._train(cell.id, study.TESTS if end == runner.DONE else ())
+        timings = {"training": before + training, "scoring": time.perf_counter() - began - training}
+        found: dict[str, object] = {"validation": _validation(folder)}
+        if end == runner.DONE:
+            results.share_examples(cell, folder, self.workdir / "examples")
+            run, began = spec.run_config(self.config, self.workdir, cell), time.perf_counter()
+            measured = self._measure(cell, run, folder)
+            timings["measuring"] = time.perf_counter() - began
+            facts = costs.facts(run, folder) | measured.columns
+            found["rows"] = results.rows(
+                cell, folder, facts, run.eval.metrics, measured.reference_losses
+            )
+        return {"timings": locks.owner() | timings} | found
 
     def _measure(self, cell: Cell, run: RunConfig, folder: Path) -> measures.Measured:
         """Measure a cell, and write what changed in its weights beside its checkpoints."""
@@ -140,6 +160,13 @@ class Worker:
             with fresh_file(folder / results.UPDATE) as fresh:
                 measured.update.to_parquet(fresh, index=False)
         return measured
+
+
+def _validation(run: Path) -> dict[str, float | None] | None:
+    """The last validation in the folder of a run that trained; None where there was none."""
+    rows = [row for row in run_folder.read_metrics(run) if "validation_loss" in row]
+    names = ("step", "validation_loss", "validation_tokens")
+    return {name: rows[-1][name] for name in names} if rows else None
 
 
 def print_line(text: str) -> None:

@@ -6,7 +6,15 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from configs import study_base, study_mini, study_smoke
+from configs import (
+    study_base,
+    study_lr,
+    study_mini,
+    study_paper,
+    study_real_cpu,
+    study_smoke,
+    study_smollm2,
+)
 from jax_lora.config import CHOICES, RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.model import lora
@@ -29,7 +37,10 @@ def test_the_default_is_the_papers_grid():
     assert len(grid.cells_of(config)) == 12 * 6 * 3
 
 
-@pytest.mark.parametrize("made", [study_base, study_mini, study_smoke])
+STUDIES = (study_lr, study_mini, study_paper, study_real_cpu, study_smoke, study_smollm2)
+
+
+@pytest.mark.parametrize("made", [study_base, *STUDIES])
 def test_a_config_file_is_the_typed_config_and_back(made):
     config = StudyConfig.from_config_dict(made.get_config())
     saved = json.loads(json.dumps(config.to_dict()))
@@ -138,6 +149,20 @@ def test_laws_of_alpha():
     assert lora.scale(one.alpha, 64, one.scaling) == lora.scale(other.alpha, 64, other.scaling)
 
 
+def test_a_repeat_has_another_seed_and_nothing_else(tmp_path):
+    rates = {"lora": (1e-4, 1e-3), "full": (1e-5,)}
+    run = {"validate_every": 1, "data": {"validation_per_task": 1}, "seed": 3}
+    config = study(run=run, ranks=(4, "full"), rounds=(0, 1), sets=("T100",), learning_rates=rates)
+    cells = {cell.id: cell for cell in grid.cells_of(config)}
+    repeats = [name for name, cell in cells.items() if cell.repeat]
+    assert repeats == [f"r4-T100-round0-lr{rate}-seed1" for rate in ("0.0001", "0.001")]
+    for name in repeats:
+        one, again = (
+            spec.run_config(config, tmp_path, cells[n]) for n in (name.removesuffix("-seed1"), name)
+        )
+        assert again == one.replace(seed=4) and one.seed == 3
+
+
 def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
     config = StudyConfig.from_config_dict(study_smoke.get_config())
     run, folder = spec.run_of(config, tmp_path, spec.TOY)
@@ -181,6 +206,15 @@ def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
         ({"run": {"eval": {"metrics": ("rouge1",)}}}, "config.eval.metrics: found rouge1"),
         ({"run": {"eval": {"metrics": ("rougeL",)}}}, "exact_match not found"),
         ({"axes": ()}, "config.axes: no such key"),
+        ({"choose_on": "T3"}, "config.choose_on: found 'T3', expected 'each' or one of"),
+        (
+            {"learning_rates": {"lora": (1e-4, 1e-3)}},
+            "config.run.validate_every: found 0 with several learning_rates.lora",
+        ),
+        (
+            {"learning_rates": {"full": (1e-4, 1e-3)}, "run": {"validate_every": 5}},
+            "config.run.data.validation_per_task: found 0 with several learning_rates.full",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(changed, words):
@@ -212,3 +246,5 @@ def test_a_folder_belongs_to_one_study(tmp_path):
     with pytest.raises(ConfigError, match="run.lora.contract: no such key; it is called"):
         spec.check_same_study(path, config, "a")
     assert read_axes(saved["config"]).ranks == config.ranks  # the report needs no more
+    del saved["config"]["choose_on"]
+    assert read_axes(saved["config"]).choose_on == "each"

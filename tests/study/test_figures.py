@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 from jax_lora.study import Study, figures, plotting
 from jax_lora.study.statistics import summary
+from tests.study.test_rates import trials
 from tests.study.test_tables import PAPER_RANKS, grid, linear, results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,23 +46,16 @@ def drawn() -> tuple[Study, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def rates() -> tuple[Study, pd.DataFrame]:
-    """Best at a rate that falls with the rank; rank 16 at 1e-4 is missing, full not planned."""
-    parts = [grid([*PAPER_RANKS, None], ["T100"], 2, rate=rate) for rate in (1e-5, 1e-4, 1e-3)]
-    cells = pd.concat(parts, ignore_index=True)
-    cells = cells[(cells["method"] == "lora") | (cells["learning_rate"] != 1e-4)]
-
-    def score(cell, test, task):
-        rank = cell["rank"] or 4096
-        best = -3 if rank < 16 else -4 if rank < 512 else -5
-        away = abs(np.log10(cell["learning_rate"]) - best)
-        return {"exact_match": 40.0 - 5 * away, "rougeL": 50.0 - 5 * away}
-
-    own = [{"task": "t0"}, {"task": "t1"}]
-    rows = results(cells, {"seen": own, "unseen": own}, score)
-    gone = rows["cell"].isin(["lora-r16-T100-0-0.0001", "lora-r16-T100-1-0.0001"])
-    study = Study.of(rows[~gone & (rows["cell"] != "lora-r4-T100-1-1e-05")], cells)
-    return study, summary(study)
+def rates() -> pd.DataFrame:
+    """Best at a rate that falls with the rank; of rank 16 two rates failed, full had two alone."""
+    losses: dict[tuple[int | None, float], float | None] = {}
+    for rank in [*PAPER_RANKS, None]:
+        best = -3 if (rank or 4096) < 16 else -4 if (rank or 4096) < 512 else -5
+        for rate in (1e-5, 1e-4, 1e-3):
+            losses[rank, rate] = 2.0 + abs(np.log10(rate) - best)
+    del losses[None, 1e-4]
+    losses |= {(16, 1e-4): None, (16, 1e-5): None}
+    return trials(losses, {4: 2.5}, "T100")
 
 
 def draw(name: str, drawn, rates, width: float) -> Figure:
@@ -76,7 +70,7 @@ def draw(name: str, drawn, rates, width: float) -> Figure:
         case "costs":
             return figures.costs(study, numbers, width=width)
         case _:
-            return figures.learning_rates(*rates, "T100", width=width)
+            return figures.learning_rates(rates, "T100", width=width)
 
 
 def texts(figure: Figure) -> list[Text]:
@@ -191,22 +185,26 @@ def test_costs_are_shares_and_operations(drawn):
     assert line.get_xdata()[0] == pytest.approx(75_600 * (4 * 6738415616 + 6 * 4 * 32 * 4 * 8192))
 
 
-def test_the_best_rate_of_each_rank_is_joined(rates):
-    figure = figures.learning_rates(*rates, "T100")
-    for axis in figure.axes:
-        (best,) = named(axis, "best rate")
-        assert list(best.get_xdata()) == [*range(11)]
-        # Rank 16 is best at 1e-4, which is missing: the rates beside it tie, and both are framed.
-        tie = float("nan")
-        np.testing.assert_equal(
-            np.asarray(best.get_ydata(), float), [2, 2, tie, 1, 1, 1, 1, 0, 0, 0, 0]
-        )
-        framed = [patch.get_xy() for patch in axis.patches]
-        assert framed[2:4] == [(1.5, -0.5), (1.5, 1.5)] and framed[-1] == (10.5, -0.5)
-        words = {text.get_position(): text.get_text() for text in axis.texts}
-        assert words[2, 1] == "–" and words[0, 0] == "30.0*" and words[11, 0] == "40.0"
-        assert (11, 1) not in words  # not planned
-        assert [t.get_text() for t in axis.get_yticklabels()] == ["1e-05", "0.0001", "0.001"]
+def test_the_chosen_rate_of_each_rank_is_joined(rates):
+    (axis,) = figures.learning_rates(rates, "T100").axes
+    (chosen,) = named(axis, "chosen rate")
+    assert list(chosen.get_xdata()) == [*range(11)]
+    at = [2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0]
+    np.testing.assert_array_equal(np.asarray(chosen.get_ydata(), float), at)
+    framed = [patch.get_xy() for patch in axis.patches]
+    assert framed == [(j - 0.5, i - 0.5) for j, i in enumerate([*at, 0])]
+    words = {text.get_position(): text.get_text() for text in axis.texts}
+    assert words[2, 1] == "×" and words[0, 0] == "4.000" and words[11, 0] == "2.000"
+    assert (11, 1) not in words  # not planned
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["1e-05", "0.0001", "0.001"]
+    assert axis.get_title() == r"$T_{\mathrm{100}}$: validation loss"
+
+
+def test_a_rank_whose_rates_all_failed_is_empty(recwarn):
+    found = trials({(4, 1e-4): None, (4, 1e-3): None, (8, 1e-4): 2.0, (8, 1e-3): 1.0}, {})
+    (axis,) = figures.learning_rates(found, "T2").axes
+    assert [patch.get_xy() for patch in axis.patches] == [(0.5, 0.5)] and not recwarn.list
+    assert np.isnan(np.asarray(named(axis, "chosen rate")[0].get_ydata(), float)[0])
 
 
 def test_a_flat_line_looks_flat():
@@ -241,7 +239,7 @@ def test_variants_have_lines_of_their_own():
 
 def test_files_are_the_same_bytes_for_the_same_picture(rates, tmp_path):
     for folder in ("a", "b"):
-        plotting.save(figures.learning_rates(*rates, "T100"), tmp_path / folder / "rates.x")
+        plotting.save(figures.learning_rates(rates, "T100"), tmp_path / folder / "rates.x")
     for name, start in (("rates.x.png", b"\x89PNG"), ("rates.x.pdf", b"%PDF")):
         content = (tmp_path / "a" / name).read_bytes()
         assert content.startswith(start) and len(content) > 5000

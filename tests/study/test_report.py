@@ -13,7 +13,7 @@ import pytest
 from jax_lora.study import Study, paper, paper_findings, read
 from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.estimates import Estimate, verdict
-from jax_lora.study.findings import findings
+from jax_lora.study.findings import findings, fixed_size_sets, more_examples
 from jax_lora.study.report import report, write
 from jax_lora.study.statistics import comparisons, summary
 from jax_lora.study.tables import comparison_table
@@ -64,16 +64,16 @@ def words(study: Study) -> dict[str, list[str]]:
 def test_everything_is_written_and_what_is_linked_exists(written):
     folder, text, _ = written
     names = {path.stem for path in (folder / "figures").iterdir()}
-    pictures = {"figure1", "figure4", "figure5", "costs", "learning_rates_T2"}
+    pictures = {"figure1", "figure4", "figure5", "costs"}
     assert names == pictures | {f"{name}_column" for name in pictures}
-    assert len(list((folder / "figures").iterdir())) == 20
+    assert len(list((folder / "figures").iterdir())) == 16
     tables = [path.name for path in (folder / "tables").iterdir()]
     for stem in ("table1", "table2", "table3_seen", "behaviour_unseen"):
         assert {f"{stem}.md", f"{stem}.tex", f"{stem}.csv"} <= {*tables}
         assert (folder / "tables" / f"{stem}.md").read_text("utf-8") in text
     assert len(pd.read_csv(folder / "tables" / "summary.csv")) == 2 * (6 * 5 + 2)
     links = re.findall(r"\]\(([^)]*)\)", text)
-    assert "case_studies.html" in links and len(links) == 6
+    assert "case_studies.html" in links and len(links) == 5
     assert all((folder / link).is_file() for link in links)
 
 
@@ -93,8 +93,12 @@ def test_missing_cells_are_listed(written):
 
 def test_findings_by_hand(written):
     said = words(written[2])
-    assert list(said)[-1] == "More tasks, or more examples of each, T*2 to T*8?"
-    helps, capacity, form, reach, more = said.values()
+    assert list(said)[4:] == [
+        "More tasks, or more examples of each, T*2 to T*8?",
+        "More examples of the same tasks, T2 to T*2?",
+        "More examples of the same tasks, T8 to T*8?",
+    ]
+    helps, capacity, form, reach, more, *_ = said.values()
     assert helps[0] == (
         "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] per "
         "doubling, up in 4 of 4 steps; R-L +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 "
@@ -159,6 +163,19 @@ def test_findings_do_not_say_what_the_data_do_not():
     assert form[0].startswith("- T2: cannot be said, one of the two may not change")
     few = words(Study.of(results(cells, tasks(3), linear), cells))
     assert next(iter(few.values()))[0].startswith("- T2: too few tasks to tell. ")
+
+
+def test_one_starred_set_goes_with_the_plain_one_of_its_size():
+    cells = grid([4, None], ["T100", "T250", "T*100"])
+    study = Study.of(results(cells, tasks(8), linear), cells)
+    assert fixed_size_sets(study) == ["T*100", "T250"]  # 25,000 examples each
+    assert more_examples(study) == [("T100", "T*100")]
+    said = words(study)
+    assert "More tasks, or more examples of each, T*100 to T250?" in said
+    assert said["More examples of the same tasks, T100 to T*100?"][0] == (
+        "- rank 4: seen EM +0.00 [+0.00, +0.00], p = 1.000 (8 tasks, 3 rounds); unseen EM +0.00 "
+        "[+0.00, +0.00], p = 1.000 (8 tasks, 3 rounds)."
+    )
 
 
 def test_the_smallest_study(tmp_path):

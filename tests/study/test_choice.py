@@ -1,0 +1,238 @@
+"""Learning rates chosen by validation losses, with cells that are fakes, as in test_runner.py."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from jax_lora.errors import ConfigError
+from jax_lora.files import write_json
+from jax_lora.study import Study, grid, read, results, runner
+from jax_lora.study.choice import COLUMNS, Choices
+from jax_lora.study.config import StudyConfig
+from tests.conftest import REPOSITORY
+from tests.study.test_runner import foreign, never, ran, rows_of
+
+BEST = {4: 1e-2, 16: 1e-4, None: 1e-5}  # by rank, on T2; on T4 it is 1e-3 for LoRA
+
+
+def study(**changes) -> StudyConfig:
+    axes = {
+        "run": {"validate_every": 1, "data": {"validation_per_task": 1}},
+        "ranks": (4, 16, "full"),
+        "sets": ("T2", "T4"),
+        "rounds": (3, 5),
+        "learning_rates": {"lora": (1e-4, 1e-3, 1e-2), "full": (1e-5,)},
+        "choose_on": "T2",
+    }
+    return StudyConfig.from_config_dict(axes | changes)
+
+
+def loss(cell: grid.Cell) -> float:
+    best = 1e-3 if cell.set == "T4" and cell.rank else BEST[cell.rank]
+    return 2.0 + abs(math.log10(cell.learning_rate / best)) / 10 + cell.repeat / 100
+
+
+class Fakes:
+    """Cells that write down that they ran; the higher the loss, the better their test scores."""
+
+    def __init__(self, config: StudyConfig, folder: Path, broken=(), loss=loss):
+        self.config, self.folder, self.broken, self.loss = config, folder, set(broken), loss
+        self.choices = Choices.in_folder(config, folder)
+
+    def run(self, **options) -> list[str]:
+        """Run all cells to their end; the names of those that ran, as `id end`."""
+        cells = grid.cells_of(self.config)
+        options = {"sleep": never} | options
+        if options.get("retry_failed"):
+            self.choices.forget_failures(self.folder)
+        runner.run_cells(cells, self.folder, self.one, stage=self.choices.stage, **options)
+        self.choices.write_table(self.folder)
+        results.gather(cells, self.folder)
+        return [line.replace(":", " ") for line in ran(self.folder)]
+
+    def one(self, cell: grid.Cell, folder: Path) -> dict:
+        end = self.choices.stage(cell)
+        with (self.folder / "ran.txt").open("a") as file:
+            file.write(f"{cell.id}:{end}\n")
+        if cell.id in self.broken:
+            raise RuntimeError("loss is not finite")
+        found = {"timings": {"host": "here", "pid": 1, "training": 1.0, "scoring": 1.0}}
+        value = self.loss(cell)
+        found["validation"] = {"step": 7, "validation_loss": value, "validation_tokens": 9}
+        scored = [r | {"exact_match": 10 * value, "rougeL": 10 * value} for r in rows_of(cell)]
+        return found | ({"rows": scored} if end == runner.DONE else {})
+
+    def ends(self, name: str) -> set[str]:
+        return {path.parent.name for path in (self.folder / "cells").glob(f"*/{name}.json")}
+
+
+CARRIED = {
+    *(f"r4-{s}-round{r}-lr0.01" for s in ("T2", "T4") for r in (3, 5)),
+    *(f"r16-{s}-round{r}-lr0.0001" for s in ("T2", "T4") for r in (3, 5)),
+    *(f"full-{s}-round{r}" for s in ("T2", "T4") for r in (3, 5)),
+}
+TRIALS = {f"r{rank}-T2-round3-lr{rate}" for rank in (4, 16) for rate in ("0.0001", "0.001", "0.01")}
+REPEATS = {"r4-T2-round3-lr0.01-seed1", "r16-T2-round3-lr0.0001-seed1"}
+
+
+def test_one_set_chooses_for_all_and_only_the_chosen_rate_is_scored(tmp_path):
+    fakes = Fakes(study(), tmp_path)
+    happened = fakes.run()
+    assert fakes.ends("done") == CARRIED and fakes.ends("tried") == TRIALS | REPEATS
+    assert len(happened) == len(set(happened)) == len(CARRIED) + len(TRIALS) + len(REPEATS)
+    # A trial is trained before it is scored, and what waits for a choice comes behind its trials.
+    order = {line: i for i, line in enumerate(happened)}
+    last = max(order[f"{name} tried"] for name in TRIALS if name.startswith("r4"))
+    assert all(order[f"{name} done"] > last for name in CARRIED if name.startswith("r4"))
+    assert fakes.run() == happened  # nothing is left
+
+
+def test_each_set_chooses_for_itself(tmp_path):
+    fakes = Fakes(study(choose_on="each"), tmp_path)
+    fakes.run()
+    lora = {name for name in fakes.ends("done") if name.startswith("r")}
+    assert lora == {
+        *(f"r4-T2-round{r}-lr0.01" for r in (3, 5)),
+        *(f"r16-T2-round{r}-lr0.0001" for r in (3, 5)),
+        *(f"r{rank}-T4-round{r}-lr0.001" for r in (3, 5) for rank in (4, 16)),
+    }
+    assert {name for name in fakes.ends("tried") if "round5" in name} == set()
+    found = read(tmp_path / "results.parquet")
+    rates = pd.read_parquet(tmp_path / "rates.parquet")
+    cells = grid.frame(Choices.in_table(fakes.config, rates).scored())
+    checked = Study.of(found, cells)  # whatever its rate, rank 4 is one configuration
+    assert checked.configs() == ["rank 4", "rank 16", "full"] and checked.grid["main"].all()
+
+
+def test_with_one_rate_there_is_nothing_to_choose(tmp_path):
+    config = StudyConfig.from_config_dict({"ranks": (4, "full"), "sets": ("T2",), "rounds": (0,)})
+    fakes = Fakes(config, tmp_path)
+    assert fakes.run() == ["r4-T2-round0 done", "full-T2-round0 done"]
+    assert not (tmp_path / "rates.parquet").exists() and not (tmp_path / "choices").exists()
+
+
+def test_a_rate_that_fails_is_not_chosen(tmp_path):
+    fakes = Fakes(study(ranks=(4,)), tmp_path, broken=["r4-T2-round3-lr0.01"])
+    fakes.run()
+    assert {name[-5:] for name in fakes.ends("done")} == {"0.001"}
+    rates = pd.read_parquet(tmp_path / "rates.parquet").set_index("cell")
+    assert list(rates.columns) == COLUMNS[1:]
+    assert math.isnan(rates["validation_loss"]["r4-T2-round3-lr0.01"])
+    assert rates.index[rates["chosen"]].to_list() == ["r4-T2-round3-lr0.001"]
+
+    # It is tried again, and is the better one now: a choice stays as it was made.
+    fakes.broken.clear()
+    again = Fakes(fakes.config, tmp_path)
+    before = fakes.ends("done")
+    again.run(retry_failed=True)
+    assert again.ends("done") == before and "r4-T2-round3-lr0.01" in again.ends("tried")
+
+
+def test_where_all_rates_fail_nothing_follows_until_they_are_tried_again(tmp_path):
+    names = {name for name in TRIALS if name.startswith("r4")}
+    fakes = Fakes(study(ranks=(4,)), tmp_path, broken=names)
+    fakes.run()
+    assert fakes.ends("failed") == names and not fakes.ends("done")
+    Fakes(fakes.config, tmp_path).run(retry_failed=True)
+    assert fakes.ends("done") == {name for name in CARRIED if name.startswith("r4")}
+
+
+def test_a_worker_waits_for_a_trial_that_decides_what_it_does_next(tmp_path):
+    """Another machine has the last trial; when it ends, this worker goes on with the rest."""
+    fakes, name = Fakes(study(ranks=(4,)), tmp_path), "r4-T2-round3-lr0.01"
+    lock, waited = foreign(tmp_path / "locks", name, 20.0), []
+
+    def beat(seconds):
+        waited.append(seconds)
+        lock.touch()
+        if len(waited) == 3:
+            (trial,) = (c for c in grid.cells_of(fakes.config) if c.id == name)
+            (tmp_path / "cells" / name).mkdir(parents=True)
+            write_json(tmp_path / "cells" / name / "tried.json", fakes.one(trial, tmp_path))
+            lock.unlink()
+
+    fakes.run(sleep=beat)
+    assert len(waited) == 3
+    assert fakes.ends("done") == {name for name in CARRIED if name.startswith("r4")}
+
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from jax_lora.study import runner
+from tests.study.test_choice import Fakes, study
+
+class Dies(Fakes):
+    def one(self, cell, folder):
+        if f"{cell.id} {self.choices.stage(cell)}" == sys.argv[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().one(cell, folder)
+
+Dies(study(), Path(sys.argv[1])).run()
+"""
+
+
+def test_killed_workers_leave_what_the_next_one_finishes(tmp_path):
+    for moment in (
+        "r4-T2-round3-lr0.01 tried",
+        "r16-T2-round3-lr0.0001 done",  # between the choice and its scoring
+        "r16-T2-round3-lr0.0001-seed1 tried",
+    ):
+        command = [sys.executable, "-c", WORKER, str(tmp_path), moment]
+        died = subprocess.run(command, cwd=REPOSITORY, env=os.environ)
+        assert died.returncode == -signal.SIGKILL, moment
+    fakes = Fakes(study(), tmp_path)
+    happened = fakes.run()
+    assert fakes.ends("done") == CARRIED and len(happened) == len(set(happened))
+    whole = Fakes(study(), tmp_path / "whole")
+    whole.folder.mkdir()
+    whole.run()
+    for name in ("results.parquet", "rates.parquet"):
+        assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_what_is_planned_before_and_after_the_choice(tmp_path):
+    config = study(ranks=(4,), rounds=(3,))
+    fakes = Fakes(config, tmp_path)
+    trials = {name for name in TRIALS if name.startswith("r4")}
+    planned = fakes.choices.planned(grid.cells_of(config))
+    assert {cell.id for cell in planned} == trials | {"r4-T4-round3", "r4-T2-round3-seed1"}
+    assert [cell.id for cell in fakes.choices.scored()] == ["r4-T2-round3", "r4-T4-round3"]
+    states = runner.states(tmp_path, planned, fakes.choices.stage)
+    assert set(states.values()) == {"waiting"}
+    fakes.run()
+    planned = fakes.choices.planned(grid.cells_of(config))
+    chosen = {"r4-T4-round3-lr0.01", "r4-T2-round3-lr0.01-seed1"}
+    assert {cell.id for cell in planned} == trials | chosen
+    states = runner.states(tmp_path, planned, fakes.choices.stage)
+    assert set(states.values()) == {"done"}
+
+
+def test_a_part_of_the_grid_needs_its_trials(tmp_path):
+    fakes = Fakes(study(ranks=(4,)), tmp_path)
+    some = grid.choose(grid.cells_of(fakes.config), "set == 'T4'")
+    with pytest.raises(ConfigError, match="r4-T4-round3 waits .*: r4-T2-round3-lr0.0001, "):
+        fakes.choices.check_only(some)
+    fakes.choices.check_only(grid.choose(grid.cells_of(fakes.config), "round == 3"))
+    fakes.run()
+    fakes.choices.check_only(some)
+
+
+def test_a_choice_is_a_file_for_people_too(tmp_path):
+    Fakes(study(ranks=(4,)), tmp_path, broken=["r4-T2-round3-lr0.001"]).run()
+    saved = json.loads((tmp_path / "choices" / "r4-T2-round3.json").read_text())
+    assert saved == {
+        "learning_rate": 1e-2,
+        "validation_losses": {
+            "r4-T2-round3-lr0.0001": 2.2,
+            "r4-T2-round3-lr0.001": None,
+            "r4-T2-round3-lr0.01": 2.0,
+        },
+    }
