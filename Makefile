@@ -8,13 +8,15 @@ MARKS ?= not parity and not slow
 
 BASE := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 RUN := runs/quickstart
-ENVIRONMENTS := run test parity
+ENVIRONMENTS := run test parity oldest
+# Whatever reads and writes what other libraries define.
+OLDEST_TESTS ?= tests/data tests/weights tests/evaluation
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow parity exactness lint base clean
+.PHONY: help quickstart test slow parity oldest exactness lint base clean
 
 PIP := -m pip --disable-pip-version-check --no-input
 PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
@@ -24,6 +26,7 @@ help:
 	@echo "make test        the tests, without PyTorch and without those of minutes"
 	@echo "make slow        the tests of minutes: many devices, killed runs, the wheel"
 	@echo "make parity      the comparisons with PyTorch, Transformers and PEFT"
+	@echo "make oldest      tests of data and weights, with the oldest versions that are allowed"
 	@echo "make exactness   all that is promised to a tolerance; writes docs/exactness.md"
 	@echo "make lint        ruff and pyright"
 	@echo "make base        fetch the small base model of the quickstart into .cache/"
@@ -60,6 +63,11 @@ parity: $(VENV)/parity/ready
 	@echo "[3/3] parity tests"
 	@OMP_NUM_THREADS=1 $(VENV)/parity/bin/python -m pytest $(TESTS) -m parity $(PYTEST_WORKERS)
 
+oldest: $(VENV)/oldest/ready
+	@echo "[2/2] tests with the oldest versions"
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/oldest/bin/python -m pytest $(OLDEST_TESTS) \
+		-m "not parity and not slow" $(PYTEST_WORKERS)
+
 exactness: $(VENV)/parity/ready
 	@OMP_NUM_THREADS=1 $(VENV)/parity/bin/python -m pytest tests -m promise $(PYTEST_WORKERS)
 
@@ -84,7 +92,7 @@ $(BASE): | $(VENV)/python
 	@rm -rf .cache/fetch
 
 quickstart: STEPS := 4
-test: STEPS := 2
+test oldest: STEPS := 2
 parity: STEPS := 3
 lint: STEPS := 4
 
@@ -98,6 +106,13 @@ $(VENV)/test/ready: EXTRAS := [test]
 $(VENV)/test/ready: BELOW := run
 $(VENV)/parity/ready: EXTRAS := [test,parity]
 $(VENV)/parity/ready: BELOW := test run
+# The oldest versions that pyproject.toml allows, and what they need, before those of the tests.
+PINS_oldest := $(VENV)/oldest.txt
+$(PINS_oldest): tests/oldest.py pyproject.toml $(VENV)/python
+	@$(PYTHON) $< > $@
+$(VENV)/oldest/ready: $(VENV)/test/ready $(PINS_oldest)
+$(VENV)/oldest/ready: EXTRAS :=
+$(VENV)/oldest/ready: BELOW := test run
 
 # Python compiles a module when it is first imported; pip would compile all of them.
 $(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
@@ -106,7 +121,8 @@ $(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
 	@for below in $(BELOW); do \
 		$(VENV)/$$below/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		done > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
-	@$(@D)/bin/python $(PIP) install --no-compile --progress-bar off --constraint constraints.txt \
+	@$(@D)/bin/python $(PIP) install --no-compile --progress-bar off \
+		--constraint $(or $(PINS_$(notdir $(@D))),constraints.txt) \
 		--editable ".$(EXTRAS)" >$(@D)/install.log 2>&1 || { \
 		grep -v '^WARNING' $(@D)/install.log | tail -n 15 >&2; \
 		echo "The environment could not be built; all that pip said: $(@D)/install.log" >&2; exit 1; }

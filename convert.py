@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from jax_lora.run.convert import convert, convert_adapter, is_adapter
 
         source, destination = options.source, options.destination
-        more = {"say": print, "push_to": options.push}
+        more = {"say": cli.say, "push_to": options.push}
         if is_adapter(source):
             if options.merge:
                 raise ConfigError(f"--merge: found an adapter, {source}, as SRC, expected a model")
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             adapter, any_base = options.merge, options.any_base
             convert(source, destination, options.dtype, adapter, any_base=any_base, **more)
-    print(f"wrote {destination}")
+    cli.say(f"wrote {destination}")
 
 
 if __name__ == "__main__":

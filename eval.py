@@ -67,7 +67,7 @@ def main(_):
             "any_base": _ANY_BASE.value or None,
         }
         options: Any = {key: value for key, value in given.items() if value is not None}
-        run = Run.open(None, _WORKDIR.value, say=functools.partial(print, flush=True))
+        run = Run.open(None, _WORKDIR.value, say=cli.say)
         if not _CHECK.value:
             options |= {"checkpoint": _CHECKPOINT.value, "overwrite": _OVERWRITE.value}
             run.score(_SETS.value, _ADAPTER.value, **options)

@@ -49,7 +49,7 @@ def main(_):
         shape = base_weights.known_or_read_config(model)
         options = _TARGET.value, _TOKENS.value, _COMPILE.value
         for text in report.plan(config, shape, model, *options):
-            print(text, flush=True)
+            cli.say(text)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Run a study: train and score every cell of a grid, in any number of processes.
 
     python study.py --config=configs/study_mini.py --workdir=studies/mini
-    python study.py --workdir=studies/mini --report
+    python study.py --workdir=studies/mini --report   # or how far it is: --status=studies/mini
 
-Every process that runs the first command takes cells from the folder; rerun it to resume. The
-second one writes the report from results.parquet.
+Every process that runs the first command takes cells from the folder; rerun it to resume.
 """
 
 import functools
@@ -17,8 +16,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+import jax_lora
 from jax_lora import cli, distributed
-from jax_lora.errors import ConfigError
 from jax_lora.files import local_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
@@ -26,6 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the study's folder")
 _ONLY = flags.DEFINE_string("only", None, "some cells, such as 'rank <= 64 and set == \"T100\"'")
 _RETRY = flags.DEFINE_boolean("retry-failed", False, "take cells that failed once more")
 _REPORT = flags.DEFINE_boolean("report", False, "tables and figures of what is there")
+_STATUS = flags.DEFINE_string("status", None, "a study's folder: print how far it is, and end")
 _DRY_RUN = flags.DEFINE_boolean("dry-run", False, "print the cells and their costs")
 _SPEED = flags.DEFINE_float("tokens-per-second", None, "of training the cheapest cell", 1e-9)
 _TARGET = flags.DEFINE_string("target", None, "hardware for --dry-run, see plan.py")
@@ -42,15 +42,17 @@ _PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 def main(_):
     cli.configure_process(trains=True)
     with cli.exit_codes():
-        if not _WORKDIR.value:
-            raise ConfigError("--workdir: found none, expected the study's folder")
-        workdir = local_path(_WORKDIR.value).resolve()  # one name from wherever a worker is started
+        if _STATUS.value:
+            from jax_lora.study.status import status
+
+            return cli.say(status(_STATUS.value))
+        folder = cli.require("workdir", _WORKDIR.value, "the study's folder")
+        workdir = local_path(folder).resolve()  # one name from wherever a worker is started
         if _REPORT.value:
             from jax_lora.study import report  # matplotlib, which no worker needs
 
-            return print(report.write(workdir))
-        if _CONFIG.value is None:
-            raise ConfigError("--config: found none, expected a file such as configs/study_mini.py")
+            return cli.say(report.write(workdir))
+        cli.require("config", _CONFIG.value, "a file such as configs/study_mini.py")
         if _LAUNCHER.value or _DRY_RUN.value:
             jax.config.update("jax_platforms", "cpu")  # nothing runs here: take no accelerator
         else:
@@ -59,7 +61,7 @@ def main(_):
         from jax_lora.study import command  # what it imports may start the devices
 
         config = command.StudyConfig.from_config_dict(_CONFIG.value)
-        study = command.Command(config, workdir, _ONLY.value, print, train)
+        study = command.Command(config, workdir, _ONLY.value, cli.say, train)
         if _LAUNCHER.value:
             study.launch(__file__, _WORKERS.value, _HOSTS.value, _SBATCH.value, _SUBMIT.value)
         elif _DRY_RUN.value:
@@ -70,10 +72,8 @@ def main(_):
 
 def train(config, folder):
     """Train a cell; its faults and stops end as train.py's do."""
-    from jax_lora.run import Run
-
     with cli.exit_codes(), cli.StopRequest(distributed.key_value_store() is not None) as stop:
-        Run.open(config, folder, say=print).train(asked_to_stop=stop)
+        jax_lora.Run.open(config, folder, say=cli.say).train(asked_to_stop=stop)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(_):
         with cli.exit_codes():
             from jax_lora.run.status import status
 
-            return print(status(_STATUS.value))
+            return cli.say(status(_STATUS.value))
     cli.configure_process(trains=True)
     with cli.exit_codes():
         if _CONFIG.value is None:
@@ -53,7 +53,7 @@ def main(_):
             from jax_lora.run.show import samples
 
             cli.log_progress()
-            print(samples(config, _SHOW.value))
+            cli.say(samples(config, _SHOW.value))
             return
         if not _WORKDIR.value:
             raise ConfigError("--workdir: found none, expected the run's folder")
@@ -65,7 +65,7 @@ def main(_):
         from jax_lora.run import Run
 
         with cli.StopRequest(together=distributed.key_value_store() is not None) as stop:
-            run = Run.open(config, _WORKDIR.value, say=print)
+            run = Run.open(config, _WORKDIR.value, say=cli.say)
             run.train(verify=_VERIFY.value, asked_to_stop=stop)
 
 

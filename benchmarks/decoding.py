@@ -97,7 +97,11 @@ def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
 
     folder, file = (model, None) if Path(model).is_dir() else os.path.split(model)
     peer = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        folder,
+        gguf_file=file,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        trust_remote_code=False,
     ).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peer.to(device)

@@ -50,7 +50,8 @@ class Array:
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; `shapes` has one entry per element of a tuple."""
+    """One line of a computation; `shapes` has one entry per element of a tuple, `rest` is the
+    text behind the opcode."""
 
     name: str
     shapes: list[Array]
@@ -89,7 +90,7 @@ def _walk(computations: dict[str, Computation], computation: Computation, times:
     for one in computation.values():
         called = [computations[n] for n in _called(one) if n in computations]
         if one.opcode == "while":
-            yield from _walk(computations, called[-1], times * _trips(one))
+            yield from _walk(computations, called[-1], times * _trips(one, called[0]))
         elif one.opcode == "fusion":
             if all(map(_only_moves, called[0].values())):
                 yield from _results(called[0], times, one.name)
@@ -162,7 +163,7 @@ def _instruction(name: str, text: str) -> Instruction:
         for dtype, sizes, layout in _SHAPE.findall(shape)
     ]
     operands = re.findall(r"%([\w.\-]+)", text[start:end])
-    return Instruction(name, shapes, text[:start], operands, text[end:])
+    return Instruction(name, shapes, text[:start], operands, text[start:])
 
 
 def _closing(text: str, start: int) -> int:
@@ -180,8 +181,12 @@ def _called(one: Instruction) -> list[str]:
     return [name.strip().lstrip("%") for names in found for name in names.split(",")]
 
 
-def _trips(loop: Instruction) -> int:
-    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
-    if known is None:
+def _trips(loop: Instruction, condition: Computation) -> int:
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    # A TPU's compiler leaves it to the condition, which compares with it.
+    limits = [one.rest for one in condition.values() if one.opcode == "constant"]
+    found = [int(n) for limit in limits for n in re.findall(r"^\((\d+)\)", limit)]
+    if len(found) != 1:
         raise ValueError(f"{loop.name}: a loop without a number of iterations")
-    return int(known[1])
+    return found[0]

@@ -146,7 +146,7 @@ def _model(case: Case, weights: Any, dtype: torch.dtype) -> Any:
     )
     with torch.device(DEVICE):
         model: Any = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
         )
     if case.rank is not None:
         settings = peft.LoraConfig(

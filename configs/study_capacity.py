@@ -3,19 +3,21 @@
     python study.py --config=configs/study_capacity.py --workdir=studies/capacity
     python study.py --workdir=studies/capacity --report
 
-A LLaMA of two layers first learns fully on toy tasks. Then each rank learns 128, 384 and 1,152
-random pairs by heart, of 16 bits each. What is held is 16 bits per pair less the loss of the
-values in bits: where more pairs bring no more bits, the rank is full. Nothing can be asked of
-unseen pairs: the scores on test sets are of no interest here.
+A LLaMA of two layers first learns fully on toy tasks and other pairs. Then each rank, on all linear
+layers, learns 192 or 576 random pairs by heart, of 16 bits each. What is held is 16 bits per pair
+less the loss of the values in bits: where more pairs bring no more bits, the rank is full. Nothing
+can be asked of unseen pairs: the scores on test sets are of no interest here.
 """
 
 from configs import base, study_base
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def get_config(arg=None):
     config = study_base.get_config()
     config.ranks = (1, 2, 4, 8, 16, "full")
-    config.sets = ("T4", "T12", "T36")
+    config.sets = ("T6", "T18")
     config.rounds = (0,)
     config.learning_rates.lora = (1e-2,)
     config.learning_rates.full = (3e-3,)
@@ -23,14 +25,15 @@ def get_config(arg=None):
 
     run = config.run
     run.dtype = "float32"
-    run.epochs = 200
-    run.batch_size = 64
+    run.epochs = 400
+    run.batch_size = 128
     run.micro_tokens = 8192
     run.checkpoint_every = 10_000
     run.remat = "none"
+    run.lora.targets = LINEAR
     run.lora.dropout = 0.0
-    run.optim.warmup_steps = 10
-    run.data.sizes = (4, 12, 36)
+    run.optim.warmup_steps = 50
+    run.data.sizes = (6, 12, 18)
     run.data.train_per_task = 32
     run.data.test_per_task = 1
     run.data.template = "plain"
@@ -42,12 +45,12 @@ def get_config(arg=None):
     run.eval.buckets = (112,)
 
     config.toy.instances = 50
-    config.toy.codebooks = 36
+    config.toy.codebooks = 18
     config.toy.shape.hidden_size = 64
     config.toy.shape.intermediate_size = 128
     config.toy.shape.num_hidden_layers = 2
     config.toy.shape.head_dim = 16
-    config.toy.run.epochs = 20
+    config.toy.run.epochs = 25
     config.toy.run.batch_size = 32
     config.toy.run.data = dict(
         set="Tall", sizes=(1, 2, 3), train_per_task=49, buckets=(128,), packed=True

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from jax_lora.config import RENAMED
 from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.signals import STOPPED, end, heeded
+from jax_lora.text import printable
 
 WRONG_INPUT, FAILED = 2, 1
 
@@ -47,12 +49,33 @@ def exit_codes() -> Iterator[None]:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:  # its own text begins with a number
             text = f"{error.filename}: {error.strerror}"
-        text = " ".join(text.split()) or type(error).__name__
+        text = printable(" ".join(text.split())) or type(error).__name__
         code = {RunFailed: FAILED, Stopped: STOPPED}.get(type(error), WRONG_INPUT)
         # What ran has left the cursor behind a progress bar.
         start = "" if code == WRONG_INPUT else "\n"
         sys.stderr.write(f"{start}{'' if code == STOPPED else 'error: '}{text}\n")
         raise SystemExit(code) from error
+
+
+T = TypeVar("T")
+
+
+def require(flag: str, value: T | None, expected: str) -> T:
+    """The value of a flag; a ConfigError where it is not given."""
+    if value is None or value == "":
+        raise ConfigError(f"--{flag}: found none, expected {expected}")
+    return value
+
+
+def say(text: object) -> None:
+    """Print what the library says, see `text.printable`."""
+    sys.stdout.write(f"{printable(str(text))}\n")
+    sys.stdout.flush()
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class StopRequest:
@@ -93,7 +116,7 @@ def log_progress() -> None:
     """
     check_platform()
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Plain("%(message)s"))
     for others in (None, "absl"):  # JAX names the backends that it lacks, Orbax every file
         logging.getLogger(others).setLevel(logging.WARNING)
     # Orbax shows the traceback of an error that it raises as well.
@@ -214,7 +237,7 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
             if times > 1 and flag.startswith("--config."):  # ml_collections joins them
                 raise ConfigError(f"flags: {flag}: found {times} times, expected once")
         try:
-            return parser(argv)
+            program, *rest = parser(argv)
         except Exception as error:
             # A wrong key comes as the repr of a KeyError's text.
             text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", "; ")
@@ -226,6 +249,10 @@ def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str
                 if any(a.startswith(f"--config.{old}=") for a in argv):
                     text = f"config.{old} is called config.{new} now"
             raise ConfigError(" ".join(["flags:", *at, text])) from None
+        if rest:
+            found = ", ".join(map(repr, rest))
+            raise ConfigError(f"flags: found {found}, expected flags such as --workdir=runs/r16")
+        return [program]
 
 
 def _last_key(flag: str) -> str:

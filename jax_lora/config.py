@@ -228,6 +228,11 @@ class RunConfig:
                 raise ConfigError(
                     f"config.{key}: found {values[key]!r}, expected one of {', '.join(allowed)}"
                 )
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) > LONGEST_LIST:
+                raise ConfigError(
+                    f"config.{key}: found {len(value)} values, expected at most {LONGEST_LIST}"
+                )
         for key, (low, high, note) in DOMAINS.items():
             value = values[key]
             for number in value if isinstance(value, list) else [value]:
@@ -322,19 +327,25 @@ _BELOW_ONE = math.nextafter(1.0, 0.0)
 _POSITIVE = (math.nextafter(0.0, 1.0), math.nextafter(math.inf, 0.0), "a number above 0")
 _NOT_NEGATIVE = (0.0, math.nextafter(math.inf, 0.0), "a number of at least 0")
 _SHARE = (0.0, _BELOW_ONE, "at least 0 and below 1")
-_COUNT = (1, math.inf, "at least 1")
-_COUNT_OR_NONE = (0, math.inf, "0 or more")
+# Above what anybody means, and below what overflows or fills the memory before a step is taken.
+_COUNT = (1, 2**31 - 1, "at least 1 and below 2^31")
+_COUNT_OR_NONE = (0, 2**32 - 1, "0 or more and below 2^32")
+_LENGTH = (1, 2**20, "at least 1 and at most 2^20 tokens")
+_ROWS = (1, 2**20, "at least 1 and at most 2^20")
+_TOKENS = (1, 2**24, "at least 1 and at most 2^24 tokens")
+LONGEST_LIST = 1000  # values of a key
 DOMAINS: Mapping[str, tuple[float, float, str]] = (
     dict.fromkeys(
         (
-            *("epochs", "batch_size", "micro_tokens", "log_every", "checkpoint_every"),
-            *("loss_chunk", "lora.rank", "data.sizes"),
-            *("data.train_per_task", "data.test_per_task", "data.source_length"),
-            *("data.target_length", "data.buckets", "eval.max_new_tokens", "eval.buckets"),
-            *("eval.batch_tokens", "eval.max_batch", "eval.devices_per_copy"),
+            *("epochs", "log_every", "checkpoint_every", "data.sizes", "data.train_per_task"),
+            *("data.test_per_task", "eval.devices_per_copy"),
         ),
         _COUNT,
     )
+    | dict.fromkeys(("data.source_length", "data.target_length", "data.buckets"), _LENGTH)
+    | dict.fromkeys(("eval.max_new_tokens", "eval.buckets", "loss_chunk"), _LENGTH)
+    | dict.fromkeys(("batch_size", "lora.rank", "eval.max_batch"), _ROWS)
+    | dict.fromkeys(("micro_tokens", "eval.batch_tokens"), _TOKENS)
     | dict.fromkeys(("seed", "round", "max_steps", "unroll", "optim.warmup_steps"), _COUNT_OR_NONE)
     | dict.fromkeys(("validate_every", "stop_after", "data.validation_per_task"), _COUNT_OR_NONE)
     | dict.fromkeys(("lora.alpha_per_rank", "optim.eps", "optim.loraplus_lr_ratio"), _POSITIVE)

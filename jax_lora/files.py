@@ -24,6 +24,8 @@ from jax_lora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 Json = Any  # what a JSON file holds: whoever reads one checks it
+LARGEST_JSON = 16 << 20  # bytes of a file that is read at once; its values take many times more
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # how JSON writes what may be half a surrogate pair
 
 # ---------------------------------------------------------------- writing
 
@@ -192,17 +194,35 @@ def read_json(path: str | os.PathLike[str], kind: type = object) -> Json:
       kind: what it must hold, such as `dict` for an object.
 
     Raises:
-      DataError: not UTF-8, not JSON, or something other than a `kind`; names the file.
+      DataError: not UTF-8, not JSON, too large, or something other than a `kind`; names the file.
       OSError: no such file, or one that cannot be read.
     """
-    content = Path(path).read_bytes()
+    size = Path(path).stat().st_size
+    if size > LARGEST_JSON:
+        raise DataError(f"{path}: found {size:,} bytes, expected at most {LARGEST_JSON:,} of JSON")
     try:
-        found = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+        found = parse_json(Path(path).read_bytes())
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, kind):
         expected = {dict: "object", list: "array"}.get(kind, kind.__name__)
         raise DataError(f"{path}: found a {type(found).__name__}, expected a JSON {expected}")
+    return found
+
+
+def parse_json(content: bytes) -> Json:
+    """What a JSON text holds.
+
+    Raises:
+      ValueError: not UTF-8, not JSON, nested too deep, or half of a surrogate pair, which no text
+        may hold.
+    """
+    try:
+        found = json.loads(content.decode())
+        if _HALF_PAIR.search(content):
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
     return found
 
 
@@ -227,7 +247,7 @@ def read_jsonl(
             continue
         try:
             rows.append(_object(line))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             text = f"{path}: line {number} is not valid JSON: {error}"
             if not pass_over_damage:
                 raise DataError(text) from None
@@ -236,7 +256,7 @@ def read_jsonl(
 
 
 def _object(line: bytes) -> dict[str, Json]:
-    row = json.loads(line.decode())
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise ValueError(f"found a {type(row).__name__}, expected an object")
     return row

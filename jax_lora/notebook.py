@@ -23,7 +23,7 @@ from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import trainable_mask
 from jax_lora.weights import base as base_weights
-from jax_lora.weights import peft
+from jax_lora.weights import origin, peft
 from jax_lora.weights.tokenizers import base_end_ids, has_tokenizer, load_tokenizer
 
 _apply = jax.jit(Llama.apply, static_argnums=0)
@@ -138,6 +138,8 @@ def load(
     source: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None = None,
     dtype: str = "bfloat16",
+    *,
+    any_base: bool = False,
 ) -> LoadedModel:
     """Load a LLaMA for use in Python.
 
@@ -145,11 +147,15 @@ def load(
       source: a Hugging Face folder, a hub id, or a GGUF file of a llama.
       adapter: a folder in PEFT's format, such as a run's `adapter/`.
       dtype: of weights and arithmetic: "bfloat16", "float16" or "float32".
+      any_base: take an adapter that was trained on another base, too.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, what was found and expected;
-        also an adapter that does not fit the base, or whose B is all zero.
+        also an adapter that does not fit the base, that names another one as its own, or whose B
+        is all zero.
     """
+    if adapter is not None and not any_base:
+        origin.check_base(adapter, peft.base_digest(adapter), source, "any_base=True")
     config, base = base_weights.load(source, dtype)
     adapters = None
     if adapter is not None:

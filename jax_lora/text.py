@@ -58,7 +58,7 @@ def markdown(text: str) -> str:
     line end is the letters \\n.
     """
     line = re.sub(r"[\t\n\u2028\u2029]", lambda found: ascii(found[0])[1:-1], printable(text))
-    marked = _MARKS.sub(r"\\\g<0>", line)
+    marked = _MARKS.sub(r"\\\g<0>", line.strip(" "))  # four spaces would be code
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", marked)  # no list of numbers
 
 

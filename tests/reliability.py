@@ -216,25 +216,47 @@ def _damage(folder: Path, kind: str, rng: random.Random) -> None:
 
 
 def kills(ground: Ground, tries: int) -> list[Result]:
-    """SIGKILL a training run again and again, see tests/training/killed.py."""
-    whole, killed = ground.fresh("whole"), ground.fresh("killed")
-    steps = max(20, 5 * tries)
-    flags = ground.train(killed, steps, rank=2)[2:]
-    flags = [flag for flag in flags if not flag.startswith("--workdir")]
-    driver = str(REPOSITORY / "tests/training/killed.py")
-    command = [sys.executable, driver, str(whole), str(killed), str(tries), "--", *flags]
-    ground.finish(command)
-    name = "adapter/adapter_model.safetensors"
-    equal = (whole / name).read_bytes() == (killed / name).read_bytes()
-    curves = [
-        [(row["step"], row["loss"]) for row in map(json.loads, path.open())]
-        for path in (whole / "metrics.jsonl", killed / "metrics.jsonl")
-    ]
-    good = equal and curves[0] == curves[1]
-    how = f"SIGKILL at a random moment of train.py, {tries} times in one run of {steps} steps"
-    outcome = "adapter and losses byte-equal" if good else "another adapter or other losses"
-    promise = "a killed run ends as an unbroken one, byte for byte"
-    return [Result(promise, how, tries, outcome, [] if good else [outcome])]
+    """SIGKILL scripts again and again, see tests/killed_scripts.py."""
+    train = ground.train(Path("{workdir}"), 20, rank=2)[1:]
+    packed = ["--config.data.packed=True", "--config.validate_every=3"]
+    packed += ["--config.data.validation_per_task=2", "--config.keep=best"]
+    packed = [flag for flag in train if "batch_size" not in flag] + packed
+    packed += ["--config.batch_size=8"]
+    two = [[*packed, "--coordinator={address}", "--processes=2", f"--process={i}"] for i in (0, 1)]
+    score = ground.eval(Path("{workdir}"))[1:-1]  # without --overwrite
+    study = [f"--config={REPOSITORY}/configs/study_smoke.py", "--config.ranks=(2,)"]
+    study += ["--config.sets=('T2',)", "--config.toy.run.epochs=1", "--workdir={workdir}"]
+    kinds = {
+        "train.py": ("train", [train], None, 3),
+        "train.py, packed and validating": ("train", [packed], None, 1),
+        "train.py, packed and validating, in two processes": ("train", two, None, 1),
+        "eval.py": ("eval", [score], ground.run, 2),
+        "study.py": ("study", [[str(REPOSITORY / "study.py"), *study]], None, 1),
+    }
+    results = []
+    for name, (kind, commands, start, share) in kinds.items():
+        folder = ground.fresh("kills")
+        folder.mkdir()
+        spec = {"kind": kind, "commands": commands, "fresh": start and str(start)}
+        count = max(1, tries * share // 8)
+        (folder / "spec.json").write_text(json.dumps(spec | {"kills": count}))
+        driver = [sys.executable, str(REPOSITORY / "tests/killed_scripts.py")]
+        done = subprocess.run(
+            [*driver, str(folder / "spec.json")], capture_output=True, text=True, cwd=REPOSITORY,
+            env=ground.environment,
+        )  # fmt: skip
+        log = folder / "log.txt"
+        if done.returncode:
+            tail = log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+            found, said = {"kills": 0, "broken": [done.stderr, tail]}, "it did not come to its end"
+        else:
+            found = json.loads(done.stdout.splitlines()[-1])
+            equal = found["rounds"] - len(found["broken"])
+            said = f"{equal} of {found['rounds']} times equal to the unbroken one"
+        promise = "what was killed and run again ends as an unbroken one, byte for byte"
+        how = f"SIGKILL at random moments of {name}, run again until it ends"
+        results.append(Result(promise, how, found["kills"], said, found["broken"]))
+    return results
 
 
 def locks(ground: Ground, tries: int) -> list[Result]:
@@ -320,9 +342,41 @@ def signals(ground: Ground, tries: int) -> list[Result]:
     return results
 
 
+# ---------------------------------------------------------------- bad inputs
+
+
+def bounds(ground: Ground, share: int) -> list[Result]:
+    """Time and memory of the bad inputs of tests/bad_inputs, each in a forked child.
+
+    Args:
+      share: every so manieth of them.
+    """
+    command = [sys.executable, str(REPOSITORY / "tests/bad_inputs_measured.py"), str(share)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=REPOSITORY, env=ground.environment
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    rows = json.loads(done.stdout.splitlines()[-1])
+    slow = max(rows, key=lambda row: row["seconds"])
+    large = max(rows, key=lambda row: row["mib"])
+    wrong = [row for row in rows if row["code"] != 2]
+    over = [row for row in rows if row["seconds"] > 2 or row["mib"] > 500]
+    said = (
+        f"{len(rows) - len(wrong)} ended with exit code 2; the slowest took "
+        f"{slow['seconds']:.1f} s of processor time ({slow['name']}), the largest "
+        f"{large['mib']:.0f} MiB more memory ({large['name']}); {len(over)} took more than 2 s or "
+        "500 MiB"
+    )
+    promise = "a bad input is refused in one line, in 2 s and 500 MiB, and nothing is written"
+    kinds = len({row["kind"] for row in rows})
+    how = f"the table of tests/bad_inputs, {kinds} kinds"
+    return [Result(promise, how, len(rows), said, [str(row) for row in (*wrong, *over)])]
+
+
 # ---------------------------------------------------------------- all of them
 
-TRIES = {damage: (100, 5), kills: (40, 3), locks: (10, 1), signals: (30, 1)}
+TRIES = {damage: (100, 5), kills: (200, 8), locks: (10, 1), signals: (30, 1), bounds: (1, 10)}
 
 
 def write(found: dict[str, list[Result]]) -> None:
@@ -343,7 +397,7 @@ def write(found: dict[str, list[Result]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="damage, kills, locks, signals")
+    parser.add_argument("names", nargs="*", help="damage, kills, locks, signals, bounds")
     parser.add_argument("--short", action="store_true", help="a few tries of each")
     given = parser.parse_args()
     found: dict[str, list[Result]] = {}

@@ -38,7 +38,15 @@ ARROWS = {
 }
 ARROWS["run"] = {*ARROWS}
 ARROWS["study"] = {*ARROWS}
-GROUND = {"config", "errors", "files", "locks", "signals", "text"}  # any file may import these
+GROUND = {
+    "config",
+    "errors",
+    "files",
+    "locks",
+    "patterns",
+    "signals",
+    "text",
+}  # any file may import these
 ARROWS |= dict.fromkeys(GROUND, set())
 TOP = {"__init__", "cli", "notebook"}
 SCRIPTS = ("train", "eval", "study", "plan", "convert")

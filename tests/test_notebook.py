@@ -13,7 +13,7 @@ import pytest
 import jax_lora
 from jax_lora.generation import greedy
 from jax_lora.model import lora
-from jax_lora.weights import peft
+from jax_lora.weights import base, peft
 from tests import reference
 
 
@@ -83,6 +83,20 @@ def test_an_adapter_is_applied_and_counted(tiny_model, tmp_path):
     assert list(table.columns) == ["module", "shape", "frozen", "trainable"]
     assert table.trainable.sum() == 4 * 2 * ((64 + 64) * 2 + (64 + 32) * 2)
     assert table.frozen.sum() == plain.parameters().trainable.sum()
+
+
+def test_an_adapter_that_names_another_base_is_refused(tiny_model, tmp_path):
+    config = jax_lora.load(tiny_model).config
+    adapters = lora.init(jax.random.key(0), config, 4, alpha=8.0)
+    for leaf in adapters["layers"]["self_attn"].values():
+        leaf["b"] = jnp.ones_like(leaf["b"])
+    digests = {"own": base.digest(tiny_model), "other": "0" * 64}
+    for name, digest in digests.items():
+        peft.save(tmp_path / name, adapters, rank=4, alpha=8.0, base_digest=digest)
+    jax_lora.load(tiny_model, adapter=tmp_path / "own")
+    with pytest.raises(ValueError, match="other: found .* digest 000000000000, .*any_base=True"):
+        jax_lora.load(tiny_model, adapter=tmp_path / "other")
+    assert jax_lora.load(tiny_model, adapter=tmp_path / "other", any_base=True).adapters
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_model, tmp_path):

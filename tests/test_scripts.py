@@ -218,7 +218,7 @@ def assert_refused(script: str, arguments: list[str], workdir: Path, *words: str
         ("--config.model=no/such-model", ("no/such-model",)),
         ("--config.data.path=no-such-folder", ("no-such-folder",)),
         ("--config.trainable=('lora/.*/c',)", ("lora/.*/c",)),
-        ("--config.trainable=('lora/[ab',)", ("'lora/[ab' is no regular expression",)),
+        ("--config.trainable=('lora/[ab',)", ("'lora/[ab', expected a regular expression",)),
         ("--config.data.source_length=20", ("source_length",)),
         ("--config.data.source_length=800", ("source_length: found 800", "at most 768")),
         ("--config.dtype=float16", ("dtype: found 'float16'", "bfloat16")),

@@ -270,6 +270,20 @@ def test_cells_whose_checkpoint_is_gone_or_damaged(smoke_study, tmp_path):
     assert after.equals(before[before["cell"] == "r2-T2-round0"])
 
 
+def test_a_study_can_be_moved(smoke_study, tmp_path):
+    """A cell is finished anew in another place, from the base and the tasks that moved along."""
+    workdir = shutil.copytree(smoke_study, tmp_path / "elsewhere" / "s")
+    assert "finished" in study(workdir, f"--status={workdir}").stdout
+    cell = workdir / "cells" / "r2-T2-round0"
+    (cell / "done.json").unlink()
+    shutil.rmtree(cell / "eval")
+    assert "1 waiting" in study(workdir, f"--status={workdir}").stdout
+    done = study(workdir, *SMOKE)
+    assert done.returncode == 0, done.stderr
+    results = (workdir / "results.parquet").read_bytes()
+    assert results == (smoke_study / "results.parquet").read_bytes()
+
+
 # ---------------------------------------------------------------- SLURM
 
 

@@ -205,8 +205,10 @@ def _read_split(path: Path) -> list[str]:
     if not unique:
         raise DataError(f"{path}: no task names found, expected one a line")
     for name in unique:
-        # Another spelling of a path would be the same task under two names.
-        if "\0" in name or PurePosixPath(name).is_absolute() or posixpath.normpath(name) != name:
+        # Another spelling of a path would be the same task under two names; `..` leaves tasks/.
+        written = PurePosixPath(name)
+        outside = written.is_absolute() or ".." in written.parts
+        if "\0" in name or outside or posixpath.normpath(name) != name:
             raise DataError(f"{path}: found {name!r:.60}, expected a task's name in UTF-8")
     return unique
 

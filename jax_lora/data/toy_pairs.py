@@ -1,7 +1,7 @@
 """Random keys and values, which nothing but memory can answer: how many bits does a rank hold?
 
-A codebook is a task of pairs such as `a b k c p` → `g d o l`, letters that are tokens each. Those
-of a value are independent and uniform: VALUE_BITS bits that no other pair tells anything about.
+A codebook is a task of pairs such as `a b k c p` → `g d o l`, a token per letter. The letters of a
+value are independent and uniform: VALUE_BITS bits that no other pair tells anything about.
 """
 
 from functools import partial

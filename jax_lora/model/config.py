@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jax_lora.errors import ConfigError
 from jax_lora.model.arch import LINEAR, LINEARS, NORMS, Norm
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
+# More than any model has, and so little that no count of parameters is beyond 64 bits.
+LARGEST_SIZE, LARGEST_LAYERS, LARGEST_INT = 1 << 24, 1 << 12, (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ class LlamaConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
+        heads = self.num_attention_heads * self.head_dim
+        for name, found, most in (
+            ("num_hidden_layers", self.num_hidden_layers, LARGEST_LAYERS),
+            ("vocab_size", self.vocab_size, LARGEST_SIZE),
+            ("hidden_size", self.hidden_size, LARGEST_SIZE),
+            ("intermediate_size", self.intermediate_size, LARGEST_SIZE),
+            ("num_attention_heads × head_dim", heads, LARGEST_SIZE),
+        ):
+            if not 1 <= found <= most:
+                raise ConfigError(f"{name}: found {found}, expected 1 to {most:,}")
+        if not (self.rope_theta > 0 and math.isfinite(self.rope_theta)):
+            raise ConfigError(f"rope_theta: found {self.rope_theta}, expected a number above 0")
+        if not (self.rms_norm_eps >= 0 and math.isfinite(self.rms_norm_eps)):
+            raise ConfigError(f"rms_norm_eps: found {self.rms_norm_eps}, expected 0 or more")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads: found {self.num_attention_heads}, expected a multiple of "

@@ -263,8 +263,9 @@ class Llama(nn.Module):
       dtype: of the activations and matrix products; parameters keep their own.
       remat: what the backward pass recomputes, see `REMAT`.
       attention: without a cache, among `attention.KERNELS`; or a kernel itself.
-      unroll: layers per step of the scan; all of them compile longer and run faster. With
-        `remat`, leave 1: in one step XLA finds what the backward pass would compute again.
+      unroll: layers per iteration of the scan; all of them compile longer and run faster. With
+        `remat` on a CPU, leave 1: unrolled, its compiler finds what the backward pass would
+        compute again, and keeps it.
       shard_activation: constrains the sharding of activations, see `jax_lora.sharding.Activations`.
       transposed: the head's kernel is stored (V, D), see `matmul_transposed`; for decoding.
       platform: that the program will run on: "cpu", "gpu"/"cuda" or "tpu"; by default JAX's
@@ -294,7 +295,9 @@ class Llama(nn.Module):
         if self.remat != "none":
             names = ("states", "product") if self.remat == "products" else ("states",)
             policy = jax.checkpoint_policies.save_only_these_names(*names)
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
+            # Without a loop XLA would find what the backward pass computes again, but for this.
+            unrolled = self.unroll >= c.num_hidden_layers
+            block = nn.remat(Block, prevent_cse=unrolled, policy=policy)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},

@@ -53,6 +53,7 @@ def convert(
     hub.check(push_to)
     path = hf.resolve(source)
     # What is small is read first.
+    base.check(path)
     tokenizer = tokenizers.load_tokenizer(path)
     generation = _generation(path, tokenizer)
     if adapter and not any_base:

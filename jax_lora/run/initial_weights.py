@@ -6,6 +6,8 @@ The base is cached for the next run of the same process: the cells of a study sh
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,6 +64,7 @@ def _put_on_device(_, array: np.ndarray) -> jax.Array:
 def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None) -> PyTree:
     """The adapters that a run starts from, see `new_adapters`; drawn ones made on the mesh."""
     c = config.lora
+    _check_memory(config, shape)
     draw = functools.partial(
         new_adapters,
         shape,
@@ -75,6 +78,20 @@ def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None)
     )
     drawn = c.init in (*lora.INITS, "pissa")  # else read from a folder
     return sharding.init_sharded(draw, mesh) if drawn else draw()
+
+
+def _check_memory(config: RunConfig, shape: LlamaConfig) -> None:
+    """Refuse adapters that no device here can hold, before they are made."""
+    sizes = lora.shapes(shape, config.lora.rank, config.lora.targets)
+    need = 4 * sum(math.prod(size) for leaf in sizes.values() for size in leaf.values())
+    stats = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = stats["bytes_limit"] * len(jax.devices()) if "bytes_limit" in stats else host
+    if need > room:
+        raise ConfigError(
+            f"config.lora.rank: found {config.lora.rank}, whose adapters take "
+            f"{need / 2**30:,.1f} GiB, expected at most the {room / 2**30:,.1f} GiB of the devices"
+        )
 
 
 def new_adapters(

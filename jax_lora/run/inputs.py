@@ -130,9 +130,10 @@ def training_set(config: RunConfig) -> TaskSet:
     sets = task_sets(config)
     if "train" in sets:
         return sets["train"]
-    if config.data.set not in sets:
+    names = [name for name in sets if name not in TESTS]
+    if config.data.set not in names:
         raise ConfigError(
-            f"config.data.set: found {config.data.set!r}, expected one of {', '.join(sets)}"
+            f"config.data.set: found {config.data.set!r}, expected one of {', '.join(names)}"
         )
     return sets[config.data.set]
 

@@ -36,6 +36,7 @@ from jax_lora.training.validation import ValidationData
 from jax_lora.weights import base as base_weights
 
 logger = logging.getLogger(__name__)
+MOST_STEPS = 10_000_000  # of a run, whose learning rates are an array
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
             "that has the whole base"
         )
     shape = base_weights.read_config(config.model)
+    base_weights.check(config.model)  # before anything of a size that its config names is made
     resolved = resolve(config, shape, jax.default_backend(), len(jax.devices()))
     config = resolved.config
     mesh = sharding.make_mesh(resolved.mesh_sizes)
@@ -141,7 +143,12 @@ def batches_of(config: RunConfig, rows: list[Row], row_groups: int = 1) -> tuple
         row_groups=row_groups,
     )
     total = batches.steps_per_epoch * config.epochs
-    return batches, min(total, config.max_steps) if config.max_steps else total
+    total = min(total, config.max_steps) if config.max_steps else total
+    if total > MOST_STEPS:
+        raise ConfigError(
+            f"config.epochs and max_steps: found {total:,} steps, expected at most {MOST_STEPS:,}"
+        )
+    return batches, total
 
 
 @dataclass

@@ -6,6 +6,7 @@ reader as `RunConfig`, checked once and never changes. Each axis is one field.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from jax_lora.evaluation import metrics
 
 FULL = "full"  # among the ranks: full fine-tuning
 EACH = "each"  # in place of a set's name: every set chooses its learning rates
+MOST_CELLS = 100_000
 AXES = ("ranks", "sets", "rounds", "learning_rates", "variants")
 OF_AXES = ("lora.rank", "data.set", "round", "optim.learning_rate")  # of a run, set by the axes
 Changes = Mapping[str, object]  # nested as a run's config is: {"lora": {"rank": 4}}
@@ -220,6 +222,12 @@ class StudyConfig:
                 raise ConfigError(
                     f"config.ranks: found {rank!r}, expected numbers of at least 1 or {FULL!r}"
                 )
+        rates = max(len(self.learning_rates.lora), len(self.learning_rates.full))
+        count = math.prod(map(len, (self.ranks, self.sets, self.rounds, ["", *self.variants])))
+        if count * rates > MOST_CELLS:
+            raise ConfigError(
+                f"config: found axes of {count * rates:,} cells, expected at most {MOST_CELLS:,}"
+            )
         if min(self.rounds) < 0:
             raise ConfigError(f"config.rounds: found {self.rounds}, expected numbers of at least 0")
         for name in self.variants:

@@ -8,14 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pandas as pd
-
 from jax_lora.config import RunConfig
 from jax_lora.data.toy_pairs import VALUE_BITS
 from jax_lora.errors import DataError
 from jax_lora.run import Run, inputs, losses
-from jax_lora.study import TESTS, update
+from jax_lora.study import TESTS, Frame, update
 from jax_lora.study.config import MeasureConfig
 
 
@@ -31,7 +28,7 @@ class Measured(NamedTuple):
 
     columns: dict[str, float | None]
     reference_losses: dict[tuple[str, str], float]
-    update: pd.DataFrame | None
+    update: Frame | None
 
 
 def measure(asked: MeasureConfig, run: Run, is_probe: bool) -> Measured:
@@ -56,10 +53,10 @@ def measure(asked: MeasureConfig, run: Run, is_probe: bool) -> Measured:
         columns["memorized_bits"] = memorized_bits(model)
     references = _reference_losses(model, asked.losses_per_task)
     del model
-    changed = update.measure(run) if asked.spectra else None
+    changed: Frame | None = update.measure(run) if asked.spectra else None
     if changed is not None:
         for name in ("effective_rank", "intruder_dimensions"):
-            columns[name] = float(np.mean(changed[name].to_numpy()))
+            columns[name] = float(changed[name].mean())
     # What a resumed cell measures again may differ in the last digits that a BLAS gives.
     rounded = {name: None if x is None else float(f"{x:.6g}") for name, x in columns.items()}
     return Measured(rounded, references, changed)
@@ -76,8 +73,8 @@ def memorized_bits(model: losses.Losses) -> float:
     Source: Morris et al. (2025), "How much do language models memorize?", arXiv:2505.24832, of
     uniform random data.
     """
-    found = model.references(inputs.training_set(model.config))
-    nats = float(found["loss"].to_numpy() @ found["tokens"].to_numpy())
+    found: Frame = model.references(inputs.training_set(model.config))
+    nats = float((found["loss"] * found["tokens"]).sum())
     return len(found) * VALUE_BITS - nats / math.log(2)
 
 
@@ -86,8 +83,9 @@ def _reference_losses(model: losses.Losses, per_task: int) -> dict[tuple[str, st
         return {}
     found: dict[tuple[str, str], float] = {}
     for test, taskset in inputs.test_sets(model.config, TESTS).items():
-        losses_of = model.references(taskset, per_task).groupby("task")["loss"]
-        found |= {(test, str(task)): float(f"{x.mean():.6g}") for task, x in losses_of}
+        losses_of_set: Frame = model.references(taskset, per_task)
+        for task, loss in losses_of_set.groupby("task")["loss"].mean().items():
+            found[test, task] = float(f"{loss:.6g}")
     return found
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from jax_lora.study import Frame, set_order
+from jax_lora.study import GRID, Frame, set_order
 from jax_lora.study.tables import MISSING, Table
 
-_GROUP = ["method", "variant", "rank", "set"]
+_GROUP = [name for name in GRID if name not in ("cell", "round", "learning_rate")]
 
 
 def choices(rates: Frame) -> Frame:
@@ -23,15 +23,15 @@ def choices(rates: Frame) -> Frame:
       failed. What is not there is NaN.
     """
     found = []
-    for keys, group in rates.groupby(_GROUP, dropna=False, sort=False):
-        method, variant, rank, name = keys
+    for _, group in rates.groupby(_GROUP, dropna=False, sort=False):
+        first = group.iloc[0]
         trials = group[group["repeat"] == 0].sort_values(["validation_loss", "learning_rate"])
         made = trials[trials["chosen"]]
         row: dict[str, object] = {
-            "config": ("full" if method == "full" else f"rank {rank}")
-            + (f", {variant}" if variant else ""),
-            "set": name,
-            "round": group["round"].iloc[0],
+            "config": ("full" if first["method"] == "full" else f"rank {first['rank']}")
+            + (f", {first['variant']}" if first["variant"] else ""),
+            "set": first["set"],
+            "round": first["round"],
             "tried": len(trials),
             "failed": int(trials["validation_loss"].isna().sum()),
         }

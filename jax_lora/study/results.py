@@ -151,14 +151,19 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
             name: model / "eval" / test / "predictions.jsonl" for name, model in models.items()
         }
         answers = {
-            name: {(p["task"], p["id"]): p["prediction"] for p in read_jsonl(path)}
+            name: {
+                (p.get("task"), p.get("id")): p.get("prediction", "")
+                for p in read_jsonl(path, pass_over_damage=True)
+            }
             for name, path in files.items()
         }
         shown: set[str] = set()
-        for example in read_jsonl(next(iter(files.values())).with_name("examples.jsonl")):
-            by_model = {
-                name: by_id[example["task"], example["id"]] for name, by_id in answers.items()
-            }
+        examples = next(iter(files.values())).with_name("examples.jsonl")
+        for example in read_jsonl(examples, pass_over_damage=True):
+            key = example.get("task"), example.get("id")
+            if not all(key in by_id for by_id in answers.values()):
+                continue  # a line of one of them is damaged
+            by_model = {name: by_id[key] for name, by_id in answers.items()}
             if example["task"] in shown or len(set(map(normalize, by_model.values()))) < 2:
                 continue
             shown.add(example["task"])

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jax_lora import locks
-from jax_lora.errors import is_lost_disk, one_line
+from jax_lora.errors import ConfigError, Stopped, is_lost_disk, one_line
 from jax_lora.files import write_json
 from jax_lora.study.grid import Cell
 
@@ -37,7 +37,13 @@ STATES = ("done", "failed", "running", "waiting")
 
 
 def cell_folder(folder: Path, cell: Cell) -> Path:
-    """A cell's own folder."""
+    """A cell's own folder.
+
+    Raises:
+      ConfigError: its name, in which its set's is, is a path to elsewhere.
+    """
+    if "/" in cell.id or "\0" in cell.id:
+        raise ConfigError(f"config.sets: found {cell.set!r}, expected names of sets, and no paths")
     return folder / "cells" / cell.id
 
 
@@ -129,7 +135,8 @@ def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange, end: str) 
     try:
         found = run(cell, folder)
     except Exception as error:
-        if is_lost_disk(error):  # no fault of the cell: this worker ends, and may be started again
+        # No fault of the cell: this worker ends, and may be started again.
+        if is_lost_disk(error) or isinstance(error, Stopped):
             raise
         reason = one_line(error)
         fail(folder, reason, traceback.format_exc())

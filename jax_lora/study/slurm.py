@@ -24,16 +24,20 @@ def script(
       hosts: nodes of a worker; on several, srun starts its processes.
 
     Raises:
-      ConfigError: fewer than one worker or host, or an option that is none.
+      ConfigError: fewer than one worker or host, an option that is none, or a name of two lines:
+        the second one would be a line of the script.
     """
     for name, value in (("workers", workers), ("hosts", hosts)):
         if value < 1:
             raise ConfigError(f"--{name}: found {value}, expected at least 1")
     for option in options:
-        if not option.startswith("-") or "\n" in option:
+        if not option.startswith("-"):
             raise ConfigError(
                 f"--sbatch: found {option!r}, expected an option such as --gres=gpu:1"
             )
+    for text in (*options, *command, str(folder)):
+        if set(text) & set("\n\r\0"):
+            raise ConfigError(f"--launcher: found {text!r}, expected options and paths of one line")
     named = [f"--job-name={folder.name}", f"--array=0-{workers - 1}", "--open-mode=append"]
     named += [f"--output={folder.absolute()}/slurm/%A_%a.txt"]
     named += [f"--nodes={hosts}"] if hosts > 1 else []

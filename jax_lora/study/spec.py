@@ -154,7 +154,8 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str
         for key, value in (("model", run.model), ("data.path", run.data.path)):
             if not value:
                 raise ConfigError(f"--config.run.{key}: found none, expected a folder or a hub id")
-        if cell.set not in (sets := inputs.task_sets(run)):
+        sets = [name for name in inputs.task_sets(run) if name not in inputs.TESTS]
+        if cell.set not in sets:
             raise ConfigError(
                 f"config.sets: found {cell.set!r}, expected some of {', '.join(sets)}"
             )

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 from jax_lora import locks
+from jax_lora.errors import DataError
+from jax_lora.files import read_json
 from jax_lora.study import results, runner
 from jax_lora.study.grid import Cell
+from jax_lora.text import printable
 
 Row = tuple[str, str, str]  # a cell's id, one of runner.STATES, and what there is to say
 BEAT = 1.0  # seconds between two drawings
@@ -54,7 +57,7 @@ def look(
             note = _reason(folder / "cells" / name / "failed.json")
         elif state == "running":
             host = locks.holder(folder / "locks", name).get("host")
-            step = _last_step(folder / "cells" / name / "metrics.jsonl")
+            step = last_step(folder / "cells" / name / "metrics.jsonl")
             parts = (f"on {host}" if host else "", f"step {step}" if step else "", note)
             note = ", ".join(filter(None, parts))
         rows.append((name, state, note))
@@ -78,17 +81,20 @@ def span(seconds: float) -> str:
 
 def _reason(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["reason"]
+        return str(read_json(path, dict).get("reason", ""))
     except FileNotFoundError:  # the cell is tried once more, and was done just now
         return ""
+    except DataError as error:
+        return str(error)
 
 
-def _last_step(path: Path) -> int | None:
+def last_step(path: Path) -> int | None:
+    """The last step in a metrics.jsonl, None where it has none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
             return json.loads(file.read().split(b"\n")[-2])["step"]
-    except (OSError, ValueError, IndexError):  # none yet, or half a line
+    except (OSError, ValueError, IndexError, KeyError, TypeError):  # none yet, or half a line
         return None
 
 
@@ -112,13 +118,13 @@ def draw(head: str, rows: Sequence[Row], now: str, width: int, height: int) -> l
     name_width = max((len(name) for name, _, _ in shown), default=0)
     lines = [head[: width - 1]]
     for name, state, note in shown:
-        plain = f"  {name:<{name_width}}  {state:<7}  {note}".rstrip()[: width - 1]
+        plain = f"  {name:<{name_width}}  {state:<7}  {printable(note)}".rstrip()[: width - 1]
         lines.append(f"\x1b[{_COLOURS[state]}m{plain}\x1b[0m")
     left_out = Counter(state for _, state, _ in rows) - Counter(state for _, state, _ in shown)
     if left_out:
         counts = ", ".join(f"{left_out[k]} {k}" for k in runner.STATES if left_out[k])
         lines.append(f"  and {counts}"[: width - 1])
-    return [*lines, now[: width - 1]]
+    return [*lines, printable(now)[: width - 1]]
 
 
 class Live(io.TextIOBase):

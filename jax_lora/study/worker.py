@@ -19,6 +19,7 @@ from jax_lora.study import choice, costs, grid, measures, results, runner, spec,
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
+from jax_lora.text import printable
 from jax_lora.weights import hf
 from jax_lora.weights.tokenizers import load_tokenizer
 
@@ -171,7 +172,7 @@ def _validation(run: Path) -> dict[str, float | None] | None:
 
 def print_line(text: str) -> None:
     """A line on standard output, which is a cell's log while a worker is at the cell."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable(text)}\n")
     sys.stdout.flush()
 
 

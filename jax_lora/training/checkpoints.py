@@ -2,7 +2,8 @@
 
     <folder>/<step>/trainable   leaf name → array, frozen leaves absent
     <folder>/<step>/optimizer   leaf name → array
-    <folder>/<step>/digests     the step, leaf name → digest of its array, and the best step so far
+    <folder>/<step>/digests     the step, leaf name → digest of its array, the best step so far,
+                                and the sha256 of these three
 
 The step is also the position in the data: a batch is a function of (seed, step). Orbax writes
 beside and renames, so a step that has its folder was written to its end. Whether it still holds
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
+import json
 import logging
 import os
 import re
@@ -77,10 +80,22 @@ def steps_in(folder: Path) -> list[int]:
 def best_at(checkpoint: Path) -> Best:
     """The lowest validation loss up to a checkpoint, as its files have it."""
     try:
-        stored = read_json(checkpoint / "digests" / "metadata", dict).get("best")
-    except (DataError, OSError):  # damaged: whoever restores it says so
-        stored = None
-    return Best.from_json(stored if isinstance(stored, dict) else {})
+        stored = read_json(checkpoint / "digests" / "metadata", dict)
+    except (DataError, OSError):
+        stored = {}
+    # Of a damaged one nothing is known: whoever restores it says so.
+    return Best.from_json(stored["best"] if _is_whole(stored) else {})
+
+
+def _sealed(facts: Mapping[str, object]) -> dict[str, object]:
+    """What `digests` holds, and its own digest."""
+    text = json.dumps(facts, sort_keys=True)
+    return {**facts, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _is_whole(stored: Mapping[str, object]) -> bool:
+    facts = {name: value for name, value in stored.items() if name != "sha256"}
+    return _sealed(facts) == stored
 
 
 def best_in(folder: Path) -> Best:
@@ -162,7 +177,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
             digests=ocp.args.JsonSave(
-                {"step": step, "arrays": digests, "best": self.best.to_json()}
+                _sealed({"step": step, "arrays": digests, "best": self.best.to_json()})
             ),
         )
         with self._writing():
@@ -290,7 +305,9 @@ class Checkpoints:
             found = self._reader.restore(path, args=args)
             restored = {item: dict(found[item]) for item in named}
             wanted = dict(found["digests"]["arrays"])
-            if found["digests"]["step"] != step:
+            if not _is_whole(found["digests"]):
+                reason = "digests: other values than were saved"
+            elif found["digests"]["step"] != step:
                 reason = f"it is of step {found['digests']['step']}"
         except (MemoryError, PermissionError):
             raise

@@ -7,7 +7,6 @@ and what the parameter table counts. Rules are regular expressions on leaf names
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +14,7 @@ import optax
 from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
+from jax_lora.patterns import Matcher
 
 LORA = ((r"lora/.*/[abm]",), (r"lora/.*/scale", r"params/.*"))
 FULL = ((r"params/.*",), ())
@@ -40,18 +40,15 @@ def mask(variables: PyTree, trainable: Sequence[str], frozen: Sequence[str]) -> 
       ConfigError: a leaf that no expression covers, a trainable expression that decides no leaf,
         or nothing that trains.
     """
-    used = set()
+    used, matcher = set(), Matcher("config.trainable and frozen", ConfigError)
     for rule in (*trainable, *frozen):
-        try:
-            re.compile(rule)
-        except re.error as error:
-            raise ConfigError(f"mask: {rule!r} is no regular expression: {error}") from None
+        matcher.check(rule)
 
     def trains(path, _):
         name = leaf_name(path)
         for rules, verdict in ((trainable, True), (frozen, False)):
             for rule in rules:
-                if re.fullmatch(rule, name):
+                if matcher.fullmatch(rule, name):
                     used.add(rule)
                     return verdict
         raise ConfigError(

@@ -49,6 +49,16 @@ def load(
     return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, put)
 
 
+def check(source: str | os.PathLike[str]) -> None:
+    """Make sure that a source has the tensors that its configuration names; reads headers alone.
+
+    Raises:
+      MissingFileError, DataError: as `load`.
+    """
+    path = hf.resolve(source)
+    (gguf if path.suffix == ".gguf" else hf).check(path)
+
+
 def digest(source: str | os.PathLike[str]) -> str:
     """What identifies a base by its content, wherever it lies: 64 hexadecimal digits.
 

@@ -15,10 +15,10 @@ from jaxtyping import PyTree
 
 from jax_lora.errors import DataError
 from jax_lora.model.arch import LINEARS, NORMS
-from jax_lora.model.config import LlamaConfig, RopeScaling
+from jax_lora.model.config import LARGEST_INT, LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES
 from jax_lora.weights.finite import check_finite
-from jax_lora.weights.gguf_file import GGUFFile, open_gguf
+from jax_lora.weights.gguf_file import GGUFFile, Tensor, open_gguf
 from jax_lora.weights.tree import DevicePut, assemble, check_tensors, numpy_dtype
 
 # Hugging Face's name of a module in a block → llama.cpp's.
@@ -50,17 +50,19 @@ def read_config(file: GGUFFile) -> LlamaConfig:
     where, metadata = file.path, file.metadata
     architecture = metadata.get("general.architecture")
     names = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
-    if architecture not in names:
+    if not isinstance(architecture, str) or architecture not in names:
         raise DataError(
-            f"{where}: general.architecture: found {architecture!r}, expected one of "
+            f"{where}: general.architecture: found {architecture!r:.60}, expected one of "
             f"{', '.join(names)}"
         )
     family = FAMILIES[names[architecture]]
 
     def get(key: str, default: Any = None, kind: type = int, least: int = 1) -> Any:
         found = metadata.get(f"{architecture}.{key}", default)
-        if type(found) is not kind or (kind is int and found < least):
-            shown = "nothing" if found is None else repr(found)
+        if type(found) is not kind or not (
+            kind is str or (least <= found <= LARGEST_INT if kind is int else math.isfinite(found))
+        ):
+            shown = "nothing" if found is None else repr(found)[:60]
             expected = {int: "one positive integer", float: "a number", str: "text"}[kind]
             raise DataError(f"{where}: {architecture}.{key}: found {shown}, expected {expected}")
         return found
@@ -77,6 +79,7 @@ def read_config(file: GGUFFile) -> LlamaConfig:
                 f"{where}: {architecture}.{key}: found {found}, expected the head size {head_dim}"
             )
     tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else None
     theta = get("rope.freq_base", 10000.0, float)
     try:
         return LlamaConfig(
@@ -116,13 +119,12 @@ def _rope(file: GGUFFile, head_dim: int, theta: float, get) -> RopeScaling | Non
     scaling = None
     if kind == "yarn":
         original = get("rope.scaling.original_context_length", get("context_length"))
-        scaling = RopeScaling(
-            "yarn",
-            factor or 1.0,
-            original,
-            beta_fast=file.metadata.get(f"{architecture}.rope.scaling.yarn_beta_fast"),
-            beta_slow=file.metadata.get(f"{architecture}.rope.scaling.yarn_beta_slow"),
-        )
+        betas = {
+            beta: get(f"rope.scaling.yarn_{beta}", kind=float)
+            for beta in ("beta_fast", "beta_slow")
+            if f"{architecture}.rope.scaling.yarn_{beta}" in file.metadata
+        }
+        scaling = RopeScaling("yarn", factor or 1.0, original, **betas)
     elif kind == "linear":
         scaling = RopeScaling("linear", factor) if factor not in (0.0, 1.0) else None
     elif kind != "none":
@@ -175,6 +177,25 @@ def _hf_name(name: str) -> str:
     return name
 
 
+def check(path: str | os.PathLike[str]) -> None:
+    """Raise what `load` would raise of a header."""
+    _open(path)
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """The configuration and the tensors that it names, by Hugging Face's names."""
+    file = open_gguf(path)
+    config = read_config(file)
+    tensors = [t for t in file.tensors.values() if not t.name.endswith(_BUFFERS)]
+    found = {_hf_name(t.name): t for t in tensors}
+
+    def label(name: str) -> str:
+        return found[name].name if name in found else _gguf_name(name)
+
+    check_tensors(str(path), config, {name: t.shape for name, t in found.items()}, label)
+    return config, found
+
+
 def load(
     path: str | os.PathLike[str], dtype: DTypeLike = "bfloat16", put: DevicePut | None = None
 ) -> tuple[LlamaConfig, PyTree]:
@@ -193,16 +214,8 @@ def load(
         before any weight is read.
     """
     dtype = numpy_dtype(dtype)
-    file = open_gguf(path)
-    config = read_config(file)
-    tensors = [t for t in file.tensors.values() if not t.name.endswith(_BUFFERS)]
-    found = {_hf_name(t.name): t for t in tensors}
-
-    def label(name: str) -> str:
-        return found[name].name if name in found else _gguf_name(name)
-
-    check_tensors(str(path), config, {name: t.shape for name, t in found.items()}, label)
-    for tensor in {t.kind: t for t in tensors}.values():
+    config, found = _open(path)
+    for tensor in {t.kind: t for t in found.values()}.values():
         try:  # one row of each kind, before anything large
             tensor._replace(
                 shape=(-1,), data=tensor.data.reshape(-1, tensor.data.shape[-1])[:1]

@@ -33,6 +33,9 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+# What the largest vocabularies need several times over; a header may claim to be all of a file.
+_MOST_BYTES, _MOST_ENTRIES = 1 << 26, 1 << 22
+_MOST_DIMENSIONS = 4
 
 
 class Tensor(NamedTuple):
@@ -81,17 +84,31 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         found = _parse(path, data)
-    except (ValueError, OverflowError, struct.error) as error:
+    except (ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
         # A struct.error is a number that lies past the end of the file.
-        why = "its header ends early" if isinstance(error, struct.error) else error
+        early = isinstance(error, struct.error)
+        why = "its header ends early" if early else error
+        if isinstance(error, RecursionError):
+            why = "lists nested too deep"
         raise DataError(f"{path}: damaged or cut short at {len(data)} bytes: {why}") from None
-    if (parts := found.metadata.get("split.count", 1)) > 1:
-        raise DataError(f"{path}: one of {parts} parts, expected a file merged with gguf-split")
+    parts = found.metadata.get("split.count", 1)
+    if type(parts) is not int or parts > 1:
+        raise DataError(
+            f"{path}: one of {parts!r:.60} parts, expected a file merged with gguf-split"
+        )
     return found
 
 
 def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
-    at = 4
+    at, entries, end = 4, 0, min(len(data), _MOST_BYTES)
+
+    def count(found: int, size: int, what: str) -> int:
+        """A number of things, each of at least so many bytes, that the header has room for."""
+        nonlocal entries
+        entries += found
+        if found * size > end - at or entries > _MOST_ENTRIES:
+            raise ValueError(f"{found} {what} at byte {at}")
+        return found
 
     def number(code: str) -> Any:
         nonlocal at
@@ -102,7 +119,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
     def text() -> str:
         nonlocal at
         size = number("Q")
-        if size > len(data) - at:
+        if size > end - at:
             raise ValueError(f"a text of {size} bytes at byte {at}")
         at += size
         return data[at - size : at].decode()
@@ -112,16 +129,13 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         if kind == _STRING:
             return text()
         if kind == _ARRAY:
-            inner, count = number("I"), number("Q")
+            inner, size = number("I"), number("Q")
             if inner not in _SCALARS:
-                if count > len(data) - at:
-                    raise ValueError(f"a list of {count} entries at byte {at}")
-                return [value(inner) for _ in range(count)]
+                return [value(inner) for _ in range(count(size, 8, "entries of a list"))]
             dtype = np.dtype("<" + _SCALARS[inner])
-            if count * dtype.itemsize > len(data) - at:
-                raise ValueError(f"a list of {count} numbers at byte {at}")
-            at += count * dtype.itemsize
-            return np.frombuffer(data, dtype, count, at - count * dtype.itemsize).tolist()
+            count(size, dtype.itemsize, "numbers of a list")
+            at += size * dtype.itemsize
+            return np.frombuffer(data, dtype, size, at - size * dtype.itemsize).tolist()
         if kind not in _SCALARS:
             raise ValueError(f"unknown type {kind} at byte {at}")
         found = number(_SCALARS[kind])
@@ -132,13 +146,15 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         raise ValueError(f"version: found {version}, expected 2 or 3, little-endian")
     tensor_count, key_count = number("Q"), number("Q")
     metadata = {}
-    for _ in range(key_count):
+    for _ in range(count(key_count, 13, "keys")):
         key = text()
         metadata[key] = value(number("I"))
     headers = []
-    for _ in range(tensor_count):
-        name = text()
-        dims = [number("Q") for _ in range(number("I"))]
+    for _ in range(count(tensor_count, 32, "tensors")):
+        name, dimensions = text(), number("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name}: {dimensions} dimensions")
+        dims = [number("Q") for _ in range(dimensions)]
         headers.append((name, dims, GGMLQuantizationType(number("I")), number("Q")))
 
     alignment = metadata.get("general.alignment", 32)
@@ -146,15 +162,19 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         raise ValueError(f"general.alignment: found {alignment!r}, expected a positive integer")
     start = math.ceil(at / alignment) * alignment
     content = np.frombuffer(data, np.uint8)
-    tensors = {}
+    tensors, total = {}, 0
     for name, dims, kind, offset in headers:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if not dims or dims[0] % block:
             raise ValueError(f"tensor {name}: sizes {dims}, expected rows of {block} numbers each")
         size = math.prod(dims) * block_bytes // block
-        first = start + offset
+        first, total = start + offset, total + size
         if first + size > len(data):
             raise ValueError(f"tensor {name} would end at byte {first + size}")
+        if name in tensors:
+            raise ValueError(f"tensor {name} is there twice")
+        if total > len(data):  # many tensors of the same bytes would be many arrays
+            raise ValueError(f"tensors up to {name} have {total} bytes, some of them twice")
         rows = dims[:0:-1]
         bytes_ = content[first : first + size].reshape(*rows, dims[0] * block_bytes // block)
         tensors[name] = Tensor(name, kind, tuple(dims[::-1]), bytes_)

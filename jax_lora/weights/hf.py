@@ -109,6 +109,13 @@ def load(
         return config, assemble(config, dtype, read, put)
 
 
+def check(folder: Path) -> None:
+    """Raise what `load` would raise before it reads a weight."""
+    config = read_config(folder)
+    with open_tensors(folder) as (_, shapes):
+        check_tensors(str(folder), config, shapes)
+
+
 def _check_tied(folder: Path, files: Mapping[str, safe_open]) -> None:
     """Refuse a head that is called tied and is another matrix, which transformers 5 uses."""
     head, table = (files[n].get_slice(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -137,7 +144,13 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         wanted = read_json(index, dict).get("weight_map")
         if not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
             raise DataError(f"{index}: no weight_map, expected tensor names and their shards")
-        return [folder / name for name in sorted(set(wanted.values()))], wanted
+        names = sorted(set(wanted.values()))
+        for name in names:
+            if name != Path(name).name or name in ("", "..") or "\0" in name:
+                raise DataError(
+                    f"{index}: weight_map: found {name!r:.60}, expected the name of a file"
+                )
+        return [folder / name for name in names], wanted
     text = "no weights, expected model.safetensors or model.safetensors.index.json"
     raise MissingFileError(errno.ENOENT, text, str(folder))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import Json
 from jax_lora.model.arch import LINEAR
-from jax_lora.model.config import ROPE_TYPES, LlamaConfig, RopeScaling
+from jax_lora.model.config import LARGEST_INT, ROPE_TYPES, LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
@@ -124,19 +125,20 @@ def _window(raw: Json, where: str, family: Family) -> int | None:
     # Behind a switch only some layers have a window. No published model sets it.
     if _typed(where, family.window_switch, raw.get(family.window_switch, False), bool):
         raise DataError(f"{where}: {family.window_switch}: found true, expected false")
-    if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise DataError(
-            f"{where}: layer_types: found {raw['layer_types']!r:.60}, expected full_attention alone"
-        )
+    types = raw.get("layer_types") or []
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+        raise DataError(f"{where}: layer_types: found {types!r:.60}, expected full_attention alone")
     return None
 
 
 def _typed(where: str, key: str, value: Json, kind: type) -> Json:
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST_INT:
         value = float(value)
-    if type(value) is not kind or (kind is int and value < 1):
+    if type(value) is not kind or not (
+        kind is bool or (1 <= value <= LARGEST_INT if kind is int else math.isfinite(value))
+    ):
         expected = {int: "a positive integer", float: "a number", bool: "true or false"}[kind]
-        found = "nothing" if value is None else repr(value)
+        found = "nothing" if value is None else repr(value)[:60]
         raise DataError(f"{where}: {key}: found {found}, expected {expected}")
     return value
 

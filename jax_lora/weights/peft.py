@@ -165,7 +165,10 @@ def load(folder: str | os.PathLike[str], layers: int | None = None) -> Adapter:
     config = parse_config(read_json(config_path), str(config_path))
     parts = ("a", "b", "m") if config.use_dora else ("a", "b")
     found = tensors.read(path, parts)
-    layers = max(layers or 0, 1 + max(layer for module in found.values() for layer in module))
+    last = max(layer for module in found.values() for layer in module)
+    if layers is not None and last >= layers:
+        raise DataError(f"{path}: found a tensor of layer {last}, expected {layers} layers")
+    layers = layers or last + 1
     chosen = {n: [i for i in range(layers) if config.targets(module_name(n, i))] for n in LINEAR}
     chosen = {name: where for name, where in chosen.items() if where}
     tensors.check_complete(path, found, chosen, parts)

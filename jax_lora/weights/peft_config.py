@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from jax_lora.errors import DataError
 from jax_lora.model.arch import LINEAR
+from jax_lora.patterns import Matcher
 
 # Options that change what an adapter computes, and the values at which they do not.
 _PLAIN = {
@@ -34,6 +33,8 @@ _DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for every family here
 _OUTSIDE = ("lm_head", "model.embed_tokens")  # modules that PEFT can adapt, and this cannot
 # These initialisations change the base weights too, which the adapter does not hold. One that
 # PEFT has converted to plain LoRA says `true` instead, and has twice the rank.
+_LARGEST = 1e9  # rank or α
+_MOST_NAMES = 2000  # of a list or table: more than the linear layers of any model
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -44,7 +45,8 @@ class AdapterConfig:
     `rank`, `alpha`: where the patterns (a regular expression for the end of a module's name → its
     own value) say nothing else. `target_modules`, `exclude_modules`: a regular expression for the
     whole name of a module, or ends of names. `layers`: the layers that may have an adapter, None
-    for all; `layers_pattern`: names of the list that they are counted in.
+    for all; `layers_pattern`: names of the list that they are counted in. `matcher`: of all these
+    expressions.
     """
 
     rank: int
@@ -55,50 +57,48 @@ class AdapterConfig:
     base_name: str | None
     target_modules: tuple[str, ...] | str
     exclude_modules: tuple[str, ...] | str
-    layers: tuple[int, ...] | None
+    layers: frozenset[int] | None
     layers_pattern: tuple[str, ...]
     rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
+    matcher: Matcher
 
     def rank_of(self, module: str) -> int:
         """r of a module such as "model.layers.0.self_attn.q_proj"."""
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
+        return int(self._by_pattern(self.rank_pattern, module, self.rank))
 
     def alpha_of(self, module: str) -> float:
         """α of a module."""
-        return _by_pattern(self.alpha_pattern, module, self.alpha)
+        return self._by_pattern(self.alpha_pattern, module, self.alpha)
+
+    def _by_pattern(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        # As PEFT does: the first pattern that is the module's name or a dotted end of it.
+        matches = (x for name, x in patterns.items() if self.matcher.matches_end(name, module))
+        return next(matches, default)
 
     def targets(self, module: str) -> bool:
         """Whether a module such as "model.layers.0.self_attn.q_proj" has an adapter.
 
         As PEFT's `check_target_module_exists` decides it.
         """
-        if self.exclude_modules and _is_named(self.exclude_modules, module):
+        if self.exclude_modules and self._is_named(self.exclude_modules, module):
             return False
         if self.target_modules == ALL_LINEAR:
             return module not in _OUTSIDE
-        if not _is_named(self.target_modules, module):
+        if not self._is_named(self.target_modules, module):
             return False
         if self.layers is None:
             return True
         for pattern in self.layers_pattern or (r"[^.]*",):
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
+            expression = rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\..*"
+            if found := self.matcher.fullmatch(expression, module):
                 return int(found["layer"]) in self.layers
         return False
 
-
-def _is_named(names: tuple[str, ...] | str, module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    # As PEFT does: the first pattern that is the module's name or a dotted end of it.
-    for pattern, number in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return number
-    return default
+    def _is_named(self, names: tuple[str, ...] | str, module: str) -> bool:
+        if isinstance(names, str):
+            return self.matcher.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def parse_config(raw: object, where: str) -> AdapterConfig:
@@ -126,9 +126,11 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
+    matcher = Matcher(where)
+
     def number(key: str, found: object, is_integer: bool) -> float:
         if isinstance(found, int | float) and not isinstance(found, bool):
-            if is_integer <= found < math.inf and not (is_integer and found % 1):
+            if is_integer <= found <= _LARGEST and not (is_integer and found % 1):
                 return int(found) if is_integer else float(found)
         expected = "a positive integer" if is_integer else "a number from 0 up"
         raise DataError(f"{where}: {key}: found {found!r}, expected {expected}")
@@ -136,15 +138,16 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
     def pattern(key: str, is_integer: bool) -> dict[str, float]:
         table = raw.get(key) or {}
         if not isinstance(table, dict):
-            raise DataError(f"{where}: {key}: found {table!r}, expected patterns and numbers")
+            raise DataError(f"{where}: {key}: found {table!r:.60}, expected patterns and numbers")
+        _check_count(table, f"{where}: {key}")
         for expression in table:
-            _check_expression(expression, f"{where}: {key}")
+            matcher.check(expression, key)
         return {name: number(f"{key}: {name}", value, is_integer) for name, value in table.items()}
 
-    targets = _names(raw, "target_modules", where) or _DEFAULT_TARGETS
+    targets = _names(raw, "target_modules", where, matcher) or _DEFAULT_TARGETS
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
-    layers, layers_pattern = _layers(raw, targets, where)
+    layers, layers_pattern = _layers(raw, targets, where, matcher)
     base_name = raw.get("base_model_name_or_path")
     if base_name is not None and not isinstance(base_name, str):
         key = "base_model_name_or_path"
@@ -157,11 +160,12 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
         use_dora=bool(raw.get("use_dora")),
         base_name=base_name,
         target_modules=targets,
-        exclude_modules=_names(raw, "exclude_modules", where),
+        exclude_modules=_names(raw, "exclude_modules", where, matcher),
         layers=layers,
         layers_pattern=layers_pattern,
         rank_pattern=pattern("rank_pattern", True),
         alpha_pattern=pattern("alpha_pattern", False),
+        matcher=matcher,
     )
     if outside := [name for name in _OUTSIDE if config.targets(name)]:
         raise DataError(
@@ -171,46 +175,48 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
     return config
 
 
-def _names(raw: Mapping[str, object], key: str, where: str) -> tuple[str, ...] | str:
+def _names(
+    raw: Mapping[str, object], key: str, where: str, matcher: Matcher
+) -> tuple[str, ...] | str:
     """A regular expression as it is, a list of names as a tuple."""
     found = raw.get(key) or []
     if isinstance(found, str):
-        _check_expression(found, f"{where}: {key}")
+        matcher.check(found, key)
         return found
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise DataError(f"{where}: {key}: found {found!r}, expected names")
+        raise DataError(f"{where}: {key}: found {found!r:.60}, expected names")
+    _check_count(found, f"{where}: {key}")
     return tuple(found)
 
 
 def _layers(
-    raw: Mapping[str, object], targets: object, where: str
-) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    raw: Mapping[str, object], targets: object, where: str, matcher: Matcher
+) -> tuple[frozenset[int] | None, tuple[str, ...]]:
     """`layers` and `layers_pattern`; what PEFT refuses is refused."""
     found, pattern = raw.get("layers_to_transform"), raw.get("layers_pattern") or []
     layers = [found] if isinstance(found, int) else found
     if layers is not None and not (
         isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
     ):
-        raise DataError(f"{where}: layers_to_transform: found {found!r}, expected layers from 0 up")
+        raise DataError(
+            f"{where}: layers_to_transform: found {found!r:.60}, expected layers from 0 up"
+        )
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
-        raise DataError(f"{where}: layers_pattern: found {pattern!r}, expected names")
+        raise DataError(f"{where}: layers_pattern: found {pattern!r:.60}, expected names")
+    _check_count(patterns, f"{where}: layers_pattern")
     for name in patterns:
-        _check_expression(name, f"{where}: layers_pattern")
+        matcher.check(name, "layers_pattern")
     for key, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
         if value and isinstance(targets, str):
             text = "expected none where target_modules is a text, as in PEFT"
-            raise DataError(f"{where}: {key}: found {raw[key]!r}, {text}")
+            raise DataError(f"{where}: {key}: found {raw[key]!r:.60}, {text}")
     if patterns and layers is None:
         text = "expected layers_to_transform with it, as in PEFT"
-        raise DataError(f"{where}: layers_pattern: found {pattern!r}, {text}")
-    return tuple(layers) if layers else None, tuple(patterns)
+        raise DataError(f"{where}: layers_pattern: found {pattern!r:.60}, {text}")
+    return frozenset(layers) if layers else None, tuple(patterns)
 
 
-def _check_expression(found: str, where: str) -> None:
-    try:
-        re.compile(found)
-    except re.error as error:
-        raise DataError(
-            f"{where}: found {found!r}, expected a regular expression: {error}"
-        ) from None
+def _check_count(found: Collection[object], where: str) -> None:
+    if len(found) > _MOST_NAMES:
+        raise DataError(f"{where}: found {len(found)} entries, expected at most {_MOST_NAMES}")

@@ -17,7 +17,7 @@ from jax_lora.weights.peft_config import SELECTION
 from jax_lora.weights.tree import numpy_dtype
 
 _KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)"
+    r"base_model\.model\.model\.layers\.(0|[1-9][0-9]{0,2})\.(self_attn|mlp)\.(\w+)"
     r"\.lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)"
 )
 PARTS = {"a": "A", "b": "B", "m": "magnitude"}
@@ -61,7 +61,7 @@ def read(path: Path, parts: Sequence[str]) -> Tensors:
         if part not in parts:
             raise DataError(f"{path}: found {key}, expected use_dora: true with it")
         dimensions = 1 if part == "m" else 2
-        if tensor.ndim != dimensions:
+        if tensor.ndim != dimensions or 0 in tensor.shape:
             found_shape = f"found shape {tensor.shape}, expected {dimensions} dimensions"
             raise DataError(f"{path}: {key}: {found_shape}")
         layer = found.setdefault(match[3], {}).setdefault(int(match[1]), {})

@@ -28,6 +28,7 @@ logging.getLogger("transformers").addFilter(
     lambda record: not record.getMessage().startswith("PyTorch was not found")
 )
 
+_LONGEST_PIECE = 256  # characters; every way to cut a piece in two is looked at
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types, in GGUF as in SentencePiece
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -147,6 +148,8 @@ def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerFast:
     with _damaged(folder):
         found = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found.decode(found("Hello").input_ids)  # some damage shows at the first use only
+        if not isinstance(template := found.chat_template, str | dict | None):
+            raise DataError(f"{settings}: chat_template: found {template!r:.60}, expected a text")
         return found
 
 
@@ -289,6 +292,10 @@ def _sentencepiece(
     `tokenizers` wants pairs in order of precedence: every way to cut a piece into two pieces,
     the highest score first.
     """
+    if (longest := max(map(len, pieces))) > _LONGEST_PIECE:
+        raise ValueError(
+            f"found a piece of {longest} characters, expected {_LONGEST_PIECE} at most"
+        )
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     normal = [i for i, kind in enumerate(kinds) if kind in NORMAL_KINDS]
     parts = {pieces[i] for i in normal}
@@ -334,6 +341,8 @@ def _finish(
 ) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise ValueError(f"chat template: found {chat_template!r:.60}, expected a text")
     names = {k: str(inner.id_to_token(i)) for k, i in ids.items() if i is not None}
     bos = [names["bos"]] if add_bos and "bos" in names else []
     eos = [names["eos"]] if add_eos and "eos" in names else []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -56,7 +57,9 @@ HloModule jit_step
 
 %condition (carried: (s32[], f32[8,4], bf16[3,64,32], f32[3,8,4])) -> pred[] {
   %carried = (s32[], f32[8,4]{1,0}, bf16[3,64,32]{2,1,0}, f32[3,8,4]{2,1,0}) parameter(0)
-  ROOT %true = pred[] constant(true)
+  %i = s32[] get-tuple-element(%carried), index=0
+  %limit = s32[] constant(3)
+  ROOT %more = pred[] compare(%i, %limit), direction=LT
 }
 
 ENTRY %main (x: f32[8,4], stack: bf16[3,64,32]) -> f32[8,4] {
@@ -73,8 +76,10 @@ ENTRY %main (x: f32[8,4], stack: bf16[3,64,32]) -> f32[8,4] {
 """  # noqa: E501
 
 
-def test_moves_of_a_program_are_counted_as_often_as_they_run():
-    found = {move.name: move for move in moves(PROGRAM)}
+@pytest.mark.parametrize("known", [', backend_config={"known_trip_count":{"n":"3"}}', ""])
+def test_moves_of_a_program_are_counted_as_often_as_they_run(known):
+    program = re.sub(r", backend_config=.*", known, PROGRAM)  # which a TPU's has not
+    found = {move.name: move for move in moves(program)}
     assert found.keys() == {"saved", "layer", "kept", "copied"}
     stack, x = Array("bf16", (3, 64, 32), "{2,1,0}"), Array("f32", (8, 4), "{1,0}")
     assert found["layer"][:3] == (stack, 2 * 64 * 32, 3)
@@ -83,15 +88,17 @@ def test_moves_of_a_program_are_counted_as_often_as_they_run():
     assert found["saved"][:3] == (None, 4 * 3 * 8 * 4, 1)
 
 
+# Of LLaMA-7B's widths: the compiler merges products of small ones, and to do so joins kernels.
 COMPILE = """
 import json, sys
+from benchmarks import work
 from benchmarks.scan_forms import rows
 from jax_lora.planning.targets import target
-case = work.case(rows=2, length=24, layers=3, dtype="bfloat16", attention="xla", rank=int(sys.argv[1]))
+case = work.case("7b", rank=8, rows=4, length=2048, layers=2, dtype="bfloat16")
 for library in (False, True):
-    (found,) = rows(case, target(sys.argv[2]), sys.argv[3:], library)
+    (found,) = rows(case, target(sys.argv[1]), sys.argv[2:], library)
     print(json.dumps(found), flush=True)
-"""  # noqa: E501
+"""
 
 
 def compiled(*arguments):
@@ -108,9 +115,8 @@ def compiled(*arguments):
 
 @pytest.mark.skipif(not find_spec("jax_cuda12_plugin"), reason="the extra cuda12 is not installed")
 def test_a_step_without_remat_copies_no_weights_on_a_card():
-    kernels = 3 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # bytes of all layers
-    for row in compiled("8", "h100", "all"):
+    kernels = 2 * 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008)  # bytes of both layers
+    for row in compiled("h100", "all"):
         assert row["weights bytes"] == 0
-        assert row["other bytes"] + row["zeros bytes"] < kernels / 8
-    for row in compiled("8", "h100", "1"):  # the count sees what a scan does
-        assert row["weights bytes"] >= kernels
+    for row in compiled("h100", "1"):  # the count sees what a scan does
+        assert row["weights bytes"] == 2 * kernels

@@ -3,6 +3,8 @@
 import itertools
 import json
 import logging
+import re
+import shlex
 from collections import Counter
 
 import pytest
@@ -13,6 +15,9 @@ from jax_lora.files import read_json, read_jsonl
 from jax_lora.generation import scheduler
 from jax_lora.run import inputs
 from jax_lora.run.show import samples
+from tests import scripts
+from tests.conftest import REPOSITORY
+from tests.data import alpaca as alpaca_file
 
 KEYS = {
     "lora.rank": 2,
@@ -152,6 +157,37 @@ def test_samples_show_tokens_masks_and_lengths(config, tiny_model):
         assert f"[{row.prompt_length}, {len(row.ids)}) in the loss\n    {answer}" in text
     with pytest.raises(ConfigError, match="config.data.path: found none"):
         samples(config.replace(**{"data.path": ""}), 3)
+
+
+@pytest.mark.slow
+def test_the_five_lines_of_the_readme(tiny_model, tmp_path, monkeypatch):
+    """2,000 rows of Alpaca to scores, by what the README types, but for the sizes of a toy."""
+    blocks = (REPOSITORY / "README.md").read_text().split("```\n")
+    (block,) = [block for block in blocks if block.startswith("head -1 alpaca.jsonl")]
+    head, data, *commands = block.replace("huggyllama/llama-7b", str(tiny_model)).splitlines()
+    name, _, value = data.partition("=")
+    assert name == "DATA" and len(commands) == 3
+    file = alpaca_file.write(tmp_path / "alpaca.jsonl")
+    first = json.loads(file.read_text().partition("\n")[0])
+    assert json.loads(head.partition("# ")[2]).keys() == first.keys()
+    sizes = {key: KEYS[key] for key in ("data.source_length", "data.buckets", "eval.buckets")}
+    sizes |= {"dtype": "float32", "max_steps": 2, "batch_size": 8, "micro_tokens": 1024}
+    sizes |= {"optim.warmup_steps": 1, "eval.max_new_tokens": 4}
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for command in commands:
+        _, script, *typed = shlex.split(command.replace("$DATA", value.strip('"')), comments=True)
+        typed = [one.replace("configs/", f"{REPOSITORY}/configs/") for one in typed]
+        if script == "train.py":
+            typed += [f"--config.{key}={value}" for key, value in sizes.items()]
+        done = scripts.run(script, *typed)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0].startswith("train: ") and said[0].count(" in the loss; a prompt of ") == 3
+    assert "2 steps of 8" in said[1] and "\ntest: " in said[2]
+    tested = read_jsonl(tmp_path / "runs" / "alpaca" / "eval" / "test" / "predictions.jsonl")
+    total = int(re.findall(r"train: (\d+) examples", said[0])[0]) + len(tested)
+    assert total == 2000 and 180 <= len(tested) <= 220
 
 
 # ---------------------------------------------------------------- ends

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import html.parser
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 from jax_lora.study import Study, figures, page, svg
 from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.report import report
-from jax_lora.study.sections import Report, Section
+from jax_lora.study.sections import Bullets, Paragraph, Report, Section
 from jax_lora.study.statistics import summary
 from jax_lora.study.tables import Table, scores_table
 from jax_lora.text import markdown
@@ -372,6 +373,38 @@ def test_headers_span_their_groups(columns, said):
 )
 def test_markdown_shows_what_was_written(wrote, shown):
     assert markdown(wrote) == shown
+
+
+def test_a_reader_of_markdown_sees_what_was_written():
+    """Random texts in paragraphs, lists and tables, as a CommonMark parser shows them."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    parser.enable(["table", "strikethrough"])
+    pieces = [
+        *"*_`~[]()<>!&;#-+=.1|\\:/ $\"'ab\n\t",
+        "&lt;",
+        "www.",
+        "http://",
+        "<b>",
+        "</b>",
+        "<!--",
+    ]
+    pieces += ["![", "](", "---", "10. ", "    "]
+    rng = np.random.default_rng(0)
+    for _ in range(2_000):
+        text = "".join(rng.choice(pieces, rng.integers(1, 12)))
+        wanted = " ".join(text.replace("\n", "\\n").replace("\t", "\\t").split())
+        if not wanted:
+            continue
+        cell = Table("n", "c", [("", "a"), ("", "b")], [["q", text]], pd.DataFrame()).markdown()
+        said = {
+            Paragraph(text.replace("\n", "\\n")).markdown(): r"<p>(.*)</p>\n",
+            Bullets([text, "z"]).markdown(): r"<ul>\n<li>(.*)</li>\n<li>z</li>\n</ul>\n",
+            cell: r".*<td>q</td>\n<td[^>]*>(.*)</td>\n</tr>\n</tbody>\n</table>\n",
+        }
+        for source, pattern in said.items():
+            shown = re.fullmatch(pattern, parser.render(source), re.S)
+            assert shown and "<" not in shown[1], (text, source)
+            assert " ".join(html.unescape(shown[1]).split()) == wanted, (text, source)
 
 
 def test_a_table_in_markdown_keeps_its_cells(tmp_path):

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from jax_lora import locks, study
-from jax_lora.errors import RunFailed
+from jax_lora.errors import RunFailed, Stopped
 from jax_lora.evaluation import evaluate
 from jax_lora.files import jsonl_line, write_json, write_text
 from jax_lora.study import grid, results, runner
@@ -112,12 +112,14 @@ def test_a_failure_is_written_down_and_stops_nothing(tmp_path):
     assert not (runner.cell_folder(tmp_path, CELLS[1]) / "failed.json").exists()
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit("stopped at step 3")])
+@pytest.mark.parametrize(
+    "end", [KeyboardInterrupt(), SystemExit("stopped at step 3"), Stopped("stopped at step 3")]
+)
 def test_a_stop_gives_the_lock_back(tmp_path, end):
     def stops(cell, folder):
         raise end
 
-    with pytest.raises(end if isinstance(end, type) else SystemExit):
+    with pytest.raises(type(end)):
         runner.run_cells(CELLS, tmp_path, stops)
     assert set(runner.states(tmp_path, CELLS).values()) == {"waiting"}
     assert not list((tmp_path / "locks").iterdir())
@@ -417,7 +419,7 @@ def test_cells_of_a_round_share_their_examples(tmp_path):
     assert (tmp_path / "examples" / "seen-0.jsonl").read_text() == "seen of round 0\n" * 3
 
 
-def test_cases_are_what_models_answer_differently(tmp_path):
+def test_cases_are_what_models_answer_differently(tmp_path, caplog):
     answers = {  # task a: all alike but for a capital; then r4 differs; then r16 does
         "r4-T4-round0": ["Yes", "no", "yes", "x"],
         "r16-T4-round0": ["yes", "yes", "no", "x"],
@@ -447,6 +449,15 @@ def test_cases_are_what_models_answer_differently(tmp_path):
         f"a, {test}: trained on T4, round 0" for test in study.TESTS
     ]
     assert found[0]["answers"] == {"rank 4": "no", "rank 16": "yes", "full": "yes"}
+
+    # A line that a disk cut costs the example that it answers, and is named.
+    damaged = tmp_path / "cells" / "r4-T4-round0" / "eval" / "seen" / "predictions.jsonl"
+    lines = damaged.read_text().splitlines(keepends=True)
+    damaged.write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
+    results.write_cases(CELLS, tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert found[0]["answers"] == {"rank 4": "yes", "rank 16": "no", "full": "yes"}
+    assert f"{damaged}: line 2 is not valid JSON" in caplog.text
 
 
 def test_a_further_metric_has_a_column(tmp_path):

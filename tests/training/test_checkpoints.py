@@ -138,7 +138,8 @@ def test_a_damaged_checkpoint_is_named_and_moved_and_its_step_is_saved_again(sav
     said = json.loads(path.read_text())
     name = next(iter(said["arrays"]))
     said["arrays"][name] = "0" * 16
-    path.write_text(json.dumps(said))
+    del said["sha256"]
+    path.write_text(json.dumps(checkpoints_module._sealed(said)))
     with caplog.at_level(logging.WARNING, "jax_lora"):
         state = restored(folder)
     assert caplog.messages == [f"{folder / '4'}: passed over, {name}: other values than were saved"]
@@ -266,6 +267,20 @@ def test_what_was_best_is_restored_with_its_state(tmp_path, caplog):
 def test_a_checkpoint_that_says_nothing_of_validation_has_no_best(folder, damage):
     (folder / "4" / "digests" / "metadata").write_bytes(damage)
     assert best_at(folder / "4") == best_at(folder / "none") == (None, math.inf, 0)
+
+
+@pytest.mark.parametrize("change", [{"step": 1}, {"loss": 0.5}, {"since": 9}, {"step": None}])
+def test_another_best_than_was_saved_is_noticed(tmp_path, change, caplog):
+    """What the best step was decides which checkpoints are kept and when a run ends."""
+    folder = saved_with(tmp_path / "checkpoints", [2.0, 1.0, 3.0])
+    path = folder / "3" / "digests" / "metadata"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"best": stored["best"] | change}))
+    assert best_at(folder / "3").step is None
+    checkpoints = Checkpoints(folder)
+    assert int(checkpoints.restore(begin()[0]).step) == 2 and checkpoints.best == (2, 1.0, 0)
+    checkpoints.close()
+    assert "digests: other values than were saved" in caplog.text
 
 
 def test_a_checkpoint_of_a_step_can_be_restored_alone(saved):

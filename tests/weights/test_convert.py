@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, source,
         ([str(tmp_path / "none"), out], "no such folder or file"),
         ([str(tmp_path / "cut.gguf"), out], "damaged or cut short at"),
         ([str(tmp_path / "nemo.gguf"), out], "found 'tekken', expected one of smollm"),
-        ([str(tmp_path / "empty"), out], "no tokenizer"),
+        ([str(tmp_path / "empty"), out], "no config.json"),
         ([str(source), str(tmp_path / "full")], "expected a new or empty folder"),
         ([str(source), str(source)], "expected a new or empty folder"),
     ]:
@@ -192,7 +192,7 @@ def test_an_adapter_that_cannot_be_merged_is_one_line_and_nothing_written(
     for folder, message in [
         ("none", "adapter_config.json: no such file, expected a PEFT adapter folder or a run's"),
         ("zero", "every B is zero, expected a trained adapter"),
-        ("deep", f"down_proj/a: found (3, {F}, 3), expected (2, {F}, 3)"),
+        ("deep", "found a tensor of layer 2, expected 2 layers"),
         (
             "part",
             "found no complete (A, B) for 0.self_attn.v_proj, 1.self_attn.v_proj; expected them",

@@ -143,15 +143,21 @@ def test_a_run_folder_stands_for_the_adapter_in_it(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (pairs(layers=3), "q_proj/a: found (3, 8, 3), expected (2, 8, 3)"),
-        (pairs(d=6), "q_proj/a: found (2, 6, 3), expected (2, 8, 3)"),
+        (
+            pairs(layers=3),
+            "/adapter_model.safetensors: found a tensor of layer 2, expected 2 layers",
+        ),
+        (
+            pairs(d=6),
+            ": adapter leaf layers/self_attn/q_proj/a: found (2, 6, 3), expected (2, 8, 3)",
+        ),
     ],
 )
 def test_an_adapter_of_another_model_is_told_with_its_folder(tmp_path, tree, message):
     wrong = tree["layers"]["self_attn"]  # the right down_proj does not excuse it
     peft.save(tmp_path / "a", {"layers": {"self_attn": wrong}}, rank=3, alpha=6)
     found = refusal(peft.load_trained, tmp_path / "a", TINY)
-    assert found == f"{tmp_path / 'a'}: adapter leaf layers/self_attn/{message}"
+    assert found == f"{tmp_path / 'a'}{message}"
 
 
 def test_an_adapter_that_lacks_a_layer_of_the_model_is_told(tmp_path):

@@ -16,6 +16,7 @@ import functools
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,7 +132,8 @@ def load(source: str, format: str, cache: str | None = None) -> Mapping[str, dat
         if format == "datasets":
             loaded = datasets.load_from_disk(source)
         else:
-            loaded = datasets.load_dataset(source, cache_dir=cache)
+            with nullcontext() if Path(source).exists() or _hub_answers(source) else _offline():
+                loaded = datasets.load_dataset(source, cache_dir=cache)
     except Exception as error:  # datasets, pyarrow and the hub's client have a hundred kinds
         reason = first_line(error)
         text = f"datasets cannot load it ({reason})"
@@ -141,6 +143,32 @@ def load(source: str, format: str, cache: str | None = None) -> Mapping[str, dat
     if isinstance(loaded, datasets.Dataset):
         return {"train": loaded}
     return {str(split): table for split, table in loaded.items()}
+
+
+def _hub_answers(source: str) -> bool:
+    """Whether the hub can be asked; where it cannot, `datasets` would ask for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source, timeout=5)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # it answers, and `datasets` says what
+    except Exception:  # of the hub's client, which has many kinds
+        return False
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let `datasets` look into its cache alone."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _numbered(rows: datasets.Dataset, source: str) -> Iterator[tuple[int, Mapping[str, object]]]:
