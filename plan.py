@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from jax_lora import cli
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
+from jax_lora.model.families import CONFIGS
 from jax_lora.planning import report
 from jax_lora.planning.targets import DEVICES
 from jax_lora.weights import base as base_weights
@@ -47,7 +48,10 @@ def main(_):
         config = RunConfig.from_config_dict(_CONFIG.value)
         model = config.model or "llama-7b"
         shape = base_weights.known_or_read_config(model)
-        options = _TARGET.value, _TOKENS.value, _COMPILE.value
+        kinds = ()
+        if config.model_quantization == "gguf" and model not in CONFIGS:
+            kinds = base_weights.check_quantization(model, "gguf")
+        options = _TARGET.value, _TOKENS.value, _COMPILE.value, kinds
         for text in report.plan(config, shape, model, *options):
             cli.say(text)
 

@@ -5,8 +5,9 @@
 
 A compiled row takes up to a minute and the extra cuda12 or tpu. It is written to
 tests/recorded/aot.json at once: rerun the same command to resume. The formula's coefficients were
-read off those rows. Rows that they were not fitted to are in tests/recorded/aot_held_out.json; the
-command prints the error of the formula on either, and the tests check both.
+read off those rows. Rows that they were not fitted to are in tests/recorded/aot_held_out.json, and
+those of a quantized base in aot_quantized.json; the command prints the error of the formula on all
+of them, and the tests check it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ from jax_lora.training import trainable_mask
 
 RECORD = Path(__file__).resolve().parents[1] / "tests" / "recorded" / "aot.json"
 HELD_OUT = RECORD.with_name("aot_held_out.json")
+QUANTIZED = RECORD.with_name("aot_quantized.json")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 MODELS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-3-70b")
 SMALL = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b")  # tied embeddings, no fitted row
 METHODS = (16, 2048, 4096, None)  # ranks; None is full fine-tuning
 KINDS = ("a100-80gb", "h100", "h200", "v5e", "v5p")
+SMALL_KINDS = ("rtx4090", *KINDS)  # for a quantized base
 COMPILERS = {"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
 FULL = {"method": "full", "trainable": trainable_mask.FULL[0], "frozen": trainable_mask.FULL[1]}
 KEYS = {key: f"lora.{key}" for key in ("dropout", "variant", "targets")}  # of a recorded row
+KEYS["quantization"] = "model_quantization"
 GIB = 2**30
 
 
@@ -60,7 +64,7 @@ def step(
 ) -> PlannedStep:
     """A step of the paper's kind: LoRA on q, k, v, o or full, batches of 128 rows.
 
-    `keys` are of the recorded rows: remat, dropout, variant, targets.
+    `keys` are of the recorded rows: remat, dropout, variant, targets, quantization.
     """
     changes: dict[str, Any] = FULL if rank is None else {"lora.rank": rank}
     changes = changes | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
@@ -154,6 +158,18 @@ def held_out() -> Iterator[dict[str, Any]]:
         yield {"model": model, "kind": kind} | fields
 
 
+def quantized() -> Iterator[dict[str, Any]]:
+    """What is compiled with a quantized base, one row of 1,024 tokens: arguments of `step`."""
+    seven: dict[str, Any] = {"model": "llama-7b", "rank": 16, "rows": 1, "quantization": "nf4"}
+    yield seven | {"kind": "rtx4090"}
+    yield seven | {"kind": "rtx4090", "quantization": "int8"}
+    yield seven | {"kind": "rtx4090", "rank": 256, "remat": "none"}
+    yield seven | {"kind": "v5e"}
+    for kind in ("h100", "h200"):
+        yield seven | {"model": "llama-3-70b", "kind": kind}
+    yield seven | {"model": "llama-3-70b", "kind": "v5e", "mesh": (1, 4, 1)}
+
+
 def smallest(model: str, rank: int | None, kind: str) -> dict[str, Any]:
     """The row on the fewest devices that fit, one row of tokens on each."""
     count = fewest(step(model, rank, kind), DEVICES[kind])
@@ -188,6 +204,7 @@ def groups() -> dict[str, list[dict[str, Any]]]:
         "fitted": read_record(),
         "held out, 7B and above": [r for r in held_out_rows if r["setup"]["model"] not in SMALL],
         "held out, below 7B": [r for r in held_out_rows if r["setup"]["model"] in SMALL],
+        "quantized bases": read_record(QUANTIZED),
     }
 
 
@@ -234,22 +251,33 @@ def document(record: list[dict[str, Any]]) -> str:
             parts.append(f"| {model}, {_method(rank)} | " + " | ".join(cells) + " |")
     versions = {(row["date"], *(f"{k} {v}" for k, v in row["versions"].items())) for row in record}
     parts.append(COMPILED.format("; ".join(", ".join(one) for one in sorted(versions))))
-    for row in sorted(record, key=_order):
-        made, asked = from_record(row), row["setup"]
-        device = DEVICES[asked["kind"]]
-        found = compiled_peak(row)
-        other = {k: v for k, v in asked.items() if k not in ("model", "rank", "kind", "mesh")}
-        cells = [
-            f"{asked['model']}, {_method(made.resolved.rank)}",
-            f"{made.devices} × {asked['kind']}",
-            ", ".join(f"{k} {'all' if k == 'targets' else v}" for k, v in other.items()),
-            f"{memory(made).peak / GIB:.2f}",
-            f"{found / GIB:.2f}",
-            f"{device.usable / GIB:.2f}",
-            "fits" if found <= device.usable else "does not fit",
-        ]
-        parts.append("| " + " | ".join(cells) + " |")
+    parts += map(_row, sorted(record, key=_order))
+    parts.append(QUANTIZED_HEAD + "| | " + " | ".join(SMALL_KINDS))
+    parts[-1] += " |\n|---|" + "---:|" * len(SMALL_KINDS)
+    for model in MODELS:
+        asked = [step(model, 16, kind, rows=1, quantization="nf4") for kind in SMALL_KINDS]
+        counts = [fewest(one, DEVICES[kind]) for one, kind in zip(asked, SMALL_KINDS, strict=True)]
+        parts.append(f"| {model}, nf4, rank 16 | " + " | ".join(map(str, counts)) + " |")
+    parts.append(QUANTIZED_COMPILED)
+    parts += map(_row, read_record(QUANTIZED))
     return "\n".join(parts) + "\n"
+
+
+def _row(row: dict[str, Any]) -> str:
+    made, asked = from_record(row), row["setup"]
+    device = DEVICES[asked["kind"]]
+    found = compiled_peak(row)
+    other = {k: v for k, v in asked.items() if k not in ("model", "rank", "kind", "mesh")}
+    cells = [
+        f"{asked['model']}, {_method(made.resolved.rank)}",
+        f"{made.devices} × {asked['kind']}",
+        ", ".join(f"{k} {'all' if k == 'targets' else v}" for k, v in other.items()),
+        f"{memory(made).peak / GIB:.2f}",
+        f"{found / GIB:.2f}",
+        f"{device.usable / GIB:.2f}",
+        "fits" if found <= device.usable else "does not fit",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _method(rank: int | None) -> str:
@@ -286,17 +314,33 @@ Compiled: {}.
 | | devices | other than above | formula | compiled | usable | |
 |---|---|---|---:|---:|---:|---|"""
 
+QUANTIZED_HEAD = """
+## A quantized base
+
+The frozen linear layers in nf4 (`config.model_quantization`), the rest as above: the fewest devices
+by formula, a power of two.
+
+"""
+QUANTIZED_COMPILED = """
+And what the compilers say (`tests/recorded/aot_quantized.json`); 15.75 GiB are usable on a v5e. The
+formula was fitted to bases that are not quantized, and is used as it is.
+
+| | devices | other than above | formula | compiled | usable | |
+|---|---|---|---:|---:|---:|---|"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--compile", default="", help=f"some of {','.join(KINDS)}")
+    parser.add_argument("--compile", default="", help=f"some of {','.join(SMALL_KINDS)}")
     chosen = [kind for kind in parser.parse_args().compile.split(",") if kind]
-    if unknown := set(chosen) - set(KINDS):
-        parser.error(f"--compile: found {', '.join(unknown)}, expected some of {','.join(KINDS)}")
+    if unknown := set(chosen) - set(SMALL_KINDS):
+        expected = ",".join(SMALL_KINDS)
+        parser.error(f"--compile: found {', '.join(unknown)}, expected some of {expected}")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
     with exit_codes():
         compile_missing(chosen, wanted(), RECORD)
         compile_missing(chosen, held_out(), HELD_OUT)
+        compile_missing(chosen, quantized(), QUANTIZED)
     DOCUMENT.write_text(document(read_record()), encoding="utf-8")
     print(DOCUMENT)
     for name, rows in groups().items():

@@ -167,8 +167,10 @@ class RunConfig:
     model: str = ""  # Hugging Face folder, hub id or GGUF file
     dtype: str = "bfloat16"  # of frozen weights and arithmetic; what trains is float32. "auto":
     # float32 on a CPU without products of bfloat16; a run keeps what its first part had
+    model_quantization: str = "none"  # of frozen kernels: "int8", "nf4"; "gguf", the file's blocks
     remat: str = "full"  # recomputed in the backward pass: layers; "products" or "none": less
-    unroll: int = 0  # layers per iteration of the scan; 0: all without remat, but 1 on a TPU
+    unroll: int = 0  # layers per iteration of the scan; 0: all without remat, but 1 on a TPU or
+    # with a quantized base
     attention: str = "auto"  # "cudnn" on NVIDIA, "flash" on TPU, "xla" elsewhere; or one of them
     loss_chunk: int = 1024  # positions whose logits exist at once, on a device
 
@@ -261,6 +263,11 @@ class RunConfig:
                 f"config.validate_every: found 0 with keep={self.keep} and "
                 f"stop_after={self.stop_after}, which choose by validation; expected some steps"
             )
+        if self.method == "full" and self.model_quantization != "none":
+            raise ConfigError(
+                f"config.model_quantization: found {self.model_quantization} with method=full, "
+                "which trains the kernels; expected none, or method=lora"
+            )
         if "" in self.eval.stop:
             raise ConfigError("config.eval.stop: found an empty text, expected none")
         if self.data.source_length > max(self.eval.buckets):
@@ -311,6 +318,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_nonfinite": ("stop", "skip"),
     "keep": ("last", "best"),
     "dtype": ("bfloat16", "float32", "auto"),  # gradients of this loss underflow in float16
+    "model_quantization": ("none", "int8", "nf4", "gguf"),
     "remat": ("none", "full", "products"),
     "attention": ("auto", "xla", "cudnn", "flash"),
     "lora.scaling": ("alpha/r", "alpha/sqrt(r)"),

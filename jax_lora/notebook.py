@@ -138,6 +138,7 @@ def load(
     source: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None = None,
     dtype: str = "bfloat16",
+    quantization: str = "none",
     *,
     any_base: bool = False,
 ) -> LoadedModel:
@@ -147,6 +148,8 @@ def load(
       source: a Hugging Face folder, a hub id, or a GGUF file of a llama.
       adapter: a folder in PEFT's format, such as a run's `adapter/`.
       dtype: of weights and arithmetic: "bfloat16", "float16" or "float32".
+      quantization: of the linear layers, as `config.model_quantization`: "none", "int8", "nf4", or
+        "gguf", the blocks of a GGUF file.
       any_base: take an adapter that was trained on another base, too.
 
     Raises:
@@ -156,9 +159,11 @@ def load(
     """
     if adapter is not None and not any_base:
         origin.check_base(adapter, peft.base_digest(adapter), source, "any_base=True")
-    config, base = base_weights.load(source, dtype)
+    base_weights.check_quantization(source, quantization)
+    config, base = base_weights.load(source, dtype, quantization=quantization)
     adapters = None
     if adapter is not None:
+        origin.warn_of_another_form(adapter, peft.base_quantization(adapter), quantization)
         adapters = jax.tree.map(jnp.asarray, peft.load_trained(adapter, config).adapters)
     tokenizer, ends = None, ()
     if has_tokenizer(source):

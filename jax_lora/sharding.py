@@ -49,18 +49,27 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 # along its inputs and B along its outputs, by both axes, the kernel's first; never along the rank.
 _ROW_PARALLEL = "|".join(linear.name for linear in LINEARS if linear.is_row_parallel)
 _COLUMN_PARALLEL = "|".join(linear.name for linear in LINEARS if not linear.is_row_parallel)
+_STORED = "kernel(/stored)?"
 _NORM = "|".join(("norm", *("/".join(norm.path) for norm in NORMS)))
 TABLE = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
     (rf"({_COLUMN_PARALLEL})(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
     (rf"({_ROW_PARALLEL})(/kernel)?", P(None, ("tensor", "fsdp"))),
+    # Quantized kernels, see `model.quantization`: their blocks are dimensions that are never cut.
+    (rf"({_COLUMN_PARALLEL})/{_STORED}/(packed|blocks)", P(None, "fsdp", None, "tensor")),
+    (rf"({_COLUMN_PARALLEL})/{_STORED}/(values|constants)", P(None, "fsdp", "tensor")),
+    (rf"({_ROW_PARALLEL})/{_STORED}/(packed|blocks|values|constants)", P(None, ("tensor", "fsdp"))),
+    (rf"({_COLUMN_PARALLEL})/{_STORED}/scale", P(None, "tensor")),
+    (rf"({_ROW_PARALLEL})/{_STORED}/scale", P()),
+    (rf"({_COLUMN_PARALLEL}|{_ROW_PARALLEL})/{_STORED}/(groups|offset|kind)", P()),
     (rf"({_COLUMN_PARALLEL})/bias", P(None, "tensor")),
     (rf"({_ROW_PARALLEL})/bias", P()),
-    (rf"({_COLUMN_PARALLEL})/a", P(None, ("fsdp", "tensor"), None)),
-    (rf"({_COLUMN_PARALLEL})/b", P(None, None, ("tensor", "fsdp"))),
-    (rf"({_ROW_PARALLEL})/a", P(None, ("tensor", "fsdp"), None)),
-    (rf"({_ROW_PARALLEL})/b", P(None, None, ("fsdp", "tensor"))),
+    # Of adapters, and what a kernel lacks for PiSSA.
+    (rf"({_COLUMN_PARALLEL})(/kernel)?/a", P(None, ("fsdp", "tensor"), None)),
+    (rf"({_COLUMN_PARALLEL})(/kernel)?/b", P(None, None, ("tensor", "fsdp"))),
+    (rf"({_ROW_PARALLEL})(/kernel)?/a", P(None, ("tensor", "fsdp"), None)),
+    (rf"({_ROW_PARALLEL})(/kernel)?/b", P(None, None, ("fsdp", "tensor"))),
     (rf"({_COLUMN_PARALLEL}|{_ROW_PARALLEL})/(m|scale)", P()),
     (rf"({_NORM})/scale", P()),
 )
@@ -68,6 +77,10 @@ TABLE = (
 # Adafactor's v_row and v_col, the means of the second moments over columns and rows, are small and
 # have another shape than the parameter that they are named after: replicated.
 _FACTORED = re.compile(r"(.*/)?v_(row|col)/.*")
+
+# What is stored of a quantized kernel by blocks. There are few blocks along the side that a kernel
+# reads, 43 in LLaMA's down_proj: an axis that does not divide their number cuts the outputs.
+_BLOCKS = re.compile(r".*/kernel(/stored)?/(packed|blocks|values|constants)")
 
 # ------------------------------------------------------------------ meshes and shardings
 
@@ -106,8 +119,22 @@ def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
         return P()
     for end, axes in TABLE:
         if re.fullmatch(rf"(.*/)?{end}", name):
+            if _BLOCKS.fullmatch(name):
+                return _dividing(_moved(axes, shape, mesh), shape, mesh)
             return P() if _FACTORED.fullmatch(name) else _dividing(axes, shape, mesh)
     raise ValueError(f"sharding: no expression of the table covers the leaf {name}, {shape}")
+
+
+def _moved(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    # The axes that do not divide their dimension moved to the last one.
+    sides: list[tuple[str, ...]] = [
+        (axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec
+    ]
+    sides += [()] * (len(shape) - len(sides))
+    divided = _dividing(spec, shape, mesh)
+    used = {name for axes in divided for name in ((axes,) if isinstance(axes, str) else axes or ())}
+    left = tuple(name for axes in sides[:-1] for name in axes if name not in used)
+    return P(*(tuple(n for n in axes if n in used) for axes in sides[:-1]), (*sides[-1], *left))
 
 
 def _dividing(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from jax_lora import sharding
 from jax_lora.model import kv_cache, xla_cpu
+from jax_lora.model.quantization import is_quantized
 from jax_lora.model.rope import rope_tables
 from jax_lora.model.transformer import Block, Llama, Positions
 
@@ -51,7 +52,7 @@ def unstack_layers(
 ) -> Weights:
     """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
     slices inside the loop would copy the model once per token. On a CPU kernels are stored
-    transposed, (out, in).
+    transposed, (out, in), but for quantized ones.
 
     Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
     one layer.
@@ -66,7 +67,8 @@ def unstack_layers(
     stacks = {name: tree["layers"] for name, tree in variables.items()}
     non_layer = {k: v for k, v in variables["params"].items() if k != "layers"}
     depth = len(stacks["params"]["input_layernorm"]["scale"])
-    layers = (jax.tree.map(operator.itemgetter(i), stacks) for i in range(depth))
+    # With an Ellipsis a number is an array of numpy's too.
+    layers = (jax.tree.map(operator.itemgetter((i, ...)), stacks) for i in range(depth))
     if mesh is not None:
         non_layer = sharding.shard(non_layer, mesh)
         layers = (sharding.shard_layer(layer, mesh) for layer in layers)
@@ -77,9 +79,12 @@ def unstack_layers(
 def _transpose_kernels(tree: PyTree, platform: str) -> PyTree:
     if platform != "cpu":
         return tree
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.T if path[-1].key == "kernel" else x, tree
-    )
+
+    def transposed(path: jax.tree_util.KeyPath, x: PyTree) -> PyTree:
+        is_kernel = path[-1].key == "kernel" and not is_quantized(x)
+        return x.T if is_kernel else x
+
+    return jax.tree_util.tree_map_with_path(transposed, tree, is_leaf=is_quantized)
 
 
 @partial(jax.jit, static_argnames=("model", "batch", "slots", "new_tokens"))

@@ -31,11 +31,12 @@ from jax_lora.model.attention import Kernel
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.dropout import Dropout, drop
 from jax_lora.model.kv_cache import Cache
+from jax_lora.model.quantization import QuantizedKernel, as_float
+from jax_lora.model.quantization import product as quantized_product
 from jax_lora.model.rope import rope_tables, rotate
 from jax_lora.model.xla_cpu import (
     checkpoint_name,
     einsum,
-    from_bits,
     lookup,
     matmul_transposed,
 )
@@ -68,7 +69,7 @@ class Dense(nn.Module):
     with g = m / ‖W + s A B‖, one norm per output, taken as a constant; like PEFT, the correction
     (g - 1) x W goes through the same dropout and the bias stays outside.
 
-    `transposed`: the kernel is stored (out, in), see `matmul_transposed`.
+    `transposed`: the kernel is stored (out, in), see `matmul_transposed`. A quantized one never is.
     """
 
     name_in_block: str
@@ -82,14 +83,17 @@ class Dense(nn.Module):
         *_, in_axis, out_axis, _ = arch.BY_NAME[self.name_in_block]
         features = self.config.size(out_axis)
         x = self.shard_activation(x, "batch", None, in_axis)
-        if self.transposed:
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QuantizedKernel):
+            kernel = kernel.shard(self.shard_activation, in_axis, out_axis)
+            y = base = checkpoint_name(self._product(x, kernel), "product", self.platform)
+        elif self.transposed:
             kernel = self.param("kernel", _INIT, (features, x.shape[-1]))
             y = base = matmul_transposed(x.dtype, x, kernel, self.platform)
             kernel = kernel.T
         else:
             kernel = self.param("kernel", _INIT, (x.shape[-1], features))
-            product = einsum("btd,df->btf", x.dtype, x, kernel, self.platform)
-            y = base = checkpoint_name(product, "product", self.platform)
+            y = base = checkpoint_name(self._product(x, kernel), "product", self.platform)
         if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
             dropped = x
             if dropout is not None:
@@ -99,8 +103,8 @@ class Dense(nn.Module):
             update, delta = self._update(dropped, out_axis)
             if self.has_variable("lora", "m"):
                 if dropout is not None:
-                    base = einsum("btd,df->btf", x.dtype, dropped, kernel, self.platform)
-                wide = from_bits(kernel).astype(jnp.float32) + delta()
+                    base = self._product(dropped, kernel)
+                wide = as_float(kernel, x.dtype).astype(jnp.float32) + delta()
                 norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=0))
                 gain = self.get_variable("lora", "m") / norm
                 y = y + (gain - 1).astype(x.dtype) * base + gain.astype(x.dtype) * update
@@ -110,6 +114,11 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (features,))
             y = y + bias.astype(x.dtype)
         return self.shard_activation(y, "batch", None, out_axis)
+
+    def _product(self, x: Array, kernel: Array | QuantizedKernel) -> Array:
+        if isinstance(kernel, QuantizedKernel):
+            return quantized_product(self.platform, x, kernel)
+        return einsum("btd,df->btf", x.dtype, x, kernel, self.platform)
 
     def _update(self, x: Array, out_axis: str) -> tuple[Array, Callable[[], Array]]:
         """The update of the outputs, and a function that computes the update of the kernel."""

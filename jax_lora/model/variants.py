@@ -11,10 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.quantization import Rest, as_float, is_quantized
 
 
 def _map_targets(adapters: PyTree, change: Callable[[str, str, PyTree], PyTree]) -> PyTree:
@@ -26,12 +28,13 @@ def _map_targets(adapters: PyTree, change: Callable[[str, str, PyTree], PyTree])
     }
 
 
-def with_magnitudes(adapters: PyTree, params: PyTree) -> PyTree:
+def with_magnitudes(adapters: PyTree, params: PyTree, dtype: DTypeLike = jnp.float32) -> PyTree:
     """A DoRA adapter that changes nothing yet (Liu et al. 2024, arXiv:2402.09353).
 
     Args:
       adapters: a new LoRA tree, every B zero.
       params: the base.
+      dtype: that the module dequantizes quantized kernels to.
 
     Returns:
       The tree with m (L, out) = ‖W‖, float32, one norm per output, in every target.
@@ -39,8 +42,11 @@ def with_magnitudes(adapters: PyTree, params: PyTree) -> PyTree:
 
     def norms(group, name, leaf):
         kernel = params["layers"][group][name]["kernel"]
-        one = lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=0)  # noqa: E731
-        return {**leaf, "m": jax.lax.map(one, kernel)}
+
+        def norm(one: PyTree) -> jax.Array:
+            return jnp.linalg.norm(as_float(one, dtype).astype(jnp.float32), axis=0)
+
+        return {**leaf, "m": jax.lax.map(norm, jax.tree.map(jnp.asarray, kernel))}
 
     return _map_targets(adapters, norms)
 
@@ -69,10 +75,9 @@ def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
                 f"lora init: pissa at rank {rank} needs kernels of at least that many rows and "
                 f"columns, found {config.linear_shapes()[name]} in {name}"
             )
-        a, b = [], []
-        for kernel, factor in zip(
-            params["layers"][group][name]["kernel"], leaf["scale"], strict=True
-        ):
+        a, b, stack = [], [], params["layers"][group][name]["kernel"]
+        for i, factor in enumerate(leaf["scale"]):
+            kernel = as_float(jax.tree.map(lambda x, i=i: x[i], stack), jnp.float32)
             left, values, right = np.linalg.svd(np.asarray(kernel, np.float32), full_matrices=False)
             root = np.sqrt(values[:rank] / float(factor))
             a.append(left[:, :rank] * root)
@@ -87,11 +92,20 @@ def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
 
 
 def without(params: PyTree, adapters: PyTree) -> PyTree:
-    """The base less what the adapters add: W - scale · A B, rounded once to W's dtype."""
+    """The base less what the adapters add: W - scale · A B, rounded once to W's dtype.
+
+    A quantized kernel stays as it is: its `Rest` subtracts the product where it is read.
+    """
     layers = {key: dict(value) for key, value in params["layers"].items()}
     for group, members in adapters["layers"].items():
         for name, leaf in members.items():
             kernel = layers[group][name]["kernel"]
+            if is_quantized(kernel):
+                # Copies, as training donates the adapters' arrays.
+                product = (jnp.array(leaf[part]) for part in ("a", "b", "scale"))
+                kernel = Rest(kernel, *product)
+                layers[group][name] = {**layers[group][name], "kernel": kernel}
+                continue
 
             def rest(parts):
                 w, a, b, factor = parts

@@ -37,7 +37,7 @@ from jax_lora.training.unstacked import unstack
 # backends/gpu/target_config/specs.
 _CARD = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
   device_memory_size: {bytes} memory_bandwidth: {bandwidth} {chip}
@@ -46,16 +46,22 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 8 }} device_description_str: "{name}"
 """
 _AMPERE = """cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64
+  threads_per_core_limit: 2048
   clock_rate_ghz: 1.41 l2_cache_size: 41943040
   shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912"""
 _HOPPER = """cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  core_count: 132 fpus_per_core: 128 threads_per_core_limit: 2048
+  clock_rate_ghz: 1.98 l2_cache_size: 52428800
   shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448"""
+_ADA = """cuda_compute_capability { major: 8 minor: 9 } core_count: 128 fpus_per_core: 128
+  threads_per_core_limit: 1536 clock_rate_ghz: 2.52 l2_cache_size: 75497472
+  shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376"""
 _CARDS = {
     "a100-40gb": (_AMPERE, "NVIDIA A100-SXM4-40GB"),
     "a100-80gb": (_AMPERE, "NVIDIA A100-SXM4-80GB"),
     "h100": (_HOPPER, "NVIDIA H100 80GB HBM3"),
     "h200": (_HOPPER, "NVIDIA H200 141GB HBM3e"),
+    "rtx4090": (_ADA, "NVIDIA GeForce RTX 4090"),
 }
 # Chips → the slice that has as many.
 _SLICES = {

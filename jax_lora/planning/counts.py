@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from jax_lora.model import lora
 from jax_lora.model.arch import ATTENTION, GROUP
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.quantization import kernel_shapes
 from jax_lora.model.transformer import Llama
 from jax_lora.training import trainable_mask
 
@@ -45,13 +46,14 @@ def table(variables: PyTree, trains: PyTree) -> pd.DataFrame:
 
     Args:
       variables: {"params": …, "lora": …}, arrays or shapes; `scale` vectors of adapters are data
-        and do not count.
+        and do not count, and a quantized kernel counts as the kernel that it stands for.
       trains: the boolean tree of `trainable_mask.mask`.
 
     Returns:
       One row per leaf: module, shape (stacked over layers), frozen, trainable.
     """
     rows = []
+    variables = kernel_shapes(variables)
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     for (path, leaf), trained in zip(leaves, jax.tree.leaves(trains), strict=True):
         name = trainable_mask.leaf_name(path)

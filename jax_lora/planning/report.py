@@ -15,6 +15,7 @@ from jax_lora.planning.operations import Work, ceiling, operations
 from jax_lora.planning.steps import PlannedStep, planned_steps, step_count, variables
 from jax_lora.planning.targets import Target, full_name, target
 from jax_lora.text import table
+from jax_lora.training.resolve import Kinds
 
 GIB = 2**30
 
@@ -26,6 +27,7 @@ def plan(
     target_name: str,
     tokens: int | None = None,
     compiled: bool = False,
+    gguf_kinds: Kinds = (),
 ) -> Iterator[str]:
     """The plan of a run for a target, one text per section, as soon as it is known.
 
@@ -36,13 +38,14 @@ def plan(
       target_name: see `jax_lora.planning.targets.target`.
       tokens: of an example on average; None is as many as the longest row has.
       compiled: compile the step as well.
+      gguf_kinds: see `Resolved`.
 
     Raises:
       ConfigError: an unknown target or set, a mesh that the target does not have, an attention
         kernel that cannot run there, or more tokens than a row has.
     """
     where = target(target_name)
-    steps = planned_steps(config, shape, where)
+    steps = planned_steps(config, shape, where, gguf_kinds)
     worst = max(steps, key=lambda step: memory(step).peak)
     longest = max(steps, key=lambda step: step.length)
     if tokens is not None and not 1 <= tokens <= longest.length:
@@ -73,6 +76,8 @@ def summary(model: str, step: PlannedStep, where: Target) -> str:
     parameters = counts.table(*variables(step))
     frozen, trainable = (int(parameters[kind].to_numpy().sum()) for kind in ("frozen", "trainable"))
     mesh = " × ".join(f"{axis} {size}" for axis, size in resolved.mesh_sizes._asdict().items())
+    if config.model_quantization != "none":
+        method += f"; linear layers of the base in {config.model_quantization}"
     return (
         f"{model}, {method}\n"
         f"{frozen:,} frozen parameters, {trainable:,} trainable "

@@ -20,10 +20,11 @@ from jax_lora.errors import ConfigError
 from jax_lora.model.arch import GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
+from jax_lora.model.quantization import stored_shapes
 from jax_lora.planning import counts
 from jax_lora.planning.targets import Target
 from jax_lora.training import trainable_mask
-from jax_lora.training.resolve import Resolved, resolve
+from jax_lora.training.resolve import Kinds, Resolved, resolve
 from jax_lora.training.step import State, Step
 
 TRAIN_TASKS = 756  # in Tall, as the paper counts them
@@ -102,7 +103,9 @@ def planned(
     return PlannedStep(resolve(config, shape, platform, devices), rows, length, loss_share)
 
 
-def planned_steps(config: RunConfig, shape: LlamaConfig, where: Target) -> list[PlannedStep]:
+def planned_steps(
+    config: RunConfig, shape: LlamaConfig, where: Target, gguf_kinds: Kinds = ()
+) -> list[PlannedStep]:
     """One step for every shape of micro-batch that the config trains on.
 
     A target without a number has as many devices as the config's mesh.
@@ -112,7 +115,7 @@ def planned_steps(config: RunConfig, shape: LlamaConfig, where: Target) -> list[
     """
     mesh = config.mesh
     count = where.count or math.prod(max(1, n) for n in (mesh.data, mesh.fsdp, mesh.tensor))
-    return steps_of(resolve(config, shape, where.device.platform, count))
+    return steps_of(resolve(config, shape, where.device.platform, count, gguf_kinds))
 
 
 def steps_of(resolved: Resolved) -> list[PlannedStep]:
@@ -158,9 +161,11 @@ class Trees(NamedTuple):
 
 @lru_cache(maxsize=64)
 def variables(step: PlannedStep) -> tuple[dict[str, PyTree], PyTree]:
-    """Shapes of {"params": …, "lora": …} in the dtypes of a run, and the mask.
+    """Shapes of {"params": …, "lora": …} in the dtypes of a run, and the mask, which has one leaf
+    for a quantized kernel.
 
     Raises:
+      ConfigError: a quantization that the model cannot have.
       ValueError: a rank below 1, an unknown target, or expressions that `trainable_mask.mask`
         refuses.
     """
@@ -180,6 +185,14 @@ def variables(step: PlannedStep) -> tuple[dict[str, PyTree], PyTree]:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32 if trained else jnp.dtype(config.dtype))
 
     params = jax.tree.map(with_dtype, tree["params"], trains["params"])
+    trainable_mask.check_kernels_frozen(trains["params"], config.model_quantization)
+    if config.model_quantization != "none":
+        kinds = dict(step.resolved.gguf_kinds)
+        for name, group in GROUP.items():
+            leaf = params["layers"][group][name]
+            leaf["kernel"] = stored_shapes(
+                config.model_quantization, leaf["kernel"].shape, kinds.get(name, ())
+            )
     return tree | {"params": params}, trains
 
 

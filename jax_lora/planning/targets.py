@@ -88,6 +88,13 @@ DEVICES = {
         "NVIDIA's H200 data sheet (2024, SXM, no sparsity)",
         measured=790.0,
     ),
+    "rtx4090": Device(
+        "cuda",
+        25_393_692_672,  # of 24 GiB, what the driver leaves
+        165.2,
+        1.008e12,
+        "NVIDIA's Ada white paper (2022, dense, float32 accumulation)",
+    ),
     "v5e": Device(
         "tpu",
         16_911_433_728,  # 15.75 GiB

@@ -39,8 +39,8 @@ def convert(
       destination: a new or empty folder. Its `jax_lora.json` names the base by digest.
       dtype: of the weights that are written.
       adapter: a PEFT folder or a run's folder, merged into the weights: each kernel in float32,
-        then rounded to `dtype` once. A run that trained weights of the base is written from its
-        last checkpoint.
+        dequantized where it was trained on a quantized base, then rounded to `dtype` once. A run
+        that trained weights of the base is written from its last checkpoint.
       say: gets how far the rounding moves the logits of 32 fixed tokens.
       any_base: merge an adapter that was trained on another base, too.
       push_to: a repository of the hub, "org/name", to send the folder to, with a model card.
@@ -59,13 +59,18 @@ def convert(
     if adapter and not any_base:
         origin.check_base(adapter, peft.base_digest(adapter), path, "--any-base")
 
+    quantization = peft.base_quantization(adapter) if adapter else "none"
     trained = bool(adapter) and bool(peft.trained_base(adapter))
     if adapter and trained:
         config, params = Run.open(None, peft.run_of(adapter)).weights(base=source)
     else:
         found = peft.load_trained(adapter, base.read_config(path)) if adapter else None
+        base.check_quantization(path, quantization)
         config, params = base.load(
-            path, stored_dtype(path) if found else dtype, put=lambda _, array: array
+            path,
+            stored_dtype(path) if found else dtype,
+            put=lambda _, array: array,
+            quantization=quantization,
         )
         params = merge.merge(params, found.adapters) if found else params
 
@@ -73,6 +78,8 @@ def convert(
         hf.save(partial, config, params, tokenizer, dtype, generation=generation)
         # Of a folder that was converted before, the first base.
         more = {"digest": base.digest(partial)}
+        if quantization != "none":
+            more["quantization"] = quantization
         if adapter:
             more["adapter"] = "trained base" if trained else peft.digest(adapter)
         origin.write(partial, source, origin.digests(path)[-1], **more)
@@ -121,6 +128,7 @@ def convert_adapter(
             ranks=found.ranks,
             alphas=found.alphas,
             base_digest=peft.base_digest(source),
+            quantization=peft.base_quantization(source),
         )
         if push_to:
             write_card(partial, push_to, found.base_name, source)

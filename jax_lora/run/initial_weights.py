@@ -29,7 +29,9 @@ Put = Callable[..., PyTree]  # (path, numpy array) → the array on its device o
 VARIANTS = ("lora", "dora")
 
 
-def load_base(source: str, dtype: str, trains: PyTree, put: Put | None = None) -> PyTree:
+def load_base(
+    source: str, dtype: str, trains: PyTree, put: Put | None = None, quantization: str = "none"
+) -> PyTree:
     """Base parameters: float32 for what trains (its master copy), `dtype` for what is frozen.
 
     A base that stays frozen is cached for the next call.
@@ -39,22 +41,25 @@ def load_base(source: str, dtype: str, trains: PyTree, put: Put | None = None) -
       dtype: of the arithmetic.
       trains: the mask's part for the base, one boolean per leaf.
       put: (path, numpy array) → the array on its device or devices.
+      quantization: of the linear layers, `config.model_quantization`.
     """
     if not any(jax.tree.leaves(trains)):
-        return _frozen_base(source, dtype, put)
+        return _frozen_base(source, dtype, put, quantization)
 
     def cast(path, array):
         trained = trains
         for key in path:
+            if isinstance(trained, bool):  # a field of a quantized kernel
+                return (put or _put_on_device)(path, array)
             trained = trained[key]
         return (put or _put_on_device)(path, array if trained else array.astype(dtype))
 
-    return base_weights.load(source, "float32", cast)[1]
+    return base_weights.load(source, "float32", cast, quantization)[1]
 
 
 @functools.lru_cache(maxsize=1)
-def _frozen_base(source: str, dtype: str, put: Put | None) -> PyTree:
-    return base_weights.load(source, dtype, put or _put_on_device)[1]
+def _frozen_base(source: str, dtype: str, put: Put | None, quantization: str) -> PyTree:
+    return base_weights.load(source, dtype, put or _put_on_device, quantization)[1]
 
 
 def _put_on_device(_, array: np.ndarray) -> jax.Array:
@@ -166,7 +171,14 @@ def new_adapters(
 
 
 def on_base(
-    adapters: PyTree, params: PyTree, config: LlamaConfig, *, init: str, variant: str, folder: Path
+    adapters: PyTree,
+    params: PyTree,
+    config: LlamaConfig,
+    *,
+    init: str,
+    variant: str,
+    folder: Path,
+    dtype: str,
 ) -> tuple[PyTree, PyTree]:
     """Finish what starts from the base: DoRA's magnitudes, PiSSA's principal parts.
 
@@ -176,12 +188,13 @@ def on_base(
       config: its shape.
       init, variant: as there.
       folder: keeps PiSSA's start, which a resumed or scored run must find unchanged.
+      dtype: of the arithmetic.
 
     Returns:
       The adapters, and the base that they belong to: PiSSA's lacks what they hold.
     """
     if variant == "dora" and init in lora.INITS:
-        return variants.with_magnitudes(adapters, params), params
+        return variants.with_magnitudes(adapters, params, dtype), params
     if init != "pissa":
         return adapters, params
     if not (folder / "adapter_config.json").is_file():  # which `save` writes last

@@ -79,6 +79,34 @@ def answers(
         yield name, sum(found[i] != expected[i] for i in expected)
 
 
+def logits_change(
+    model: Llama, variables: PyTree, others: PyTree, rows: Sequence[Row]
+) -> tuple[float, float]:
+    """How far the logits behind some prompts move with another form of the weights.
+
+    Args:
+      model: the module.
+      variables, others: {"params": …, "lora": …}, of the same shape.
+      rows: prompts.
+
+    Returns:
+      The largest absolute difference of two logits, and the largest absolute logit.
+    """
+    width = -(-max(len(row.ids) for row in rows) // 128) * 128
+    tokens = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.ids)] = row.ids
+    last = jnp.array([len(row.ids) - 1 for row in rows])
+
+    @jax.jit
+    def logits(variables: PyTree) -> jax.Array:
+        hidden = model.apply(variables, jnp.asarray(tokens), method="hidden")
+        return model.apply(variables, hidden[jnp.arange(len(rows)), last][:, None], method="head")
+
+    found, expected = (np.asarray(logits(each)) for each in (variables, others))
+    return float(np.abs(found - expected).max()), float(np.abs(expected).max())
+
+
 def updates(
     model: Llama,
     variables: PyTree,

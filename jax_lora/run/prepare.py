@@ -46,7 +46,8 @@ class Inputs:
     Attributes:
       resolved: the config with nothing left open.
       mesh: of all devices; None where there is one.
-      shapes: of {"params": base, "lora": adapters}; adapters that are drawn are arrays already.
+      shapes: of {"params": base, "lora": adapters}; adapters that are drawn are arrays already, and
+        kernels are as they are before they are quantized.
       mask: which leaves train.
       digests: of the data and the base.
       taskset: what is trained on.
@@ -98,7 +99,8 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
         )
     shape = base_weights.read_config(config.model)
     base_weights.check(config.model)  # before anything of a size that its config names is made
-    resolved = resolve(config, shape, jax.default_backend(), len(jax.devices()))
+    kinds = base_weights.check_quantization(config.model, config.model_quantization)
+    resolved = resolve(config, shape, jax.default_backend(), len(jax.devices()), kinds)
     config = resolved.config
     mesh = sharding.make_mesh(resolved.mesh_sizes)
     mesh = mesh if mesh.size > 1 else None
@@ -106,6 +108,7 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     if resolved.is_lora:
         shapes["lora"] = initial_weights.adapters_of(config, shape, mesh)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
+    trainable_mask.check_kernels_frozen(mask["params"], config.model_quantization)
     jax.eval_shape(resolved.model().apply, shapes, jnp.zeros((1, 2), jnp.int32))
 
     logger.info("reading tasks")
@@ -179,7 +182,9 @@ def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
     put = sharding.leaf_sharder(mesh) if mesh else None
     if given.resolved.unstacks and not any(jax.tree.leaves(given.mask["params"])):
         put = unstacked.put
-    params = initial_weights.load_base(config.model, config.dtype, given.mask["params"], put)
+    params = initial_weights.load_base(
+        config.model, config.dtype, given.mask["params"], put, config.model_quantization
+    )
     variables = {"params": params}
     if given.resolved.is_lora:
         variables["lora"], variables["params"] = initial_weights.on_base(
@@ -189,6 +194,7 @@ def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
             init=config.lora.init,
             variant=config.lora.variant,
             folder=workdir / "pissa",
+            dtype=config.dtype,
         )
     del params
     variables = sharding.shard(variables, mesh)

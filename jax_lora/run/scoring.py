@@ -24,6 +24,7 @@ from jax_lora.files import write_json
 from jax_lora.generation import greedy, scheduler, stop_texts
 from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.quantization import is_quantized
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
@@ -33,7 +34,7 @@ from jax_lora.run.training import running
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints, step_named
 from jax_lora.weights import base as base_weights
-from jax_lora.weights import peft
+from jax_lora.weights import origin, peft
 
 logger = logging.getLogger(__name__)
 Put = Callable[..., PyTree]
@@ -88,8 +89,12 @@ def load(
     variables = {}
     if adapter != "none":
         adapters = peft.load_trained(adapter, shape).adapters
+        trained_on = peft.base_quantization(adapter)
+        origin.warn_of_another_form(adapter, trained_on, config.model_quantization)
         variables["lora"] = jax.tree.map(jnp.asarray, adapters)
-    variables["params"] = initial_weights.load_base(config.model, config.dtype, frozen, put)
+    variables["params"] = initial_weights.load_base(
+        config.model, config.dtype, frozen, put, config.model_quantization
+    )
     if adapter == "none":
         return Scored(shape, variables, f"{config.model}, untuned", "")
     digest = peft.digest(adapter)
@@ -110,9 +115,10 @@ def _load_checkpoint(
     if is_lora:
         shapes["lora"] = initial_weights.adapters_of(config, shape)
     mask = trainable_mask.mask(shapes, config.trainable, config.frozen)
-    variables = {
-        "params": initial_weights.load_base(config.model, config.dtype, mask["params"], put)
-    }
+    params = initial_weights.load_base(
+        config.model, config.dtype, mask["params"], put, config.model_quantization
+    )
+    variables = {"params": params}
     if is_lora:
         variables["lora"], variables["params"] = initial_weights.on_base(
             shapes["lora"],
@@ -121,16 +127,20 @@ def _load_checkpoint(
             init=config.lora.init,
             variant=config.lora.variant,
             folder=workdir / "pissa",
+            dtype=config.dtype,
         )
     trainable, frozen = trainable_mask.partition(variables, mask)
     step, trained = manager.restore_trainable(trainable, chosen)
     variables = trainable_mask.combine(trained, frozen)
     # Master copies of the base are for training; answers are made in the dtype of the arithmetic.
-    variables["params"] = jax.tree.map(lambda x: x.astype(config.dtype), variables["params"])
+    variables["params"] = jax.tree.map(
+        lambda x: x if is_quantized(x) else x.astype(config.dtype),
+        variables["params"],
+        is_leaf=is_quantized,
+    )
     if is_lora and lora.does_nothing(variables["lora"]):
         raise DataError(f"{path}: every B is zero, expected a trained adapter")
-    origin = f"{config.model} after step {step}"
-    return Scored(shape, variables, origin, digest(trained))
+    return Scored(shape, variables, f"{config.model} after step {step}", digest(trained))
 
 
 def digest(tree: PyTree) -> str:
@@ -263,7 +273,7 @@ def score(
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
     stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all)
     each = generators(config, model, scored.variables, meshes, end_ids, stop)
-    generate, origin = scheduler.round_robin(each), scored.origin
+    generate, scored_origin = scheduler.round_robin(each), scored.origin
     del scored
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids, stop=stop)
 
@@ -274,7 +284,7 @@ def score(
         if adapter != "none":
             before = tables.untuned_scores(workdir / "eval-none" / name, settings)
         text = tables.score_table(scores, before, config.eval.metrics)
-        say(f"\n{name}: {origin}\n{text}\n{results / name / 'scores.json'}")
+        say(f"\n{name}: {scored_origin}\n{text}\n{results / name / 'scores.json'}")
 
     safe = "rerun the same command to resume from the answers that are written"
     with running(lambda _: safe), ThreadPoolExecutor(1) as beside:

@@ -293,5 +293,6 @@ def save_adapter(given: Inputs, training: Training, state: State, workdir: Path)
             dropout=config.lora.dropout,
             base_name=config.model,
             base_digest=given.digests["base_digest"],
+            quantization=config.model_quantization,
             use_rslora=rslora,
         )

@@ -20,6 +20,8 @@ from jax_lora.model.transformer import Llama
 from jax_lora.training.optimizers import make_optimizer, schedule
 from jax_lora.training.step import Step, make_step
 
+Kinds = tuple[tuple[str, tuple[str, ...]], ...]  # (linear layer, kind of blocks of each layer)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -32,6 +34,7 @@ class Resolved:
       mesh_sizes: their product is the number of devices.
       attention: the kernel, among `attention.KERNELS`.
       materialized: the targets whose delta s·A·B is formed once per step.
+      gguf_kinds: of the base's blocks, where the config keeps those of a GGUF file.
     """
 
     config: RunConfig
@@ -40,6 +43,7 @@ class Resolved:
     mesh_sizes: MeshSizes
     attention: str
     materialized: tuple[str, ...]
+    gguf_kinds: Kinds = ()
 
     @property
     def is_lora(self) -> bool:
@@ -67,17 +71,20 @@ class Resolved:
 
         A scan writes all that the backward pass reads into stacks and copies it out of them.
         Without remat that is nearly everything: see docs/performance.md, and `xla_cpu` for CPUs.
+        In unrolled layers it would also keep what quantized kernels are dequantized to.
         """
-        depth = self.shape.num_hidden_layers
-        unrolls = self.platform != "tpu" and self.config.remat == "none"
-        return min(self.config.unroll or (depth if unrolls else 1), depth)
+        c, depth = self.config, self.shape.num_hidden_layers
+        is_plain = c.remat == "none" and c.model_quantization == "none"
+        unrolls = self.platform != "tpu" and is_plain
+        return min(c.unroll or (depth if unrolls else 1), depth)
 
     @property
     def unstacks(self) -> bool:
         """Whether frozen kernels are one array per layer, see `unstacked`: on one GPU that
         unrolls all layers, unless the adapters' start is computed from the stacks."""
         fits = self.platform in ("gpu", "cuda") and math.prod(self.mesh_sizes) == 1
-        plain = self.config.lora.variant == "lora" and self.config.lora.init != "pissa"
+        lora, quantization = self.config.lora, self.config.model_quantization
+        plain = lora.variant == "lora" and lora.init != "pissa" and quantization == "none"
         return fits and plain and self.unroll == self.shape.num_hidden_layers
 
     def model(self) -> Llama:
@@ -124,7 +131,9 @@ def with_dtype(config: RunConfig, platform: str) -> RunConfig:
     return config.replace(dtype="bfloat16" if fast else "float32")
 
 
-def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) -> Resolved:
+def resolve(
+    config: RunConfig, shape: LlamaConfig, platform: str, devices: int, gguf_kinds: Kinds = ()
+) -> Resolved:
     """Decide what a config leaves open.
 
     Args:
@@ -132,6 +141,7 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
       shape: of its base model.
       platform: of the devices: "cpu", "gpu"/"cuda" or "tpu".
       devices: how many there are.
+      gguf_kinds: see `Resolved`.
 
     Raises:
       ConfigError: a mesh that does not fit the devices, an attention kernel that cannot run, a
@@ -149,4 +159,5 @@ def resolve(config: RunConfig, shape: LlamaConfig, platform: str, devices: int) 
     materialized = ()
     if config.method == "lora" and config.lora.materialize_delta == "auto":
         materialized = lora.materialized_targets(shape, config.lora.rank, config.lora.targets)
-    return Resolved(config, shape, platform, config.mesh.sizes(devices), kernel, materialized)
+    sizes = config.mesh.sizes(devices)
+    return Resolved(config, shape, platform, sizes, kernel, materialized, gguf_kinds)

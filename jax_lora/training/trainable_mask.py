@@ -14,6 +14,7 @@ import optax
 from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
+from jax_lora.model.quantization import is_quantized
 from jax_lora.patterns import Matcher
 
 LORA = ((r"lora/.*/[abm]",), (r"lora/.*/scale", r"params/.*"))
@@ -34,7 +35,8 @@ def mask(variables: PyTree, trainable: Sequence[str], frozen: Sequence[str]) -> 
       frozen: the same for the leaves that do not train.
 
     Returns:
-      A tree of `variables`' structure with True and False, fit for `optax.masked`.
+      A tree of `variables`' structure with True and False, fit for `optax.masked`; a quantized
+      kernel is one leaf of it.
 
     Raises:
       ConfigError: a leaf that no expression covers, a trainable expression that decides no leaf,
@@ -56,7 +58,7 @@ def mask(variables: PyTree, trainable: Sequence[str], frozen: Sequence[str]) -> 
             f"trainable {list(trainable)}, frozen {list(frozen)}"
         )
 
-    result = jax.tree_util.tree_map_with_path(trains, variables)
+    result = jax.tree_util.tree_map_with_path(trains, variables, is_leaf=is_quantized)
     for path, trained in jax.tree_util.tree_leaves_with_path(result):
         name = leaf_name(path)
         if trained and name.startswith("lora/") and name.endswith("/scale"):
@@ -71,11 +73,33 @@ def mask(variables: PyTree, trainable: Sequence[str], frozen: Sequence[str]) -> 
     return result
 
 
+def check_kernels_frozen(trains: PyTree, quantization: str) -> None:
+    """Make sure that nothing trains that is stored quantized.
+
+    Args:
+      trains: the mask of a base's parameters.
+      quantization: `config.model_quantization`.
+
+    Raises:
+      ConfigError: a kernel of a linear layer that trains.
+    """
+    if quantization == "none":
+        return
+    for path, trained in jax.tree_util.tree_leaves_with_path(trains["layers"]):
+        name = f"params/layers/{leaf_name(path)}"
+        if trained and name.endswith("/kernel"):
+            raise ConfigError(
+                f"config.model_quantization: found {quantization} and {name}, which trains; "
+                "expected none, or that it is frozen"
+            )
+
+
 def partition(variables: PyTree, trains: PyTree) -> tuple[PyTree, PyTree]:
     """Split a tree into (trainable, frozen), an `optax.MaskedNode` where a leaf is elsewhere.
 
         {a: 1, b: 2}, {a: True, b: False}  →  {a: 1, b: ·}, {a: ·, b: 2}
 
+    A quantized kernel, one leaf of the mask, goes into one half as a whole.
     A MaskedNode has no leaves, so gradients, optimizer state and checkpoints of one half share
     its structure and hold nothing of the other.
     """

@@ -9,9 +9,10 @@ from pathlib import Path
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
-from jax_lora.weights import gguf, hf
+from jax_lora.weights import gguf, gguf_kernels, hf, quantize
 from jax_lora.weights.tree import DevicePut
 
 _BLOCK, _BLOCKS = 1 << 16, 64  # bytes of a block, and how many of each file are read
@@ -39,14 +40,46 @@ def load(
     source: str | os.PathLike[str],
     dtype: DTypeLike = "bfloat16",
     put: DevicePut | None = None,
+    quantization: str = "none",
 ) -> tuple[LlamaConfig, PyTree]:
     """Configuration and base tree of any source; see `hf.load` and `gguf.load`.
 
     Raises:
+      ConfigError: as `check_quantization`.
       MissingFileError, DataError: one line that names the file, what was found and expected.
     """
     path = hf.resolve(source)
-    return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, put)
+    return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, put, quantization)
+
+
+def check_quantization(
+    source: str | os.PathLike[str], quantization: str
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Make sure that the linear layers of a source can be stored so, before they are read.
+
+    Args:
+      source: of the base.
+      quantization: "none", "int8", "nf4" or "gguf".
+
+    Returns:
+      For "gguf" the kinds of its blocks, see `Resolved.gguf_kinds`.
+
+    Raises:
+      ConfigError: "gguf" for a source that is no GGUF file.
+      DataError: a tensor that blocks do not divide, or in a kind of blocks that is not known.
+    """
+    if quantization == "none":
+        return ()
+    path = hf.resolve(source)
+    if quantization == "gguf":
+        if path.suffix != ".gguf":
+            raise ConfigError(
+                f"config.model_quantization: found gguf for {source}, expected a GGUF file; int8 "
+                "and nf4 quantize any base"
+            )
+        return tuple(gguf_kernels.kernel_kinds(gguf.open_gguf(path)).items())
+    quantize.check_shapes(quantization, read_config(path), source)
+    return ()
 
 
 def check(source: str | os.PathLike[str]) -> None:

@@ -17,8 +17,10 @@ from jax_lora.errors import DataError
 from jax_lora.model.arch import LINEARS, NORMS
 from jax_lora.model.config import LARGEST_INT, LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES
+from jax_lora.weights import gguf_kernels
 from jax_lora.weights.finite import check_finite
 from jax_lora.weights.gguf_file import GGUFFile, Tensor, open_gguf
+from jax_lora.weights.quantize import kernel_reader
 from jax_lora.weights.tree import DevicePut, assemble, check_tensors, numpy_dtype
 
 # Hugging Face's name of a module in a block → llama.cpp's.
@@ -182,8 +184,8 @@ def check(path: str | os.PathLike[str]) -> None:
     _open(path)
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The configuration and the tensors that it names, by Hugging Face's names."""
+def _open(path: str | os.PathLike[str]) -> tuple[GGUFFile, LlamaConfig, dict[str, Tensor]]:
+    """The file, its configuration, and the tensors that it names, by Hugging Face's names."""
     file = open_gguf(path)
     config = read_config(file)
     tensors = [t for t in file.tensors.values() if not t.name.endswith(_BUFFERS)]
@@ -193,11 +195,14 @@ def _open(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]
         return found[name].name if name in found else _gguf_name(name)
 
     check_tensors(str(path), config, {name: t.shape for name, t in found.items()}, label)
-    return config, found
+    return file, config, found
 
 
 def load(
-    path: str | os.PathLike[str], dtype: DTypeLike = "bfloat16", put: DevicePut | None = None
+    path: str | os.PathLike[str],
+    dtype: DTypeLike = "bfloat16",
+    put: DevicePut | None = None,
+    quantization: str = "none",
 ) -> tuple[LlamaConfig, PyTree]:
     """Read a GGUF file, de-quantising tensor by tensor.
 
@@ -205,16 +210,18 @@ def load(
       path: the file.
       dtype: of the parameters: bfloat16, float16 or float32.
       put: what to do with each finished leaf, see `tree.assemble`.
+      quantization: of the linear layers: "none"; "gguf", the blocks of the file as they are; or as
+        for `quantize.kernel_reader`.
 
     Returns:
       The configuration and the base tree (see `tree`).
 
     Raises:
-      MissingFileError, DataError: see `open_gguf`, `read_config` and `tree.check_tensors`; all
-        before any weight is read.
+      MissingFileError, DataError: see `open_gguf`, `read_config`, `gguf_kernels` and
+        `tree.check_tensors`; all before any weight is read.
     """
     dtype = numpy_dtype(dtype)
-    config, found = _open(path)
+    file, config, found = _open(path)
     for tensor in {t.kind: t for t in found.values()}.values():
         try:  # one row of each kind, before anything large
             tensor._replace(
@@ -223,16 +230,22 @@ def load(
         except ValueError as error:
             raise DataError(f"{path}: {error}") from None
 
-    interleaved = FAMILIES[config.family].gguf_interleaved
+    def in_order(name: str, rows: np.ndarray) -> np.ndarray:
+        # llama.cpp's order of the rows → Hugging Face's
+        if not FAMILIES[config.family].gguf_interleaved:
+            return rows
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        module = name.split(".")[-2]
+        return _unpermute(rows, heads[module]) if module in heads else rows
 
     def read(name: str) -> np.ndarray:
-        tensor = check_finite(found[name].read(), found[name].name, path)
-        if interleaved and (".q_proj." in name or ".k_proj." in name):
-            heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
-            tensor = _unpermute(tensor, heads)
-        return tensor
+        return in_order(name, check_finite(found[name].read(), found[name].name, path))
 
-    return config, assemble(config, dtype, read, put)
+    if quantization == "gguf":
+        read_kernel = gguf_kernels.kernel_reader(file, found, in_order)
+    else:
+        read_kernel = kernel_reader(quantization, config, read, path)
+    return config, assemble(config, dtype, read, put, read_kernel)
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from jax_lora.files import fresh_folder, read_json, write_json
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights.finite import check_finite
 from jax_lora.weights.hf_config import config_to_hf, parse_config
+from jax_lora.weights.quantize import kernel_reader
 from jax_lora.weights.tree import DevicePut, assemble, check_tensors, disassemble, numpy_dtype
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def load(
     source: str | os.PathLike[str],
     dtype: DTypeLike = "bfloat16",
     put: DevicePut | None = None,
+    quantization: str = "none",
 ) -> tuple[LlamaConfig, PyTree]:
     """Read a Hugging Face folder of a Llama, tensor by tensor.
 
@@ -86,6 +88,7 @@ def load(
       source: the folder, with `config.json` and `model.safetensors` or its index and shards.
       dtype: of the parameters: bfloat16, float16 or float32.
       put: what to do with each finished leaf, see `tree.assemble`.
+      quantization: of the linear layers, see `quantize.kernel_reader`.
 
     Returns:
       The configuration and the base tree (see `tree`).
@@ -106,7 +109,8 @@ def load(
 
         if config.tie_word_embeddings and "lm_head.weight" in files:
             _check_tied(folder, files)
-        return config, assemble(config, dtype, read, put)
+        kernels = kernel_reader(quantization, config, read, folder)
+        return config, assemble(config, dtype, read, put, kernels)
 
 
 def check(folder: Path) -> None:

@@ -73,8 +73,8 @@ def parse_config(raw: Json, where: str = "config.json") -> LlamaConfig:
         )
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise DataError(f"{where}: hidden_act: found {activation!r}, expected 'silu'")
-    if raw.get("quantization_config"):
-        raise DataError(f"{where}: quantization_config: found one, expected unquantised weights")
+    if quantized := raw.get("quantization_config"):
+        raise DataError(f"{where}: quantization_config: {_another_way(quantized)}")
 
     hidden, heads = field("hidden_size", int), field("num_attention_heads", int)
     head_dim = raw.get("head_dim") or family.defaults.get("head_dim")
@@ -108,6 +108,24 @@ def parse_config(raw: Json, where: str = "config.json") -> LlamaConfig:
     except ValueError as error:
         text = str(error)
         raise DataError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+def _another_way(quantized: object) -> str:
+    """What was found of weights that another library quantized, and what to load for them."""
+    found = quantized if isinstance(quantized, Mapping) else {}
+    bits = {"load_in_8bit": "int8", "load_in_4bit": "nf4"}
+    here = [form for key, form in bits.items() if found.get(key)]
+    kind = str(found.get("quant_method") or ("bitsandbytes" if here else "an unknown method"))
+    if kind == "bitsandbytes":
+        form = here[0] if here else "nf4"
+        return (
+            f"found bitsandbytes in {form}, expected the weights that it was made from, loaded "
+            f"with model_quantization={form}"
+        )
+    return (
+        f"found {kind}, expected the weights that it was made from, loaded with "
+        "model_quantization=nf4, or a GGUF file of them with model_quantization=gguf"
+    )
 
 
 def _biases(family: Family, given: Iterable[str]) -> tuple[str, ...]:

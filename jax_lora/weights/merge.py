@@ -4,7 +4,8 @@
     DoRA   W' = m (W + s A B) / ‖W + s A B‖      ‖·‖ and m per column (Liu et al. 2024, 2402.09353)
 
 In float32 whatever W is kept in, as rounding a small update into a bfloat16 W loses part of it;
-what is rounded, once, is W'. How much that changes, `rounding_change` says.
+a quantized W is dequantized to float32. What is rounded, once, is W'. How much that changes,
+`rounding_change` says.
 """
 
 from __future__ import annotations
@@ -18,17 +19,42 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.quantization import QuantizedKernel, is_quantized
 from jax_lora.model.transformer import Llama
 from jax_lora.weights.tree import numpy_dtype
 
 TOKENS = 32  # ids that `rounding_change` reads
 
 
+@jax.jit
+def _dequantize(kernel: QuantizedKernel) -> jax.Array:
+    return kernel.dequantize(jnp.float32)
+
+
+@dataclass(frozen=True)
+class DequantizedKernel:
+    """A stacked kernel (L, in, out) whose layers are dequantized one by one, when they are asked
+    for. `kernel`: as it is stored."""
+
+    kernel: QuantizedKernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(L, in, out)."""
+        return self.kernel.shape
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        """A layer: (in, out), float32."""
+        one = jax.tree.map(lambda x: jnp.asarray(x[layer]), self.kernel)
+        return np.asarray(_dequantize(one))
+
+
 @dataclass(frozen=True)
 class MergedKernel:
     """A stacked kernel (L, in, out) whose layers are merged one by one, when they are asked for.
 
-    `kernel`: of the base, any float dtype. `adapter`: its `a`, `b`, `scale` and perhaps `m`.
+    `kernel`: of the base, any float dtype, or a `DequantizedKernel`. `adapter`: its `a`, `b`,
+    `scale` and perhaps `m`.
     """
 
     kernel: PyTree
@@ -51,7 +77,8 @@ class MergedKernel:
 
 
 def merge(base: PyTree, adapters: PyTree) -> PyTree:
-    """The base's tree with a `MergedKernel` for each kernel that has an adapter.
+    """The base's tree with a `MergedKernel` for each kernel that has an adapter, and a
+    `DequantizedKernel` for each other one that is quantized.
 
     Args:
       base: the parameters, see `jax_lora.weights.tree`; numpy or jax.
@@ -60,7 +87,11 @@ def merge(base: PyTree, adapters: PyTree) -> PyTree:
     Returns:
       A tree for `hf.save` and `rounding_change`. It holds no arrays but those of its arguments.
     """
-    layers = dict(base["layers"])
+    layers = jax.tree.map(
+        lambda x: DequantizedKernel(x) if isinstance(x, QuantizedKernel) else x,
+        base["layers"],
+        is_leaf=is_quantized,
+    )
     for group, modules in adapters["layers"].items():
         layers[group] = dict(layers[group])
         for name, adapter in modules.items():

@@ -5,12 +5,14 @@ know in `adapter_config.json`, and older versions refuse them:
 
     base           name or path of the base
     base_digest    of the base, see `jax_lora.weights.base.digest`
+    quantization   of the base's linear layers, where there is one: `config.model_quantization`
     adapter        of a merged model: the digest of the adapter in it
     digest         of a converted model: its own, so that weights changed since then are noticed
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from jax_lora.errors import DataError
 from jax_lora.files import read_json, write_json
 from jax_lora.weights import base, hf
 
+logger = logging.getLogger(__name__)
 NAME = "jax_lora.json"
 
 
@@ -43,6 +46,23 @@ def read(folder: str | os.PathLike[str]) -> dict[str, object]:
     """
     path = Path(folder) / NAME
     return read_json(path, dict) if path.is_file() else {}
+
+
+def warn_of_another_form(folder: str | os.PathLike[str], trained: str, found: str) -> None:
+    """Say that an adapter meets its base in another form than the one it was trained on.
+
+    Args:
+      folder: of the adapter.
+      trained, found: the quantization of the base then and now.
+    """
+    if trained != found:
+        logger.warning(
+            "%s: trained on a base with model_quantization=%s and used on one with %s, whose "
+            "weights differ by rounding; eval.py --check says how far logits move",
+            folder,
+            trained,
+            found,
+        )
 
 
 def digests(source: str | os.PathLike[str]) -> list[str]:

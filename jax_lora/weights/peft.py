@@ -101,6 +101,17 @@ def base_digest(folder: str | os.PathLike[str]) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def base_quantization(folder: str | os.PathLike[str]) -> str:
+    """The quantization of the base that an adapter or a run was trained on; "none" where its files
+    name none."""
+    found = origin.read(resolve(folder)).get("quantization")
+    config = run_of(folder) / "config.json"
+    if found is None and config.is_file():
+        saved = read_json(config, dict).get("config")
+        found = saved.get("model_quantization") if isinstance(saved, dict) else None
+    return found if isinstance(found, str) else "none"
+
+
 def trained_base(folder: str | os.PathLike[str]) -> list[str]:
     """Weights of the base that the run of this folder (see `run_of`) trained."""
     table = run_of(folder) / "parameters.json"
@@ -245,6 +256,7 @@ def save(
     ranks: Mapping[str, Sequence[int]] | None = None,
     alphas: Mapping[str, Sequence[float]] | None = None,
     base_digest: str | None = None,
+    quantization: str = "none",
 ) -> None:
     """Write an adapter that PEFT, and whatever reads its format, loads; float32, bit for bit.
 
@@ -256,6 +268,7 @@ def save(
       ranks, alphas: for every target, the true value in each layer, where they differ; a rank of
         0 is a layer without an adapter.
       base_digest: of the base, see `weights.base.digest`; goes into `jax_lora.json`.
+      quantization: of the base's linear layers; goes there too, with the digest.
 
     Raises:
       ValueError: no adapters, something in the tree that is no linear layer, a `scale` that
@@ -306,7 +319,8 @@ def save(
     }
     folder = Path(folder)
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    origin.write(folder, base_name, base_digest)
+    more = {} if quantization == "none" else {"quantization": quantization}
+    origin.write(folder, base_name, base_digest, **more)
     with fresh_file(config_path) as partial_config, fresh_file(path) as partial:
         write_json(partial_config, config)
         write_tensors(partial, written)

@@ -42,6 +42,11 @@ class Leaf(NamedTuple):
     transposed: bool = False
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether it is the kernel of a linear layer of a block."""
+        return self.stacked and self.path[-1] == "kernel"
+
+    @property
     def leaf_shape(self) -> tuple[int, ...]:
         shape = self.shape[::-1] if self.transposed else self.shape
         return (len(self.names), *shape) if self.stacked else shape
@@ -145,6 +150,7 @@ def assemble(
     dtype: DTypeLike,
     read: Callable[[str], np.ndarray],
     put: DevicePut | None = None,
+    read_kernel: Callable[[Leaf, DevicePut], PyTree] | None = None,
 ) -> PyTree:
     """Build the base tree, one leaf at a time.
 
@@ -154,6 +160,7 @@ def assemble(
       read: Hugging Face name → that tensor, in Hugging Face's orientation.
       put: gets a leaf's path and its numpy array, returns what the tree holds (default: a
         jax array on the default device). The numpy array is not touched again.
+      read_kernel: of the linear layers where they are quantized, see `quantize.kernel_reader`.
 
     Returns:
       The tree of the module's docstring. Beside what `put` returns, no more than one leaf and
@@ -166,7 +173,10 @@ def assemble(
         node = tree
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = put(leaf.path, _fill(leaf, dtype, read))
+        if read_kernel is not None and leaf.is_kernel:
+            node[leaf.path[-1]] = read_kernel(leaf, put)
+        else:
+            node[leaf.path[-1]] = put(leaf.path, _fill(leaf, dtype, read))
     return tree
 
 

@@ -266,8 +266,8 @@ def test_all_of_it_is_there_without_the_script(parsed):
 
 def test_figures_are_drawn_for_both_widths_and_their_text_is_text(parsed):
     images = [attrs for _, attrs in parsed.elements if attrs.get("role") == "img"]
-    assert [attrs["class"] for attrs in images] == ["wide", "narrow"] * 5
-    assert sum(tag == "svg" for tag, _ in parsed.elements) == 10
+    assert [attrs["class"] for attrs in images] == ["wide", "narrow"] * 4
+    assert sum(tag == "svg" for tag, _ in parsed.elements) == 8
     assert "LoRA rank" in parsed.text and "Exact match (%)" in parsed.text
     sizes = [float(size.removesuffix("px")) for size in parsed.attributes("font-size")]
     assert min(sizes) >= 4.5  # the exponents of powers of ten

@@ -112,7 +112,23 @@ def test_against_hf_the_original_length_at_the_top_is_read_alike(kind):
         ({"model_type": "gemma2"}, "model_type: found 'gemma2', expected one of llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: found an unknown method,"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "found bitsandbytes in int8, expected the weights that it was made from, loaded with "
+            "model_quantization=int8",
+        ),
+        (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+            "found bitsandbytes in nf4, expected the weights that it was made from, loaded with "
+            "model_quantization=nf4",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "found gptq, expected the"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "found awq, expected the weights that it was made from, loaded with "
+            "model_quantization=nf4, or a GGUF file of them with model_quantization=gguf",
+        ),
         ({"hidden_size": None}, "hidden_size: found nothing, expected a positive integer"),
         ({"hidden_size": "64"}, "hidden_size: found '64'"),
         ({"hidden_size": 66}, "hidden_size: found 66, expected a multiple"),

@@ -1,0 +1,22 @@
+"""A quantized base on 8 devices: one device's step, its bytes shared out on block boundaries."""
+
+import json
+
+import pytest
+
+from tests.processes import finish, start
+
+# Blocks of 256 inputs are one per kernel here, which no axis divides: it cuts the outputs.
+MESHES = ["1,8,1", "2,2,2", "1,1,8"]
+
+
+@pytest.mark.parametrize("form", ["nf4", "Q4_K+Q6_K", "int8"])
+def test_a_mesh_equals_one_device_and_shares_the_base(form, promise):
+    (said,) = finish(start("tests.training.quantized_devices", 8, form, *MESHES))
+    for mesh, found in json.loads(said.splitlines()[-1]).items():
+        what = "a step on 8 devices instead of 1, base in int8, nf4 or GGUF blocks"
+        promise(f"{what}: loss", found["loss"], 1e-5)
+        promise(f"{what}: ‖g - g'‖ / ‖g'‖ of A and B", found["gradient"], 1e-5)
+        assert found["held"] == found["planned"]
+        _, fsdp, tensor = map(int, mesh.split(","))
+        assert found["held"] < 1.3 * found["one"] / (fsdp * tensor)  # norms are not shared
