@@ -10,7 +10,7 @@ BASE := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 RUN := runs/quickstart
 ENVIRONMENTS := run test parity oldest
 # Whatever reads and writes what other libraries define.
-OLDEST_TESTS ?= tests/data tests/weights tests/evaluation
+OLDEST_TESTS ?= tests/data tests/weights tests/evaluation tests/run/test_trackers.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -111,7 +111,7 @@ PINS_oldest := $(VENV)/oldest.txt
 $(PINS_oldest): tests/oldest.py pyproject.toml $(VENV)/python
 	@$(PYTHON) $< > $@
 $(VENV)/oldest/ready: $(VENV)/test/ready $(PINS_oldest)
-$(VENV)/oldest/ready: EXTRAS :=
+$(VENV)/oldest/ready: EXTRAS := [wandb]
 $(VENV)/oldest/ready: BELOW := test run
 
 # Python compiles a module when it is first imported; pip would compile all of them.

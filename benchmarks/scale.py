@@ -323,7 +323,8 @@ by formula, a power of two.
 """
 QUANTIZED_COMPILED = """
 And what the compilers say (`tests/recorded/aot_quantized.json`); 15.75 GiB are usable on a v5e. The
-formula was fitted to bases that are not quantized, and is used as it is.
+formula was fitted to bases that are not quantized, and is used as it is. On several devices do not
+believe it: on four v5e the compiler needs much more, for a reason that is not known.
 
 | | devices | other than above | formula | compiled | usable | |
 |---|---|---|---:|---:|---:|---|"""

@@ -15,7 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets  # noqa: E402, F401
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
 
+import jax_lora.study.command  # noqa: E402, F401
 from tests import bad_inputs  # noqa: E402
 from tests.scripts import run  # noqa: E402
 

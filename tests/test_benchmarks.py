@@ -9,7 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from benchmarks import curves, epoch, parts, report, run, work
+from benchmarks import curves, decoding, epoch, parts, report, run, work
+from jax_lora.data.toy import write_checkout
 from jax_lora.model.arch import ATTENTION, LINEAR
 from jax_lora.model.families import CONFIGS
 
@@ -99,6 +100,14 @@ def test_a_wrong_flag_is_named(flag, capsys):
     assert end.value.code == 2
     name, _, value = flag.partition("=")
     assert f"error: {name}: found {value!r}, expected" in capsys.readouterr().err
+
+
+def test_the_mix_has_as_many_prompts_as_asked_for(tmp_path):
+    data, tokenizer = write_checkout(tmp_path), work.Words(512)
+    some = decoding.mix(tokenizer, data, per_task=2, new_tokens=4)
+    fewer = decoding.mix(tokenizer, data, per_task=2, new_tokens=4, prompts=3)
+    assert len(some.prompts) == 2 * len(set(some.tasks)) > 3
+    assert (fewer.prompts, fewer.tasks) == (some.prompts[:3], some.tasks[:3])
 
 
 @pytest.mark.parametrize("size", ["tiny", "7b"])

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
+from jax_lora.study import MEASURES
 from tests import scripts
 from tests.conftest import REPOSITORY, SMOKE, many_cpus
 from tests.processes import free_address
@@ -107,7 +108,7 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
     found, wanted = (pd.read_parquet(w / "results.parquet") for w in (workdir, smoke_study))
     wanted = wanted[wanted["cell"] == "r2-T2-round0"].reset_index(drop=True)
     scores = ["exact_match", "rougeL", "out_of_options", "top_answer_share", "answer_entropy"]
-    scores += ["exact_match_given_valid", "empty", "copies", "unfinished"]
+    scores += ["exact_match_given_valid", "empty", "copies", "unfinished", *MEASURES]
     assert set(found["cell"]) == {cell}
     assert found.drop(columns=["cell", *scores]).equals(wanted.drop(columns=["cell", *scores]))
     rates = pd.read_parquet(workdir / "rates.parquet").set_index("cell")
@@ -156,6 +157,7 @@ def test_the_folder_of_a_study(smoke_study):
         "study.json",
         "results.parquet",
         "timings.parquet",
+        "updates.parquet",
         "toy/toy-llama/model.safetensors",
         "cells/r2-T2-round0/done.json",
         "cells/r2-T2-round0/adapter/adapter_model.safetensors",
@@ -174,6 +176,16 @@ def test_the_folder_of_a_study(smoke_study):
     # 2 layers × 4 targets, A and B of rank 2 between 64 and 4 × 32 dimensions.
     assert lora["trainable"] == 2 * 4 * 2 * (64 + 128) and full["frozen"] == 0
     assert lora["frozen"] == full["trainable"] and lora["train_tokens"] == full["train_tokens"]
+    # What is measured beside the answers, of both, and of the memory probe alone not.
+    measured = results[[name for name in MEASURES if name not in ("adapter_rank", "alpha")]]
+    assert measured.drop(columns="memorized_bits").notna().all(axis=None)
+    assert measured["memorized_bits"].isna().all()
+    assert (lora["adapter_rank"], lora["alpha"]) == (2, 4) and np.isnan(full["alpha"])
+    assert lora["effective_rank"] <= 2 < full["effective_rank"]
+    updates = pd.read_parquet(smoke_study / "updates.parquet")
+    assert updates.groupby("cell", sort=False).size().to_list() == [2 * 4] * 2
+    values = updates[updates["cell"] == "full-T2-round0"]["values"].iloc[0]
+    assert len(values) == 64 and (np.diff(values) <= 0).all()
 
 
 def test_a_finished_study_trains_nothing(smoke_study):

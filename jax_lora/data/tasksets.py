@@ -60,6 +60,12 @@ class TaskSet:
         return self.draw()
 
 
+def set_names(sizes: Sequence[int]) -> tuple[str, ...]:
+    """The sets of `draw` that can be trained on, of its three sizes."""
+    nested = (f"T{size}" for size in sizes)
+    return (*nested, "Tall", f"T*{sizes[0]}", f"T*{sizes[2]}")
+
+
 def draw(
     checkout: Checkout,
     round: int,
@@ -85,7 +91,7 @@ def draw(
         DataError: no train tasks.
     """
     _check_counts(checkout, sizes, train_per_task, test_per_task)
-    small, middle, large = (f"T{size}" for size in sizes)
+    small, middle, large, tall, *controls = set_names(sizes)
     chosen = _draw_tasks(checkout.train, round, sizes, train_per_task + test_per_task)
     held_out = {name: test_per_task for name in chosen[0]}
 
@@ -115,11 +121,11 @@ def draw(
 
     sets = [
         taskset(name, names, train_per_task, lambda name: parts(name)[0])
-        for name, names in zip((small, middle, large, "Tall"), chosen, strict=True)
+        for name, names in zip((small, middle, large, tall), chosen, strict=True)
     ]
     sets += [
-        control(f"T*{sizes[0]}", chosen[0]),
-        control(f"T*{sizes[2]}", chosen[2]),
+        control(controls[0], chosen[0]),
+        control(controls[1], chosen[2]),
         taskset("seen", chosen[0], test_per_task, lambda name: parts(name)[1]),
         taskset(
             "unseen",

@@ -68,7 +68,7 @@ def answers(
         options: dict[str, object] = {"buckets": tuple(buckets), "max_batch": 8, **changed}
         prompts, groups = [rows[i].ids for i in order], [labels[i] for i in order]
         ended = itertools.chain.from_iterable(way(prompts, groups, **options))
-        return {order[i]: ids.tolist() for i, ids in ended}
+        return {int(order[i]): ids.tolist() for i, ids in ended}
 
     expected = answer(generate, *arrangements["the same again"])
     ways = [(name, generate, arrangement) for name, arrangement in arrangements.items()]

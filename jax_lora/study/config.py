@@ -72,7 +72,7 @@ class ToyConfig:
 class MeasureConfig:
     """What a trained cell is measured by, beside its answers; see docs/study.md."""
 
-    losses_per_task: int = 10  # test examples of each task whose reference's loss is measured
+    losses_per_task: int = 1  # test examples of each task whose reference's loss is measured
     text: str = ""  # a file, whose loss says what was forgotten; "": a passage of the package
     spectra: bool = True  # of weight updates, and intruder dimensions; on the host, hours at 7B
 

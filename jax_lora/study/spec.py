@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_lora.config import SPEED, RunConfig, flatten, read_typed
+from jax_lora.data.tasksets import set_names
 from jax_lora.errors import ConfigError
 from jax_lora.files import read_json
 from jax_lora.model.config import LlamaConfig
@@ -78,6 +79,8 @@ def _toy_paths(workdir: Path, base: str, tasks: str) -> Changes:
 def inputs_of(config: StudyConfig, workdir: Path) -> Iterator[Path]:
     """The folder with the toy tasks and base; before they are made, a temporary one with a base
     of the same shape."""
+    if config.toy.instances:  # before its tasks are written
+        _check_sets(config.sets, set_names(config.run.data.sizes))
     if not config.toy.instances or (workdir / "toy" / "toy-llama").is_dir():
         yield workdir
         return
@@ -155,10 +158,7 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str
             if not value:
                 raise ConfigError(f"--config.run.{key}: found none, expected a folder or a hub id")
         sets = [name for name in inputs.task_sets(run) if name not in inputs.TESTS]
-        if cell.set not in sets:
-            raise ConfigError(
-                f"config.sets: found {cell.set!r}, expected some of {', '.join(sets)}"
-            )
+        _check_sets([cell.set], sets)
     base_weights.read_config(run.model)
     return inputs.open_checkout(run.data.path, run.data.categories).fingerprint
 
@@ -174,6 +174,14 @@ def _check_matched(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> 
                     f"config.match_parameters: ranks {first} and {cell.rank} of the variant "
                     f"{cell.variant} would both be rank {rank}, expected ranks further apart"
                 )
+
+
+def _check_sets(found: Sequence[str], expected: Sequence[str]) -> None:
+    for name in found:
+        if name not in expected:
+            raise ConfigError(
+                f"config.sets: found {name!r}, expected some of {', '.join(expected)}"
+            )
 
 
 def train_tokens(run: RunConfig) -> int:

@@ -45,6 +45,24 @@ def test_the_formula_agrees_with_rows_that_it_was_not_fitted_to(row):
     agrees(row)
 
 
+@pytest.mark.parametrize(
+    "row", [r for r in GROUPS["quantized bases"] if "mesh" not in r["setup"]], ids=label
+)
+def test_a_step_on_a_quantized_base_dequantizes_no_more_than_a_layer(row):
+    # What the formula counts besides the stored base: the kernels of one layer in bfloat16.
+    agrees(row)
+
+
+def test_a_7b_step_in_nf4_fits_16_gib_by_the_compilers_word():
+    found = {
+        row["setup"]["kind"]: scale.compiled_peak(row)
+        for row in GROUPS["quantized bases"]
+        if (row["setup"]["model"], row["setup"]["rank"]) == ("llama-7b", 16)
+        and row["setup"]["quantization"] == "nf4"
+    }
+    assert found.keys() == {"rtx4090", "v5e"} and max(found.values()) < 5 * scale.GIB
+
+
 @pytest.mark.parametrize("row", GROUPS["held out, below 7B"], ids=label)
 def test_the_formula_is_within_two_gib_on_small_models(row):
     assert abs(memory(scale.from_record(row)).peak - scale.compiled_peak(row)) < 2 * scale.GIB

@@ -110,6 +110,7 @@ def test_weights_and_biases_offline(monkeypatch, tmp_path):
     config = CONFIG.replace(tracker="wandb")
     write(tmp_path, config)
     write(tmp_path, config, start=1, steps=(2, 3))
+    importlib.import_module("wandb").teardown()  # its process writes until then
     known = read_json(tmp_path / "wandb_run.json")["id"]
     runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{known}/run-{known}.wandb"))
     assert runs and all(path.stat().st_size for path in runs)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import (
     study_base,
+    study_capacity,
     study_lr,
     study_mini,
     study_paper,
@@ -37,7 +38,10 @@ def test_the_default_is_the_papers_grid():
     assert len(grid.cells_of(config)) == 12 * 6 * 3
 
 
-STUDIES = (study_lr, study_mini, study_paper, study_real_cpu, study_smoke, study_smollm2)
+STUDIES = (
+    *(study_capacity, study_lr, study_mini, study_paper, study_real_cpu, study_smoke),
+    study_smollm2,
+)
 
 
 @pytest.mark.parametrize("made", [study_base, *STUDIES])
