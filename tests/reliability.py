@@ -215,8 +215,11 @@ def _damage(folder: Path, kind: str, rng: random.Random) -> None:
 # ---------------------------------------------------------------- kills, locks, signals
 
 
-def kills(ground: Ground, tries: int) -> list[Result]:
-    """SIGKILL scripts again and again, see tests/killed_scripts.py."""
+def killed_commands(
+    ground: Ground,
+) -> dict[str, tuple[str, list[list[str]], Path | None, int]]:
+    """What is killed: name → what is compared, a command per process, the folder that it starts
+    from, and its share of the kills in eighths."""
     train = ground.train(Path("{workdir}"), 20, rank=2)[1:]
     packed = ["--config.data.packed=True", "--config.validate_every=3"]
     packed += ["--config.data.validation_per_task=2", "--config.keep=best"]
@@ -226,15 +229,19 @@ def kills(ground: Ground, tries: int) -> list[Result]:
     score = ground.eval(Path("{workdir}"))[1:-1]  # without --overwrite
     study = [f"--config={REPOSITORY}/configs/study_smoke.py", "--config.ranks=(2,)"]
     study += ["--config.sets=('T2',)", "--config.toy.run.epochs=1", "--workdir={workdir}"]
-    kinds = {
+    return {
         "train.py": ("train", [train], None, 3),
         "train.py, packed and validating": ("train", [packed], None, 1),
         "train.py, packed and validating, in two processes": ("train", two, None, 1),
         "eval.py": ("eval", [score], ground.run, 2),
         "study.py": ("study", [[str(REPOSITORY / "study.py"), *study]], None, 1),
     }
+
+
+def kills(ground: Ground, tries: int) -> list[Result]:
+    """SIGKILL scripts again and again, see tests/killed_scripts.py."""
     results = []
-    for name, (kind, commands, start, share) in kinds.items():
+    for name, (kind, commands, start, share) in killed_commands(ground).items():
         folder = ground.fresh("kills")
         folder.mkdir()
         spec = {"kind": kind, "commands": commands, "fresh": start and str(start)}

@@ -287,7 +287,10 @@ def fake(monkeypatch, config, total, events):
     monkeypatch.setattr(loop, "train", train)
     batches = SimpleNamespace(stream=lambda *_: [], examples_until=lambda step: 8 * step)
     given = SimpleNamespace(
-        total=total, resolved=SimpleNamespace(config=config), mesh=None, batches=batches
+        total=total,
+        resolved=SimpleNamespace(config=config),
+        batches=batches,
+        device_put=lambda batch: batch,
     )
     checkpoints = SimpleNamespace(
         save=lambda _: events.append(("save", None)),
