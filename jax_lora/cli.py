@@ -31,7 +31,7 @@ WRONG_INPUT, FAILED = 2, 1
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Turn the errors that are the user's to mend, faults while running and stops into one line on
-    stderr and an exit code, see `jax_lora.errors`.
+    stderr and an exit code, see `jax_lora.errors`. Of other libraries' logs, show warnings alone.
 
     Any other exception is a fault of ours and passes through. JAX_LORA_TRACEBACK=1 shows the
     traceback of all of them.
@@ -39,6 +39,9 @@ def exit_codes() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # one that is ASCII has no × and no α
             stream.reconfigure(errors="replace")
+    # JAX names the backends that it lacks, Orbax every file, matplotlib all tables of its fonts.
+    for others in (None, "absl"):
+        logging.getLogger(others).setLevel(logging.WARNING)
     try:
         yield
     except (ConfigError, DataError, OSError, RunFailed, Stopped) as error:
@@ -109,7 +112,7 @@ class StopRequest:
 
 
 def log_progress() -> None:
-    """Show what the library logs, plain lines on stderr; of other libraries, warnings alone.
+    """Show what the library logs, plain lines on stderr.
 
     Raises:
       ConfigError: see `check_platform`.
@@ -117,8 +120,6 @@ def log_progress() -> None:
     check_platform()
     handler = logging.StreamHandler()
     handler.setFormatter(_Plain("%(message)s"))
-    for others in (None, "absl"):  # JAX names the backends that it lacks, Orbax every file
-        logging.getLogger(others).setLevel(logging.WARNING)
     # Orbax shows the traceback of an error that it raises as well.
     logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
     logger = logging.getLogger("jax_lora")
@@ -156,8 +157,6 @@ def _is_primary() -> bool:
 def configure_process(trains: bool) -> None:
     """Settings of a script's process, before JAX starts: `keep_memory`, where it trains,
     `set_xla_flags` and `keep_programs`."""
-    # That a machine has no TPU is no news; what is found is in the run's own first lines.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     if trains:
         keep_memory()
     set_xla_flags()
