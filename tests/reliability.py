@@ -395,7 +395,8 @@ def write(found: dict[str, list[Result]]) -> None:
     for trial in (one.__name__ for one in TRIES):
         if trial in found:
             rows = (map(str, (trial, *result[:4])) for result in found[trial])
-            header += [f"| {' | '.join(row)} |" for row in rows]
+            cells = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+            header += [f"| {' | '.join(row)} |" for row in cells]
         else:
             header += [line for line in lines if line.startswith(f"| {trial} |")]
     table = "".join(f"{line}\n" for line in header)

@@ -38,7 +38,7 @@ def load_base(
 
     Args:
       source: folder, hub id or GGUF file.
-      dtype: of the arithmetic.
+      dtype: of the arithmetic, which a quantized base is dequantized to.
       trains: the mask's part for the base, one boolean per leaf.
       put: (path, numpy array) → the array on its device or devices.
       quantization: of the linear layers, `config.model_quantization`.
@@ -178,7 +178,7 @@ def on_base(
     init: str,
     variant: str,
     folder: Path,
-    dtype: str,
+    dtype: str = "float32",
 ) -> tuple[PyTree, PyTree]:
     """Finish what starts from the base: DoRA's magnitudes, PiSSA's principal parts.
 

@@ -78,11 +78,11 @@ class Command:
         self, script: str, workers: int, hosts: int, options: Sequence[str], submit: bool
     ) -> None:
         """Say, and perhaps submit, a SLURM job array of workers that run this very command."""
-        self._check()
         words = [sys.executable, os.path.abspath(script), *slurm.worker_arguments(sys.argv[1:])]
         words += ["--coordinator=auto"] if hosts > 1 else []
         options = [f"--chdir={os.getcwd()}", *options]
         text = slurm.script(words, workers, options, self._workdir, hosts)
+        self._check()  # last: it may have to write toy tasks
         self._say(text.removesuffix("\n"))
         if submit:
             self._say(f"# job {slurm.submit(text, self._workdir)}")

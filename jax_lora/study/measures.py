@@ -53,7 +53,7 @@ def measure(asked: MeasureConfig, run: Run, is_probe: bool) -> Measured:
         columns["memorized_bits"] = memorized_bits(model)
     references = _reference_losses(model, asked.losses_per_task)
     del model
-    changed: Frame | None = update.measure(run) if asked.spectra else None
+    changed = update.measure(run) if asked.spectra else None
     if changed is not None:
         for name in ("effective_rank", "intruder_dimensions"):
             columns[name] = float(changed[name].mean())

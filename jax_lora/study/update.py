@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jax_lora.model.arch import GROUP
 from jax_lora.run import Run
-from jax_lora.study import spectra
+from jax_lora.study import Frame, spectra
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 from jax_lora.weights.merge import MergedKernel
@@ -26,7 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def measure(run: Run) -> pd.DataFrame:
+def measure(run: Run) -> Frame:
     """The spectrum of ΔW and the intruder dimensions of W + ΔW, matrix by matrix, in float64.
 
     Args:

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -148,7 +149,7 @@ def test_memorized_bits_by_hand(monkeypatch):
     tokens = np.array([2, 3, 4, 5])
     losses = pd.DataFrame({"loss": bits * math.log(2) / tokens, "tokens": tokens})
     monkeypatch.setattr(inputs, "training_set", lambda _: None)
-    model = SimpleNamespace(config=None, references=lambda _: losses)
+    model: Any = SimpleNamespace(config=None, references=lambda _: losses)
     assert measures.memorized_bits(model) == pytest.approx((2 + 0 - 2) * VALUE_BITS)
 
 
@@ -188,6 +189,7 @@ def test_measures_are_means_over_rounds():
     assert data.loc["rank 4", "reference_loss_unseen"] == pytest.approx(3.0)
     assert data.loc["rank 4", "reference_loss_unseen_std"] == pytest.approx(1.0)
     table = measures_table(study, data.reset_index(), "T2")
+    assert table
     rows = {row[0]: row[1:] for row in cells_of(table.markdown())}
     assert rows["rank 4"] == [
         "4", "8", "4,194,304", "2.000 ± 1.000", "3.000 ± 1.000", "3.000 ± 0.000", "+0.00 ± 0.10",

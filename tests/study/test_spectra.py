@@ -88,7 +88,7 @@ def counted(before: np.ndarray, after: np.ndarray) -> int:
     count = 0
     for j in range(min(spectra.LEADING, tuned.shape[1])):
         cosines = [abs(tuned[:, j] @ base[:, i]) for i in range(base.shape[1])]
-        count += max(cosines) < spectra.EPSILON
+        count += int(max(cosines) < spectra.EPSILON)
     return count
 
 

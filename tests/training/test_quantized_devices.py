@@ -6,11 +6,11 @@ import pytest
 
 from tests.processes import finish, start
 
-# Blocks of 256 inputs are one per kernel here, which no axis divides: it cuts the outputs.
+# The four blocks of nf4 along 256 inputs 8 devices do not divide: they cut the outputs.
 MESHES = ["1,8,1", "2,2,2", "1,1,8"]
 
 
-@pytest.mark.parametrize("form", ["nf4", "Q4_K+Q6_K", "int8"])
+@pytest.mark.parametrize("form", ["nf4", "Q8_0", "int8"])
 def test_a_mesh_equals_one_device_and_shares_the_base(form, promise):
     (said,) = finish(start("tests.training.quantized_devices", 8, form, *MESHES))
     for mesh, found in json.loads(said.splitlines()[-1]).items():
@@ -19,4 +19,5 @@ def test_a_mesh_equals_one_device_and_shares_the_base(form, promise):
         promise(f"{what}: ‖g - g'‖ / ‖g'‖ of A and B", found["gradient"], 1e-5)
         assert found["held"] == found["planned"]
         _, fsdp, tensor = map(int, mesh.split(","))
-        assert found["held"] < 1.3 * found["one"] / (fsdp * tensor)  # norms are not shared
+        # But for the constants of groups, and the scales of int8 where inputs are cut.
+        assert found["held"] < 1.15 * found["one"] / (fsdp * tensor)
