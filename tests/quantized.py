@@ -23,11 +23,14 @@ TOY = LlamaConfig(61, 256, 256, 2, 4, 2, 64)
 
 
 def gguf_rows(kind: str, rows: int, size: int, seed: int) -> np.ndarray:
-    """Random blocks of a kind, (rows, bytes): every bit of the integers is drawn."""
+    """Random blocks of a kind, (rows, bytes): every bit of the integers is drawn.
+
+    The weights are of a usual size: those of K kinds are products of three numbers.
+    """
     one, rng = gguf_blocks.KINDS[kind], np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (rows, size // one.weights, one.bytes), np.uint8)
     for at in one.scales:
-        scales = rng.normal(0, 1e-3, blocks.shape[:2]).astype(np.float16)
+        scales = rng.normal(0, 2e-5 if one.weights == 256 else 1e-3, blocks.shape[:2]).astype(np.float16)
         blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import sharding
+from jax_lora.config import MeshSizes
 from jax_lora.model import lora
 from jax_lora.model.arch import LINEAR, LINEARS
 from jax_lora.model.transformer import Llama
@@ -71,7 +72,7 @@ def main():
     tree = jax.tree.map(np.asarray, variables(form))
     expected, found = step_on(None, jax.tree.map(jnp.asarray, tree)), {}
     for name in meshes:
-        mesh = sharding.make_mesh([int(n) for n in name.split(",")])
+        mesh = sharding.make_mesh(MeshSizes(*map(int, name.split(","))))
         made = step_on(mesh, tree)
         found[name] = deviation(made, expected) | {
             "held": made[2],
