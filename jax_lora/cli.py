@@ -23,9 +23,10 @@ from jax_lora.config import RENAMED
 from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.signals import STOPPED, end, heeded
-from jax_lora.text import printable
+from jax_lora.text import print_line, printable
 
 WRONG_INPUT, FAILED = 2, 1
+say = print_line  # what scripts print
 
 
 @contextmanager
@@ -68,12 +69,6 @@ def require(flag: str, value: T | None, expected: str) -> T:
     if value is None or value == "":
         raise ConfigError(f"--{flag}: found none, expected {expected}")
     return value
-
-
-def say(text: object) -> None:
-    """Print what the library says, see `text.printable`."""
-    sys.stdout.write(f"{printable(str(text))}\n")
-    sys.stdout.flush()
 
 
 class _Plain(logging.Formatter):

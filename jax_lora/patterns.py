@@ -15,16 +15,14 @@ import regex
 
 from jax_lora.errors import DataError
 
-LONGEST = 500  # characters of an expression
-SECONDS = 1.0  # of this thread, for all that one `Matcher` is asked
+LONGEST = 10_000  # characters of an expression, as of all modules of a large model in one
+ONE_MATCH, ALL_MATCHES = 1.0, 10.0  # seconds of this thread, for all that one `Matcher` is asked
 _SPECIAL = re.compile(r"[^\w.-]")  # an expression without: every character stands for one
 
 
 @lru_cache(maxsize=4096)
 def _compiled(expression: str) -> regex.Pattern[str]:
     """Raises ValueError: no regular expression; says why."""
-    if len(expression) > LONGEST:
-        raise ValueError(f"{len(expression)} characters, more than {LONGEST}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about expressions that will mean something else
@@ -40,7 +38,7 @@ def _is_plain(expression: str) -> bool:
 
 
 class Matcher:
-    """Whether regular expressions match, in `SECONDS` for all of them together.
+    """Whether regular expressions match, in a limited time each and together.
 
     Args:
       where: file and key that they are from, for messages.
@@ -48,11 +46,13 @@ class Matcher:
     """
 
     def __init__(self, where: str, error: type[ValueError] = DataError):
-        self._where, self._error, self._left = where, error, SECONDS
+        self._where, self._error, self._left = where, error, ALL_MATCHES
 
     def check(self, expression: str, key: str = "") -> None:
         """Raise the error where this is no regular expression; names `key` beside `where`."""
         try:
+            if len(expression) > LONGEST:
+                raise ValueError(f"{len(expression)} characters, more than {LONGEST}")
             _compiled(expression)
         except ValueError as error:
             at = ": ".join(filter(None, (self._where, key)))
@@ -66,17 +66,20 @@ class Matcher:
           DataError (or `error`): no regular expression, or the time is up.
         """
         self.check(expression)
-        began = time.thread_time()
+        return self._fullmatch(expression, text)
+
+    def _fullmatch(self, expression: str, text: str) -> regex.Match[str] | None:
+        began, limit = time.thread_time(), max(min(self._left, ONE_MATCH), 0.001)
         try:
-            found = _compiled(expression).fullmatch(text, timeout=max(self._left, 0.001))
+            found = _compiled(expression).fullmatch(text, timeout=limit)
         except TimeoutError:
             found = None
             self._left = 0.0
         self._left -= time.thread_time() - began
         if self._left <= 0:
             raise self._error(
-                f"{self._where}: found {expression!r:.60}, expected a regular expression that is "
-                f"matched within {SECONDS:g} s"
+                f"{self._where}: found {expression!r:.60}, expected regular expressions that are "
+                f"matched within {ONE_MATCH:g} s each and {ALL_MATCHES:g} s together"
             )
         return found
 
@@ -87,4 +90,5 @@ class Matcher:
             start = len(name) - len(expression)
             if start < 0 or (start and name[start - 1] != "."):
                 return False
-        return self.fullmatch(rf"(.*\.)?({expression})$", name) is not None
+        self.check(expression)
+        return self._fullmatch(rf"(.*\.)?({expression})$", name) is not None

@@ -1,8 +1,9 @@
-"""Tables as text: for terminals, as GitHub's Markdown, and as LaTeX."""
+"""Text for people: lines on a terminal; tables for it, as GitHub's Markdown, and as LaTeX."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,6 +19,12 @@ _TEX = {
     "{": r"\{", "}": r"\}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "–": "--", "−": "$-$",
     "↑": r"$\uparrow$", "↓": r"$\downarrow$",
 }  # fmt: skip
+
+
+def print_line(text: object) -> None:
+    """Print a line on standard output, see `printable`."""
+    sys.stdout.write(f"{printable(str(text))}\n")
+    sys.stdout.flush()
 
 
 def table(

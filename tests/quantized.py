@@ -30,7 +30,9 @@ def gguf_rows(kind: str, rows: int, size: int, seed: int) -> np.ndarray:
     one, rng = gguf_blocks.KINDS[kind], np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (rows, size // one.weights, one.bytes), np.uint8)
     for at in one.scales:
-        scales = rng.normal(0, 2e-5 if one.weights == 256 else 1e-3, blocks.shape[:2]).astype(np.float16)
+        scales = rng.normal(0, 2e-5 if one.weights == 256 else 1e-3, blocks.shape[:2]).astype(
+            np.float16
+        )
         blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)
 

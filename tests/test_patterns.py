@@ -36,7 +36,7 @@ def test_a_pattern_matches_what_peft_matches(parts):
 @pytest.mark.parametrize("expression", ENDLESS)
 def test_an_endless_expression_is_refused(expression):
     matcher = Matcher("adapter_config.json: rank_pattern")
-    with pytest.raises(DataError, match="adapter_config.json: .* matched within 1 s"):
+    with pytest.raises(DataError, match="adapter_config.json: .* matched within 1 s each"):
         for _ in range(1000):
             matcher.matches_end(expression, "model.layers.31.self_attn.q_proj")
 
@@ -44,9 +44,9 @@ def test_an_endless_expression_is_refused(expression):
 def test_many_slow_expressions_are_as_slow_as_one(monkeypatch):
     """What all of them take is counted together."""
     clock = iter(range(10**6))
-    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * 0.3)
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * 3.0)
     matcher, names = Matcher("f"), []
-    with pytest.raises(DataError, match="matched within 1 s"):
+    with pytest.raises(DataError, match="10 s together"):
         for name in MODULES:
             matcher.fullmatch(".*x", name)
             names.append(name)

@@ -57,9 +57,16 @@ def load_base(
     return base_weights.load(source, "float32", cast, quantization)[1]
 
 
-@functools.lru_cache(maxsize=1)
+_CACHED: dict[tuple[str, str, Put | None, str], PyTree] = {}  # the last base, by its arguments
+
+
 def _frozen_base(source: str, dtype: str, put: Put | None, quantization: str) -> PyTree:
-    return base_weights.load(source, dtype, put or _put_on_device, quantization)[1]
+    key = (source, dtype, put, quantization)
+    if key not in _CACHED:
+        _CACHED.clear()  # first: a device may not hold two
+        loaded = base_weights.load(source, dtype, put or _put_on_device, quantization)[1]
+        _CACHED[key] = loaded
+    return _CACHED[key]
 
 
 def _put_on_device(_, array: np.ndarray) -> jax.Array:

@@ -57,10 +57,11 @@ class Losses:
 
         Returns:
           One row per example: task, id; loss, the mean per token in nats; tokens of the loss.
+          Examples that do not fit with their whole reference are left out, with a warning.
         """
-        encoder, strict = inputs.encoder(self.config), inputs.is_strict(self.config)
+        encoder = inputs.encoder(self.config)
         chosen = TaskSet(taskset.name, taskset.tasks, lambda: _first(taskset, per_task))
-        found = inputs.fitting(encoder.training_row, chosen, strict)
+        found = inputs.fitting(encoder.training_row, chosen, strict=False)
         masks = [row.loss_mask(answer_only=True)[1:] for _, row in found]
         losses = self._of_rows([row.ids for _, row in found])
         return pd.DataFrame(
@@ -100,8 +101,8 @@ class Losses:
     def _batches(self, rows: Sequence[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
         """Which rows, and their ids padded to a bucket; one shape per bucket."""
         groups = sharding.row_groups(self.mesh)
-        # Test rows may be longer than those that are trained on.
-        buckets = (*self.config.data.buckets, inputs.encoder(self.config).row_length)
+        longest = inputs.encoder(self.config).row_length  # of test rows
+        buckets = (*self.config.eval.buckets, *self.config.data.buckets, longest)
         by_bucket: dict[int, list[int]] = {}
         for i, ids in enumerate(rows):
             by_bucket.setdefault(bucket_for(len(ids), buckets), []).append(i)

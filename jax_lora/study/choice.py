@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.study import GRID, Frame
 from jax_lora.study.config import EACH, StudyConfig
@@ -53,6 +53,11 @@ class Choices:
     def in_folder(cls, config: StudyConfig, workdir: Path) -> Choices:
         """Of a study's folder, where a choice is made as soon as its trials are over."""
         return cls(config, partial(_choose, workdir))
+
+    @classmethod
+    def seen_in_folder(cls, config: StudyConfig, workdir: Path) -> Choices:
+        """The same for whoever only looks at the folder: nothing is written."""
+        return cls(config, lambda trials: _decision(workdir, trials)[0])
 
     @classmethod
     def in_table(cls, config: StudyConfig, rates: Frame) -> Choices:
@@ -148,20 +153,34 @@ def without_rate(cell: Cell) -> str:
 
 
 def _choose(workdir: Path, trials: Sequence[Cell]) -> float | None:
-    path = workdir / "choices" / f"{without_rate(trials[0])}.json"
+    """The rate that was chosen, or that is chosen and written down now; None: not known yet."""
+    rate, losses = _decision(workdir, trials)
+    if losses is not None:
+        write_json(_file(workdir, trials), {"learning_rate": rate, "validation_losses": losses})
+    return rate
+
+
+def _file(workdir: Path, trials: Sequence[Cell]) -> Path:
+    return workdir / "choices" / f"{without_rate(trials[0])}.json"
+
+
+def _decision(
+    workdir: Path, trials: Sequence[Cell]
+) -> tuple[float | None, dict[str, float | None] | None]:
+    """The rate, and the losses of all trials where it is not written down yet."""
+    path = _file(workdir, trials)
     if path.is_file():
-        return float(read_json(path)["learning_rate"])
+        return float(read_json(path, dict)["learning_rate"]), None
     found = [_validation(workdir, trial) for trial in trials]
     losses = [float(one["validation_loss"]) for one in found if one]
     finite = [(loss, trial.learning_rate) for loss, trial in zip(losses, trials, strict=False)
               if math.isfinite(loss)]  # fmt: skip
     if len(losses) < len(trials) or not finite:
-        return None
+        return None, None
     _, rate = min(finite)
     by_trial = {trial.id: loss if math.isfinite(loss) else None
                 for trial, loss in zip(trials, losses, strict=True)}  # fmt: skip
-    write_json(path, {"learning_rate": rate, "validation_losses": by_trial})
-    return rate
+    return rate, by_trial
 
 
 def _validation(workdir: Path, cell: Cell) -> dict[str, float] | None:
@@ -169,7 +188,9 @@ def _validation(workdir: Path, cell: Cell) -> dict[str, float] | None:
     folder = cell_folder(workdir, cell)
     for name in (DONE, TRIED):
         if (path := folder / f"{name}.json").is_file():
-            saved = read_json(path)["validation"]
+            saved = read_json(path, dict).get("validation")
+            if not isinstance(saved, dict):
+                raise DataError(f"{path}: found no validation, expected that of a trial")
             return {key: math.nan if value is None else value for key, value in saved.items()}
     if (folder / "failed.json").is_file():
         return {"step": 0, "validation_loss": math.nan, "validation_tokens": 0}

@@ -39,14 +39,21 @@ def measure(asked: MeasureConfig, run: Run, is_probe: bool) -> Measured:
       run: of the cell.
       is_probe: it trained on the random pairs of `data.toy_pairs`.
     """
-    model, lora = run.losses(), run.config.lora
-    is_lora = run.config.method == "lora"
+    lora, is_lora = run.config.lora, run.config.method == "lora"
     columns: dict[str, float | None] = {
         "adapter_rank": lora.rank if is_lora else None,
         "alpha": lora.alpha if is_lora else None,
     }
     text = text_of(asked.text)
-    before = _base_text_loss(run.config.model, run.config.dtype, max(run.config.data.buckets), text)
+    # Before the run's own model is loaded: two of them may not fit.
+    before = _base_text_loss(
+        run.config.model,
+        run.config.dtype,
+        run.config.model_quantization,
+        max(run.config.data.buckets),
+        text,
+    )
+    model = run.losses()
     after = model.text(text)
     columns |= {"text_loss": after, "forgetting": after - before}
     if is_probe:
@@ -110,6 +117,7 @@ def text_of(path: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # the cells of a study share it
-def _base_text_loss(model: str, dtype: str, length: int, text: str) -> float:
+def _base_text_loss(model: str, dtype: str, quantization: str, length: int, text: str) -> float:
     keys = {"data.buckets": (length,), "micro_tokens": length, "dtype": dtype, "model": model}
+    keys["model_quantization"] = quantization
     return losses.load(Path(), RunConfig().replace(**keys), "none").text(text)

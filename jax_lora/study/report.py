@@ -211,7 +211,7 @@ def _pictures(
     drawings["costs"] = partial(figures.costs, study, numbers)
     drawings |= _drawings_of_measures(study, measures, updates, largest)
     made = [Picture(name, _CAPTIONS[name], draw) for name, draw in drawings.items()]
-    for name in sorted(set() if chosen_rates is None else {*chosen_rates["set"]}, key=set_order):
+    for name in _sets_with_rates(chosen_rates):
         draw = partial(figures.learning_rates, chosen_rates, name)
         file = f"learning_rates_{name.replace('*', 'x')}"
         made.append(Picture(file, _CAPTIONS["learning_rates"], draw))
@@ -229,6 +229,14 @@ def _drawings_of_measures(
     if updates is not None and measure_figures.mean_spectra(study, updates, largest):
         drawings["spectra"] = partial(measure_figures.spectra, study, updates, largest)
     return drawings
+
+
+def _sets_with_rates(chosen_rates: Frame | None) -> list[str]:
+    """The sets on which the plain recipe has tried rates."""
+    if chosen_rates is None:
+        return []
+    tried = chosen_rates[(chosen_rates["variant"] == "") & (chosen_rates["repeat"] == 0)]
+    return sorted({*tried["set"]}, key=set_order)
 
 
 def _missing(study: Study) -> Part:

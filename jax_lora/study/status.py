@@ -10,6 +10,7 @@ from jax_lora import locks
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import Json, read_json
 from jax_lora.study import grid, runner, spec, view
+from jax_lora.study.choice import Choices
 from jax_lora.study.config import read_axes
 
 
@@ -32,8 +33,10 @@ def status(workdir: str | Path) -> str:
     try:
         if not isinstance(saved["config"], dict):
             raise TypeError(f"found {saved['config']!r:.60}")
-        cells = grid.cells_of(read_axes(saved["config"]))
-        states = runner.states(path, cells)
+        config = read_axes(saved["config"])
+        choices = Choices.seen_in_folder(config, path)
+        cells = choices.planned(grid.cells_of(config))
+        states = runner.states(path, cells, choices.stage)
     except (ConfigError, KeyError, TypeError) as error:
         raise DataError(f"{path / 'study.json'}: found no study's config: {error}") from None
     by_state = {kind: [n for n in states if states[n] == kind] for kind in runner.STATES}

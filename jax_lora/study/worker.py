@@ -12,6 +12,7 @@ from shutil import rmtree
 
 from jax_lora import locks, study
 from jax_lora.config import RunConfig
+from jax_lora.errors import DataError
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.run import Run
 from jax_lora.run import folder as run_folder
@@ -19,7 +20,7 @@ from jax_lora.study import choice, costs, grid, measures, results, runner, spec,
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.grid import Cell
 from jax_lora.study.team import Team, fault
-from jax_lora.text import printable
+from jax_lora.text import print_line
 from jax_lora.weights import hf
 from jax_lora.weights.tokenizers import load_tokenizer
 
@@ -139,10 +140,13 @@ class Worker:
         with _faults():
             training = self._train(cell.id, study.TESTS if end == runner.DONE else ())
         timings = {"training": before + training, "scoring": time.perf_counter() - began - training}
-        found: dict[str, object] = {"validation": _validation(folder)}
+        run, validation = spec.run_config(self.config, self.workdir, cell), _validation(folder)
+        if run.validate_every and validation is None:  # which the choice of a rate would miss
+            raise DataError(f"{folder / 'metrics.jsonl'}: found no validation, expected the last")
+        found: dict[str, object] = {"validation": validation}
         if end == runner.DONE:
             results.share_examples(cell, folder, self.workdir / "examples")
-            run, began = spec.run_config(self.config, self.workdir, cell), time.perf_counter()
+            began = time.perf_counter()
             measured = self._measure(cell, run, folder)
             timings["measuring"] = time.perf_counter() - began
             facts = costs.facts(run, folder) | measured.columns
@@ -168,12 +172,6 @@ def _validation(run: Path) -> dict[str, float | None] | None:
     rows = [row for row in run_folder.read_metrics(run) if "validation_loss" in row]
     names = ("step", "validation_loss", "validation_tokens")
     return {name: rows[-1][name] for name in names} if rows else None
-
-
-def print_line(text: str) -> None:
-    """A line on standard output, which is a cell's log while a worker is at the cell."""
-    sys.stdout.write(f"{printable(text)}\n")
-    sys.stdout.flush()
 
 
 @contextmanager

@@ -84,7 +84,8 @@ class Resolved:
         unrolls all layers, unless the adapters' start is computed from the stacks."""
         fits = self.platform in ("gpu", "cuda") and math.prod(self.mesh_sizes) == 1
         lora, quantization = self.config.lora, self.config.model_quantization
-        plain = lora.variant == "lora" and lora.init != "pissa" and quantization == "none"
+        reads_stacks = self.is_lora and (lora.variant == "dora" or lora.init == "pissa")
+        plain = quantization == "none" and not reads_stacks
         return fits and plain and self.unroll == self.shape.num_hidden_layers
 
     def model(self) -> Llama:

@@ -150,7 +150,7 @@ def _window(raw: Json, where: str, family: Family) -> int | None:
 
 
 def _typed(where: str, key: str, value: Json, kind: type) -> Json:
-    if kind is float and type(value) is int and abs(value) <= LARGEST_INT:
+    if kind is float and type(value) is int and abs(value) < 2**1023:  # what a float holds
         value = float(value)
     if type(value) is not kind or not (
         kind is bool or (1 <= value <= LARGEST_INT if kind is int else math.isfinite(value))

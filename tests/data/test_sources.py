@@ -124,6 +124,10 @@ def test_other_names_of_columns(tmp_path):
         assert (found[0].instruction, found[0].references) == ("1?", ("1",))
     swapped = train(write(path, [GOOD]), columns="instruction=output,output=instruction")
     assert (swapped[0].instruction, swapped[0].references) == ("done", ("Do.",))
+    # Row by row: one that has our name already needs no other.
+    mixed = write(path, [*rows, GOOD, {"instruction": "2?", "output": "2"}])
+    found = train(mixed, columns="instruction=question,output=answer")
+    assert [one.instruction for one in found] == ["1?", "Do.", "2?"]
     with pytest.raises(DataError, match="a.jsonl: found no column kontext, expected all that conf"):
         train(path, columns="input=kontext")
 
@@ -214,7 +218,7 @@ BAD = {  # name: (rows, the row, what is said)
     "half of a surrogate pair": ([GOOD | {"output": "\ud83d"}], 1, "output: found .*surrogate"),
     "the same id twice": ([GOOD | {"id": "x"}] * 2, 2, "id: found 'x' again, expected distinct"),
     "an id of two lines": ([GOOD | {"id": "a\nb"}], 1, "id: found 'a..b', expected one line"),
-    "a task of two lines": ([GOOD | {"task": "a\r"}], 1, "task: found 'a..', expected one line"),
+    "a task of two lines": ([GOOD | {"task": "a\rb"}], 1, "task: found 'a..b', expected one line"),
     "a thousand columns": (
         [{f"c{i}": i for i in range(1000)}],
         1,

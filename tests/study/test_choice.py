@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jax_lora.errors import ConfigError
-from jax_lora.files import write_json
+from jax_lora.errors import ConfigError, DataError
+from jax_lora.files import read_json, write_json
 from jax_lora.study import Study, grid, read, results, runner
 from jax_lora.study.choice import COLUMNS, Choices
 from jax_lora.study.config import StudyConfig
+from jax_lora.study.status import status
 from tests.conftest import REPOSITORY
 from tests.study.test_runner import foreign, never, ran, rows_of
 
@@ -92,6 +93,27 @@ def test_one_set_chooses_for_all_and_only_the_chosen_rate_is_scored(tmp_path):
     last = max(order[f"{name} tried"] for name in TRIALS if name.startswith("r4"))
     assert all(order[f"{name} done"] > last for name in CARRIED if name.startswith("r4"))
     assert fakes.run() == happened  # nothing is left
+
+
+def test_the_status_counts_the_cells_that_are_to_be_run(tmp_path):
+    fakes = Fakes(study(), tmp_path)
+    write_json(tmp_path / "study.json", {"config": fakes.config.to_dict()})
+    before = sorted(tmp_path.rglob("*"))
+    assert "stopped; rerun the same command to resume" in status(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before  # it only looks
+    fakes.run()
+    count = len(CARRIED | TRIALS | REPEATS)
+    assert "finished" in status(tmp_path)
+    assert f"{count} done, 0 failed, 0 running, 0 waiting, of {count}" in status(tmp_path)
+
+
+def test_a_cell_without_its_validation_is_named(tmp_path):
+    fakes = Fakes(study(), tmp_path)
+    fakes.run()
+    path = tmp_path / "cells" / min(REPEATS) / "tried.json"
+    write_json(path, read_json(path) | {"validation": None})
+    with pytest.raises(DataError, match="tried.json: found no validation"):
+        fakes.run()
 
 
 def test_each_set_chooses_for_itself(tmp_path):

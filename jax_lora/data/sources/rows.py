@@ -90,13 +90,16 @@ def parse_columns(text: str) -> dict[str, str]:
     return found
 
 
-def read_examples(table: Table, columns: Mapping[str, str], unused: Unused) -> Iterator[Example]:
+def read_examples(
+    table: Table, columns: Mapping[str, str], unused: Unused, needs_all: bool = True
+) -> Iterator[Example]:
     """The examples of a table.
 
     Args:
       table: its rows.
       columns: see `parse_columns`.
       unused: counts the rows that are left out.
+      needs_all: some row must have each column that is renamed.
 
     Raises:
       DataError: a row that is malformed, has another shape than the first one, or another's id.
@@ -106,8 +109,8 @@ def read_examples(table: Table, columns: Mapping[str, str], unused: Unused) -> I
         where, empty = f"{table.source}: row {number}", False
         absent -= found.keys()
         # A column that is renamed stands in for one that has the name already.
-        renamed = {name: found[name] for name in found if name not in columns.values()}
-        renamed |= {ours: found[name] for name, ours in columns.items() if name in found}
+        renamed = {ours: found[name] for name, ours in columns.items() if name in found}
+        renamed = {name: value for name, value in found.items() if name not in columns} | renamed
         row = {name: value for name, value in renamed.items() if value is not None}
         fits = [name for name, needed in SHAPES.items() if all(c in row for c in needed)]
         shape = shape or next(iter(fits), "")
@@ -130,7 +133,7 @@ def read_examples(table: Table, columns: Mapping[str, str], unused: Unused) -> I
         yield example
     if empty:
         raise DataError(f"{table.source}: found no rows, expected at least one")
-    if absent:
+    if absent and needs_all:
         raise DataError(
             f"{table.source}: found no column {', '.join(sorted(absent))}, expected all that "
             "config.data.columns renames"
@@ -145,8 +148,9 @@ def _example(row: Mapping[str, object], shape: str, where: str, number: int) -> 
     given = row.get("id", "")
     if isinstance(given, bool) or not isinstance(given, str | int):
         raise DataError(f"{where}: id: found {given!r:.60}, expected a text or a whole number")
-    name = _unicode(str(given), "id", where) or f"row {number}"
-    if not task.strip() or not category.strip():
+    name = _unicode(str(given), "id", where).strip() or f"row {number}"
+    task, category = task.strip(), category.strip()
+    if not task or not category:
         raise Unusable("an empty task or category")
     for column, text in (("task", task), ("category", category), ("id", name)):
         if text.splitlines() != [text]:  # it is a line of tables and messages

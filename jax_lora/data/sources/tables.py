@@ -15,6 +15,7 @@ import errno
 import functools
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -154,8 +155,8 @@ def _hub_answers(source: str) -> bool:
         HfApi().dataset_info(source, timeout=5)
     except (HfHubHTTPError, HFValidationError):
         return True  # it answers, and `datasets` says what
-    except Exception:  # of the hub's client, which has many kinds
-        return False
+    except Exception as error:  # of the hub's client, which has many kinds
+        return "Timeout" in type(error).__name__  # slow, but there
     return True
 
 
@@ -217,8 +218,8 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object, of which Python would keep the last of several equal keys in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {max(keys, key=keys.count)!r:.60} is there twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r:.60} is there twice")
     return found
 
 
@@ -232,12 +233,14 @@ def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     text = _text(path)
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
-    csv.field_size_limit(len(text))  # Python's own is 131,072 characters
+    # Python's own limit is 131,072 characters; it is one for the whole process.
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     number, names = 0, []
     try:
         names = next(rows)
-        if twice := [name for name in names if name and names.count(name) > 1]:
+        counts = Counter(filter(None, names))
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise DataError(f"{path}: found the column {twice[0]!r:.60} twice, expected it once")
         for number, row in enumerate(rows, 1):
             if len(row) != len(names):

@@ -68,14 +68,14 @@ def read(config: DataConfig, seed: int) -> UserData:
     """
     columns, unused = parse_columns(config.columns), Unused(config.strict)
 
-    def examples(table: Table) -> list[Example]:
-        return list(read_examples(table, columns, unused))
+    def examples(table: Table, needs_all: bool = False) -> list[Example]:
+        return list(read_examples(table, columns, unused, needs_all))
 
     tables = read_tables(config.path, config.format)
     if "train" not in tables:
         found = ", ".join(tables) or "none"
         raise DataError(f"{config.path}: found the splits {found}, expected train")
-    train = examples(tables["train"])
+    train = examples(tables["train"], needs_all=True)
     held_out: dict[str, list[Example]] = {}
     shares: dict[str, float] = {}
     for name in HELD_OUT:
