@@ -5,10 +5,10 @@ pytree whose arrays are stacked over the layers too, so that the scan over the l
 is stored, and `product` dequantizes one kernel of one layer at a time. The outputs are always the
 last axis: compilers vectorize along it, and a mesh cuts the blocks along the one before.
 
-    Int8   symmetric, one scale per output
-    NF4    QLoRA (Dettmers et al. 2023, arXiv:2305.14314), blocks of 64, double quantization
-    GGUF   the blocks of a file of llama.cpp, see `gguf_blocks`
-    Rest   one of these less a product A B, for PiSSA
+    Int8      symmetric, one scale per output
+    NF4       QLoRA (Dettmers et al. 2023, arXiv:2305.14314), blocks of 64, double quantization
+    GGUF      the blocks of a file of llama.cpp, see `gguf_blocks`
+    Residual  one of these less a product A B, for PiSSA
 
 `jax_lora.weights.quantize` makes them, on the host.
 """
@@ -190,7 +190,7 @@ class GGUF(QuantizedKernel):
 
 @_pytree("stored", "a", "b", "scale")
 @dataclass(frozen=True)
-class Rest(QuantizedKernel):
+class Residual(QuantizedKernel):
     """`stored` less scale · A B: what PiSSA leaves of a quantized kernel, without rounding it.
 
     `stored`: another quantized kernel. `a` (in, R), `b` (R, out), `scale` (): float32.
@@ -209,9 +209,9 @@ class Rest(QuantizedKernel):
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
         return (self.stored.dequantize(jnp.float32) - self.scale * product).astype(dtype)
 
-    def shard(self, shard_activation: Shard, inputs: str, outputs: str) -> Rest:
+    def shard(self, shard_activation: Shard, inputs: str, outputs: str) -> Residual:
         a, b = shard_activation(self.a, inputs, None), shard_activation(self.b, None, outputs)
-        return Rest(self.stored.shard(shard_activation, inputs, outputs), a, b, self.scale)
+        return Residual(self.stored.shard(shard_activation, inputs, outputs), a, b, self.scale)
 
 
 def is_quantized(node: object) -> bool:

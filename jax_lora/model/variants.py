@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.quantization import Rest, as_float, is_quantized
+from jax_lora.model.quantization import Residual, as_float, is_quantized
 
 
 def _map_targets(adapters: PyTree, change: Callable[[str, str, PyTree], PyTree]) -> PyTree:
@@ -94,7 +94,7 @@ def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
 def without(params: PyTree, adapters: PyTree) -> PyTree:
     """The base less what the adapters add: W - scale · A B, rounded once to W's dtype.
 
-    A quantized kernel stays as it is: its `Rest` subtracts the product where it is read.
+    A quantized kernel stays as it is: its `Residual` subtracts the product where it is read.
     """
     layers = {key: dict(value) for key, value in params["layers"].items()}
     for group, members in adapters["layers"].items():
@@ -103,7 +103,7 @@ def without(params: PyTree, adapters: PyTree) -> PyTree:
             if is_quantized(kernel):
                 # Copies, as training donates the adapters' arrays.
                 product = (jnp.array(leaf[part]) for part in ("a", "b", "scale"))
-                kernel = Rest(kernel, *product)
+                kernel = Residual(kernel, *product)
                 layers[group][name] = {**layers[group][name], "kernel": kernel}
                 continue
 

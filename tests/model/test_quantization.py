@@ -11,7 +11,7 @@ from jax_lora.model.arch import LINEAR
 from jax_lora.model.quantization import (
     NF4_CODES,
     Int8,
-    Rest,
+    Residual,
     dynamic_codes,
     is_quantized,
     kernel_shapes,
@@ -115,7 +115,7 @@ def test_the_rest_of_pissa_is_not_rounded():
     rng = np.random.default_rng(2)
     kernel, dense = quantized.gguf_kernel(["Q4_0"], (64, 8), 4)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 3), (3, 8)))
-    rest = Rest(jax.tree.map(lambda x: x[0], kernel), a, b, np.float32(0.5))
+    rest = Residual(jax.tree.map(lambda x: x[0], kernel), a, b, np.float32(0.5))
     expected = dense[0].astype(np.float64) - 0.5 * (a.astype(np.float64) @ b)
     np.testing.assert_allclose(rest.dequantize(jnp.float32), expected, rtol=0, atol=1e-5)
     assert rest.shape == (64, 8)
