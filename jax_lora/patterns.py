@@ -16,7 +16,7 @@ import regex
 from jax_lora.errors import DataError
 
 LONGEST = 10_000  # characters of an expression, as of all modules of a large model in one
-ONE_MATCH, ALL_MATCHES = 1.0, 10.0  # seconds of this thread, for all that one `Matcher` is asked
+ONE_MATCH, ALL_MATCHES = 0.5, 10.0  # seconds of this thread, for all that one `Matcher` is asked
 _SPECIAL = re.compile(r"[^\w.-]")  # an expression without: every character stands for one
 
 
