@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model.arch import ATTENTION
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.quantization import is_quantized
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.training import trainable_mask
@@ -129,13 +128,9 @@ class LoadedModel:
     def parameters(self) -> pd.DataFrame:
         """A row a stacked leaf: module, shape, frozen, trainable.
 
-        With an adapter its A and B count as trainable, without one every weight does, unless the
-        base is quantized.
+        With an adapter its A and B count as trainable, without one every weight does.
         """
-        is_frozen = self.adapters is not None or any(
-            map(is_quantized, jax.tree.leaves(self.variables, is_leaf=is_quantized))
-        )
-        rules = trainable_mask.LORA if is_frozen else trainable_mask.FULL
+        rules = trainable_mask.LORA if self.adapters is not None else trainable_mask.FULL
         return counts.table(self.variables, trainable_mask.mask(self.variables, *rules))
 
 
