@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from jax_lora import cli
-from jax_lora.errors import ConfigError, RunFailed
+from jax_lora.errors import RunFailed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder, made by train.py")
 _SETS = flags.DEFINE_list(
@@ -53,9 +53,8 @@ def main(_):
             from jax_lora.run import baselines
 
             given = _CONFIG.value, _WORKDIR.value, _SETS.value, _METRICS.value
-            return print(baselines.score(*given))
-        if not _WORKDIR.value:
-            raise ConfigError("--workdir: found none, expected a folder that train.py made")
+            return cli.say(baselines.score(*given))
+        workdir = cli.require("workdir", _WORKDIR.value, "a folder that train.py made")
         cli.log_progress()
 
         from jax_lora.run import Run
@@ -67,7 +66,7 @@ def main(_):
             "any_base": _ANY_BASE.value or None,
         }
         options: Any = {key: value for key, value in given.items() if value is not None}
-        run = Run.open(None, _WORKDIR.value, say=cli.say)
+        run = Run.open(None, workdir, say=cli.say)
         if not _CHECK.value:
             options |= {"checkpoint": _CHECKPOINT.value, "overwrite": _OVERWRITE.value}
             run.score(_SETS.value, _ADAPTER.value, **options)

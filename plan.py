@@ -24,7 +24,6 @@ from ml_collections import config_flags
 
 from jax_lora import cli
 from jax_lora.config import RunConfig
-from jax_lora.errors import ConfigError
 from jax_lora.model.families import CONFIGS
 from jax_lora.planning import report
 from jax_lora.planning.targets import DEVICES
@@ -41,17 +40,15 @@ _COMPILE = flags.DEFINE_boolean("compile", False, "compile the step for the targ
 def main(_):
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
     with cli.exit_codes():
-        if _CONFIG.value is None:
-            raise ConfigError("--config: found none, expected a file such as configs/lora.py")
-        if not _TARGET.value:
-            raise ConfigError(f"--target: found none, expected one of {', '.join(DEVICES)}")
+        cli.require("config", _CONFIG.value, "a file such as configs/lora.py")
+        target = cli.require("target", _TARGET.value, f"one of {', '.join(DEVICES)}")
         config = RunConfig.from_config_dict(_CONFIG.value)
         model = config.model or "llama-7b"
         shape = base_weights.known_or_read_config(model)
         kinds = ()
         if config.model_quantization == "gguf" and model not in CONFIGS:
             kinds = base_weights.check_quantization(model, "gguf")
-        options = _TARGET.value, _TOKENS.value, _COMPILE.value, kinds
+        options = target, _TOKENS.value, _COMPILE.value, kinds
         for text in report.plan(config, shape, model, *options):
             cli.say(text)
 

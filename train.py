@@ -20,7 +20,6 @@ from ml_collections import config_flags
 
 from jax_lora import cli
 from jax_lora.config import RunConfig
-from jax_lora.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder")
@@ -46,8 +45,7 @@ def main(_):
             return cli.say(status(_STATUS.value))
     cli.configure_process(trains=True)
     with cli.exit_codes():
-        if _CONFIG.value is None:
-            raise ConfigError("--config: found none, expected a file such as configs/lora.py")
+        cli.require("config", _CONFIG.value, "a file such as configs/lora.py")
         config = RunConfig.from_config_dict(_CONFIG.value)
         if _SHOW.value:
             from jax_lora.run.show import samples
@@ -55,8 +53,7 @@ def main(_):
             cli.log_progress()
             cli.say(samples(config, _SHOW.value))
             return
-        if not _WORKDIR.value:
-            raise ConfigError("--workdir: found none, expected the run's folder")
+        workdir = cli.require("workdir", _WORKDIR.value, "the run's folder")
         from jax_lora import distributed
 
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -65,7 +62,7 @@ def main(_):
         from jax_lora.run import Run
 
         with cli.StopRequest(together=distributed.key_value_store() is not None) as stop:
-            run = Run.open(config, _WORKDIR.value, say=cli.say)
+            run = Run.open(config, workdir, say=cli.say)
             run.train(verify=_VERIFY.value, asked_to_stop=stop)
 
 

@@ -38,15 +38,8 @@ ARROWS = {
 }
 ARROWS["run"] = {*ARROWS}
 ARROWS["study"] = {*ARROWS}
-GROUND = {
-    "config",
-    "errors",
-    "files",
-    "locks",
-    "patterns",
-    "signals",
-    "text",
-}  # any file may import these
+# Any file may import these.
+GROUND = {"config", "errors", "files", "locks", "patterns", "signals", "text"}
 ARROWS |= dict.fromkeys(GROUND, set())
 TOP = {"__init__", "cli", "notebook"}
 SCRIPTS = ("train", "eval", "study", "plan", "convert")

@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+# Of a GGUF file: (linear layer, the kinds of its blocks, each once and sorted).
+Kinds = tuple[tuple[str, tuple[str, ...]], ...]
+
 
 class Kind(NamedTuple):
     """A kind of block: its weights, its bytes, where its half-precision scales begin, and how it

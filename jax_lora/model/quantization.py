@@ -15,6 +15,7 @@ last axis: compilers vectorize along it, and a mesh cuts the blocks along the on
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,24 +61,24 @@ def dynamic_codes() -> np.ndarray:
     return np.sort(np.concatenate([-found, [0.0], found, [1.0]])).astype(np.float32)
 
 
-class QuantizedKernel:
+class QuantizedKernel(abc.ABC):
     """A frozen kernel as it is stored, of one layer, or with a leading axis of all layers."""
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the kernel: (in, out), behind the axis of the layers where there is one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dequantize(self, dtype: DTypeLike) -> Float[Array, "in out"]:
         """The kernel of one layer: computed in float32, then rounded once to `dtype`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shard(self, shard_activation: Shard, inputs: str, outputs: str) -> QuantizedKernel:
         """What is stored of one layer, sharded by the logical axes of the kernel's sides.
 
         It is no longer sharded by `fsdp`: bytes are gathered, not what they are dequantized to.
         """
-        raise NotImplementedError
 
 
 def _pytree(*data: str, meta: tuple[str, ...] = ()):
@@ -235,7 +236,7 @@ def stored_shapes(
     Args:
       quantization: "int8", "nf4" or "gguf".
       shape: (L, in, out).
-      kinds: of the layers of a GGUF file.
+      kinds: of the blocks of a GGUF file, each once and sorted.
 
     Raises:
       ConfigError: blocks do not divide the inputs, or no kinds for "gguf".
@@ -246,16 +247,15 @@ def stored_shapes(
         return Int8(array(shape, jnp.int8), array((layers, out), jnp.float32))
     if quantization == "gguf" and not kinds:
         raise ConfigError("config.model_quantization: found gguf, expected a GGUF file as model")
-    names = tuple(sorted(set(kinds)))
-    block = gguf_blocks.unit(names) if quantization == "gguf" else NF4_BLOCK
+    block = gguf_blocks.unit(kinds) if quantization == "gguf" else NF4_BLOCK
     if size % block:
         raise ConfigError(
             f"config.model_quantization: found {quantization} and a kernel of {size} inputs, "
             f"expected a multiple of {block}"
         )
     if quantization == "gguf":
-        blocks = (layers, size // block, gguf_blocks.unit_bytes(names), out)
-        return GGUF(array(blocks, jnp.uint8), array((layers,), jnp.int32), names)
+        blocks = (layers, size // block, gguf_blocks.unit_bytes(kinds), out)
+        return GGUF(array(blocks, jnp.uint8), array((layers,), jnp.int32), tuple(kinds))
     blocks = size // block
     return NF4(
         array((layers, blocks, block // 2, out), jnp.uint8),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.gguf_blocks import Kinds
 from jax_lora.planning import counts
 from jax_lora.planning.compile import compile_step, devices
 from jax_lora.planning.memory import MOST_DEVICES, Memory, fewest, largest, memory
@@ -15,7 +16,6 @@ from jax_lora.planning.operations import Work, ceiling, operations
 from jax_lora.planning.steps import PlannedStep, planned_steps, step_count, variables
 from jax_lora.planning.targets import Target, full_name, target
 from jax_lora.text import table
-from jax_lora.training.resolve import Kinds
 
 GIB = 2**30
 

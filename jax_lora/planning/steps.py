@@ -20,11 +20,12 @@ from jax_lora.errors import ConfigError
 from jax_lora.model.arch import GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
+from jax_lora.model.gguf_blocks import Kinds
 from jax_lora.model.quantization import stored_shapes
 from jax_lora.planning import counts
 from jax_lora.planning.targets import Target
 from jax_lora.training import trainable_mask
-from jax_lora.training.resolve import Kinds, Resolved, resolve
+from jax_lora.training.resolve import Resolved, resolve
 from jax_lora.training.step import State, Step
 
 TRAIN_TASKS = 756  # in Tall, as the paper counts them

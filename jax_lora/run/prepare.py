@@ -181,7 +181,7 @@ def load_variables(given: Inputs, workdir: Path) -> tuple[PyTree, PyTree]:
     logger.info("loading the base model")
     put = sharding.leaf_sharder(mesh) if mesh else None
     if given.resolved.unstacks and not any(jax.tree.leaves(given.mask["params"])):
-        put = unstacked.put
+        put = unstacked.put  # layer by layer, or `unstack` below would hold the kernels twice
     params = initial_weights.load_base(
         config.model, config.dtype, given.mask["params"], put, config.model_quantization
     )

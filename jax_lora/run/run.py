@@ -278,7 +278,7 @@ class Run:
             for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
                 self._say(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%")
                 good &= dtype != "float32" or changed == 0
-        self._say_what_quantization_changes(config, adapter, asked[:8])
+        self._say_what_quantization_changes(config, adapter, scored, asked[:8])
         if config.method == "lora" and adapter == "last":
             mask = trainable_mask.mask(scored.variables, config.trainable, config.frozen)
             any_mesh = config.replace(**{"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1})
@@ -305,19 +305,19 @@ class Run:
         return bool(good)
 
     def _say_what_quantization_changes(
-        self, config: RunConfig, adapter: str, prompts: Sequence[Row]
+        self, config: RunConfig, adapter: str, scored: scoring.Scored, prompts: Sequence[Row]
     ) -> None:
-        # `config`: in float32, so that nothing but the form of the base differs.
+        # `config` and `scored`: in float32, so that nothing but the form of the base differs.
         form, trained_on = config.model_quantization, config.model_quantization
         if adapter not in ("last", "none"):
             trained_on = peft.base_quantization(adapter)
         other = trained_on if trained_on != form else "none"
         if other == form:
             return
-        one = scoring.load(self.workdir, config, adapter)
-        two = scoring.load(self.workdir, config.replace(model_quantization=other), adapter)
-        model = Llama(one.shape, dtype=jnp.float32)
-        moved, largest = invariance.logits_change(model, one.variables, two.variables, prompts)
+        others = scoring.load(self.workdir, config.replace(model_quantization=other), adapter)
+        moved, largest = invariance.logits_change(
+            Llama(scored.shape, dtype=jnp.float32), scored.variables, others.variables, prompts
+        )
         self._say(
             f"\nthe base in {form} moves a logit by up to {moved:.3g} from the base in {other} "
             f"(logits up to {largest:.3g}; {len(prompts)} prompts)"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from jax_lora.errors import DataError, MissingFileError
+from jax_lora.errors import DataError, MissingFileError, first_line
 
 if TYPE_CHECKING:
     Frame = Any  # what pyright infers from pandas' source are unions that refuse every method
@@ -67,7 +67,7 @@ def read(path: str | Path) -> Frame:
     try:
         results = pd.read_parquet(path)
     except (ValueError, OSError) as error:  # what pyarrow raises is one of these
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise DataError(f"{path}: {reason}; expected a whole parquet file") from None
     _require_columns(results, list(COLUMNS), str(path))
     return with_measures(results)

@@ -171,16 +171,14 @@ def _decision(
     path = _file(workdir, trials)
     if path.is_file():
         return float(read_json(path, dict)["learning_rate"]), None
-    found = [_validation(workdir, trial) for trial in trials]
-    losses = [float(one["validation_loss"]) for one in found if one]
-    finite = [(loss, trial.learning_rate) for loss, trial in zip(losses, trials, strict=False)
-              if math.isfinite(loss)]  # fmt: skip
-    if len(losses) < len(trials) or not finite:
-        return None, None
-    _, rate = min(finite)
-    by_trial = {trial.id: loss if math.isfinite(loss) else None
-                for trial, loss in zip(trials, losses, strict=True)}  # fmt: skip
-    return rate, by_trial
+    losses: dict[str, float | None] = {}
+    for trial in trials:
+        if (found := _validation(workdir, trial)) is None:
+            return None, None
+        loss = float(found["validation_loss"])
+        losses[trial.id] = loss if math.isfinite(loss) else None
+    finite = [(x, t.learning_rate) for t in trials if (x := losses[t.id]) is not None]
+    return (min(finite)[1], losses) if finite else (None, None)
 
 
 def _validation(workdir: Path, cell: Cell) -> dict[str, float] | None:

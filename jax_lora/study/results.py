@@ -195,10 +195,14 @@ def seconds(wanted: Sequence[float], known: Sequence[tuple[float, float]]) -> li
     return [float(start + slope * operations) for operations in wanted]
 
 
+def total_seconds(timings: Mapping[str, float]) -> float:
+    """What a cell took, of a row of timings.parquet or the timings of its done.json."""
+    return sum(timings.get(part, 0.0) for part in ("training", "scoring", "measuring"))
+
+
 def finished(folder: Path, operations: Mapping[str, float]) -> dict[str, float]:
     """Seconds that the finished ones among the cells of `operations` took, by their ids."""
     path = folder / "timings.parquet"
     rows = pd.read_parquet(path).fillna(0.0).to_dict("records") if path.is_file() else []
-    parts = ("training", "scoring", "measuring")
-    took = {row["cell"]: sum(row[name] for name in parts if name in row) for row in rows}
+    took = {row["cell"]: total_seconds(row) for row in rows}
     return {name: took[name] for name in operations if name in took}

@@ -9,7 +9,7 @@ from pathlib import Path
 from jax_lora import locks
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import Json, read_json
-from jax_lora.study import grid, runner, spec, view
+from jax_lora.study import grid, results, runner, spec, view
 from jax_lora.study.choice import Choices
 from jax_lora.study.config import read_axes
 
@@ -85,8 +85,8 @@ def _seconds(cell: Path) -> float:
     """That a cell took, 0 where its files do not say."""
     timings = _read(cell / "done.json").get("timings") or {}
     try:
-        return float(timings["training"] + timings["scoring"])
-    except (TypeError, KeyError):
+        return float(results.total_seconds(timings))
+    except (TypeError, AttributeError):
         return 0.0
 
 

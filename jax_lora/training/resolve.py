@@ -16,11 +16,10 @@ from jax.sharding import Mesh
 from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.model import attention, lora, xla_cpu
 from jax_lora.model.config import LlamaConfig
+from jax_lora.model.gguf_blocks import Kinds
 from jax_lora.model.transformer import Llama
 from jax_lora.training.optimizers import make_optimizer, schedule
 from jax_lora.training.step import Step, make_step
-
-Kinds = tuple[tuple[str, tuple[str, ...]], ...]  # (linear layer, kind of blocks of each layer)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from jax_lora.errors import ConfigError
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
+from jax_lora.model.gguf_blocks import Kinds
 from jax_lora.weights import gguf, gguf_kernels, hf, quantize
 from jax_lora.weights.tree import DevicePut
 
@@ -52,9 +53,7 @@ def load(
     return (gguf if path.suffix == ".gguf" else hf).load(path, dtype, put, quantization)
 
 
-def check_quantization(
-    source: str | os.PathLike[str], quantization: str
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def check_quantization(source: str | os.PathLike[str], quantization: str) -> Kinds:
     """Make sure that the linear layers of a source can be stored so, before they are read.
 
     Args:
@@ -62,7 +61,7 @@ def check_quantization(
       quantization: "none", "int8", "nf4" or "gguf".
 
     Returns:
-      For "gguf" the kinds of its blocks, see `Resolved.gguf_kinds`.
+      For "gguf" the kinds of its blocks; else ().
 
     Raises:
       ConfigError: "gguf" for a source that is no GGUF file.
@@ -77,7 +76,7 @@ def check_quantization(
                 f"config.model_quantization: found gguf for {source}, expected a GGUF file; int8 "
                 "and nf4 quantize any base"
             )
-        return tuple(gguf_kernels.kernel_kinds(gguf.open_gguf(path)).items())
+        return gguf_kernels.kernel_kinds(gguf.open_gguf(path))
     quantize.check_shapes(quantization, read_config(path), source)
     return ()
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax_lora.errors import DataError
 from jax_lora.model import gguf_blocks
 from jax_lora.model.arch import LINEARS
-from jax_lora.model.gguf_blocks import KINDS
+from jax_lora.model.gguf_blocks import KINDS, Kinds
 from jax_lora.model.quantization import GGUF
 from jax_lora.weights.finite import check_finite
 from jax_lora.weights.gguf_file import GGUFFile, Tensor
@@ -17,13 +17,13 @@ from jax_lora.weights.quantize import Fields, KernelReader, put_stacks
 from jax_lora.weights.tree import DevicePut, Leaf
 
 
-def kernel_kinds(file: GGUFFile) -> dict[str, tuple[str, ...]]:
-    """The kinds of blocks of the linear layers: "q_proj" → those of its tensors.
+def kernel_kinds(file: GGUFFile) -> Kinds:
+    """The kinds of blocks of the linear layers.
 
     Raises:
       DataError: a tensor in a kind that `gguf_blocks` does not have.
     """
-    kinds: dict[str, tuple[str, ...]] = {}
+    kinds: dict[str, set[str]] = {linear.name: set() for linear in LINEARS}
     for linear in LINEARS:
         for name, tensor in file.tensors.items():
             if not name.startswith("blk.") or not name.endswith(f".{linear.gguf}.weight"):
@@ -33,8 +33,8 @@ def kernel_kinds(file: GGUFFile) -> dict[str, tuple[str, ...]]:
                     f"{file.path}: {name} is {tensor.kind.name}, expected one of "
                     f"{', '.join(KINDS)} for model_quantization=gguf"
                 )
-            kinds[linear.name] = (*kinds.get(linear.name, ()), tensor.kind.name)
-    return kinds
+            kinds[linear.name].add(tensor.kind.name)
+    return tuple((name, tuple(sorted(found))) for name, found in kinds.items())
 
 
 def kernel_reader(
@@ -52,10 +52,10 @@ def kernel_reader(
     Raises:
       DataError: as `kernel_kinds`; and from the reader, a block whose scale is not finite.
     """
-    kernel_kinds(file)
+    known = dict(kernel_kinds(file))
 
     def read_kernel(leaf: Leaf, put: DevicePut) -> GGUF:
-        kinds = tuple(sorted({tensors[name].kind.name for name in leaf.names}))
+        kinds = known[leaf.path[-2]]
 
         def layers() -> Iterator[Fields]:
             for name in leaf.names:
