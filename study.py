@@ -72,7 +72,7 @@ def main(_):
 
 def train(config, folder):
     """Train a cell; its faults and stops end as train.py's do."""
-    with cli.exit_codes(), cli.StopRequest(distributed.key_value_store() is not None) as stop:
+    with cli.exit_codes(), cli.StopRequest(goes_on=True) as stop:
         jax_lora.Run.open(config, folder, say=cli.say).train(asked_to_stop=stop)
 
 

@@ -1,8 +1,11 @@
-"""SmolLM2-135M on a real checkout of Natural Instructions, about an hour on one GPU.
+"""SmolLM2-135M on real tasks on one GPU: all of the paper's ranks, T100, T250 and T500.
 
     make base
     python study.py --config=configs/study_smollm2.py:data=natural-instructions \\
-        --workdir=studies/smollm2
+        --workdir=studies/smollm2 --only='round == 0'
+
+`bash benchmarks/gpu.sh study` runs it a round at a time, in calls of at most 10 minutes. A call
+that is stopped is resumed by the next one; one round more is another --only.
 """
 
 from configs import base, study_base
@@ -10,9 +13,9 @@ from configs import base, study_base
 
 def get_config(arg=None):
     config = study_base.get_config()
-    config.ranks = (4, 16, 64, 256, "full")
+    config.ranks = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, "full")
     config.sets = ("T100", "T250", "T500")
-    config.rounds = (0,)
+    config.rounds = (0, 1, 2)
     config.learning_rates.lora = (5e-4,)
     config.learning_rates.full = (1e-4,)
 

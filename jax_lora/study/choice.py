@@ -3,13 +3,15 @@
 The trials of a method, rank and variant, one per rate, are trained on `config.choose_on` in the
 first round and validated. The rate with the lowest loss is then scored there, trained once more
 with another seed, which says how far chance alone moves the loss, and carried to the other rounds
-and sets. A rate that fails, as one that is too high does, is not chosen.
+and sets. A rate that diverges, as one that is too high does, is not chosen. A trial that failed for
+any other reason says nothing of its rate: nothing is chosen until it is tried again.
 
     <folder>/cells/<id>/tried.json     the validation of a trial or a repeat that is not scored
              choices/<trials>.json     the rate that was chosen
              rates.parquet             every trial and repeat with its loss (COLUMNS)
 
-A choice is made once: what is tried again later does not change it.
+A choice is made once: what is tried again later does not change it, and of several workers that
+choose at the same time the first one decides.
 """
 
 from __future__ import annotations
@@ -19,17 +21,35 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from jax_lora.errors import ConfigError, DataError
-from jax_lora.files import fresh_file, read_json, write_json
+from jax_lora.files import fresh_file, read_json, write_json_once
 from jax_lora.study import GRID, Frame
 from jax_lora.study.config import EACH, StudyConfig
 from jax_lora.study.grid import Cell, cells_of, frame, is_trial
 from jax_lora.study.runner import DONE, LATER, NEVER, TRIED, cell_folder
 
-COLUMNS = [*GRID, "repeat", "step", "validation_loss", "validation_tokens", "chosen"]
+COLUMNS = [*GRID, "repeat", "step", "validation_loss", "validation_tokens", "outcome", "chosen"]
+VALIDATED, DIVERGED, FAILED = "validated", "diverged", "failed"  # how a trial came out
+
+
+class Trial(NamedTuple):
+    """How a trial or a repeat came out.
+
+    Attributes:
+      step: of the validation.
+      validation_loss: NaN where there is none.
+      validation_tokens: of it.
+      outcome: VALIDATED, DIVERGED, or FAILED for any other reason.
+    """
+
+    step: int
+    validation_loss: float
+    validation_tokens: int
+    outcome: str
 
 
 class Choices:
@@ -134,17 +154,39 @@ class Choices:
             for trial in trials if self._rate(trials[0]) is None else ():
                 (cell_folder(workdir, trial) / "failed.json").unlink(missing_ok=True)
 
+    def blocked(self, workdir: Path) -> list[str]:
+        """A line per choice that no trial can decide any more: why, and what to do."""
+        lines = []
+        for trials in self._trials.values():
+            if self._rate(trials[0]) is not None:
+                continue
+            found = {trial.id: _validation(workdir, trial) for trial in trials}
+            failed = [name for name, one in found.items() if one and one.outcome == FAILED]
+            start = f"{without_rate(trials[0])}: no learning rate is chosen, since"
+            if failed:
+                lines.append(f"{start} {', '.join(failed)} failed; --retry-failed tries it again")
+            elif all(found.values()):
+                lines.append(f"{start} all that were tried diverged")
+        return lines
+
     def write_table(self, workdir: Path) -> None:
         """Write rates.parquet, where the study has something to choose."""
+        written = None
+        # Another worker may end a trial, and write this file, while we do.
+        while (rows := self._table(workdir)) and rows != written:
+            table = pd.concat(frame([cell]).assign(**values)[COLUMNS] for cell, values in rows)
+            with fresh_file(workdir / "rates.parquet") as fresh:
+                table.to_parquet(fresh, index=False)
+            written = rows
+
+    def _table(self, workdir: Path) -> list[tuple[Cell, dict[str, object]]]:
+        """The trials and repeats that are over, with the columns that no grid has."""
         rows = []
         for cell in self._cells:
             if is_trial(self._config, cell) and (found := _validation(workdir, cell)):
                 made = not cell.repeat and self._rate(cell) == cell.learning_rate
-                values = {"repeat": cell.repeat, "chosen": made, **found}
-                rows.append(frame([cell]).assign(**values)[COLUMNS])
-        if rows:
-            with fresh_file(workdir / "rates.parquet") as fresh:
-                pd.concat(rows, ignore_index=True).to_parquet(fresh, index=False)
+                rows.append((cell, {"repeat": cell.repeat, "chosen": made, **found._asdict()}))
+        return rows
 
 
 def without_rate(cell: Cell) -> str:
@@ -156,7 +198,10 @@ def _choose(workdir: Path, trials: Sequence[Cell]) -> float | None:
     """The rate that was chosen, or that is chosen and written down now; None: not known yet."""
     rate, losses = _decision(workdir, trials)
     if losses is not None:
-        write_json(_file(workdir, trials), {"learning_rate": rate, "validation_losses": losses})
+        write_json_once(
+            _file(workdir, trials), {"learning_rate": rate, "validation_losses": losses}
+        )
+        return _decision(workdir, trials)[0]  # another worker may have been first
     return rate
 
 
@@ -173,23 +218,30 @@ def _decision(
         return float(read_json(path, dict)["learning_rate"]), None
     losses: dict[str, float | None] = {}
     for trial in trials:
-        if (found := _validation(workdir, trial)) is None:
+        found = _validation(workdir, trial)
+        if found is None or found.outcome == FAILED:
             return None, None
-        loss = float(found["validation_loss"])
-        losses[trial.id] = loss if math.isfinite(loss) else None
+        losses[trial.id] = found.validation_loss if found.outcome == VALIDATED else None
     finite = [(x, t.learning_rate) for t in trials if (x := losses[t.id]) is not None]
     return (min(finite)[1], losses) if finite else (None, None)
 
 
-def _validation(workdir: Path, cell: Cell) -> dict[str, float] | None:
-    """The validation of a trial or a repeat, a loss of NaN where it failed; None: not yet."""
+def _validation(workdir: Path, cell: Cell) -> Trial | None:
+    """How a trial or a repeat came out; None: it is not over."""
     folder = cell_folder(workdir, cell)
     for name in (DONE, TRIED):
         if (path := folder / f"{name}.json").is_file():
             saved = read_json(path, dict).get("validation")
             if not isinstance(saved, dict):
                 raise DataError(f"{path}: found no validation, expected that of a trial")
-            return {key: math.nan if value is None else value for key, value in saved.items()}
-    if (folder / "failed.json").is_file():
-        return {"step": 0, "validation_loss": math.nan, "validation_tokens": 0}
-    return None
+            loss = saved["validation_loss"]
+            loss = math.nan if loss is None or not math.isfinite(loss) else float(loss)
+            outcome = DIVERGED if math.isnan(loss) else VALIDATED
+            return Trial(saved["step"], loss, saved["validation_tokens"], outcome)
+    try:
+        diverged = read_json(folder / "failed.json", dict).get("diverged", False)
+    except FileNotFoundError:
+        return None
+    except DataError:  # a damaged file, which says that it failed and not why
+        diverged = False
+    return Trial(0, math.nan, 0, DIVERGED if diverged else FAILED)

@@ -14,6 +14,7 @@ import jax
 from jax_lora import distributed
 from jax_lora.config import RunConfig
 from jax_lora.errors import RunFailed
+from jax_lora.planning.targets import target as hardware
 from jax_lora.run.training import running
 from jax_lora.study import choice, costs, grid, slurm, spec
 from jax_lora.study.config import StudyConfig
@@ -64,12 +65,13 @@ class Command:
 
     def dry_run(self, target: str | None, tokens_per_second: float | None) -> None:
         """Say what the cells cost, see `costs.dry_run`."""
+        where = hardware(target) if target else None  # before the data is read
         cells, _ = self._check()
         with spec.inputs_of(self._config, self._workdir) as folder:
             choices = choice.Choices.in_folder(self._config, self._workdir)
             planned, scored = choices.planned(cells), choices.scored(cells)
             header, rows, note = costs.dry_run(
-                self._config, folder, self._workdir, planned, target, tokens_per_second
+                self._config, folder, self._workdir, planned, where, tokens_per_second
             )
             note += f"\n{costs.scoring(self._config, folder, scored)}"
         self._say(f"{table(header, rows)}\n{note}")

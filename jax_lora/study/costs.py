@@ -10,6 +10,7 @@ from jax_lora.files import read_json
 from jax_lora.planning.memory import memory
 from jax_lora.planning.operations import ceiling, operations
 from jax_lora.planning.steps import PlannedStep, planned, planned_steps
+from jax_lora.planning.targets import Target
 from jax_lora.planning.targets import target as hardware
 from jax_lora.run import inputs
 from jax_lora.study import TESTS, grid, results, spec
@@ -36,6 +37,7 @@ def operations_per_token(run: RunConfig) -> tuple[float, float]:
 def _step(run: RunConfig) -> PlannedStep:
     # The causal half of the pairs of tokens is counted, whichever kernel runs: as cuDNN does.
     typical = run.replace(attention="cudnn", dtype="bfloat16", remat="none")
+    typical = typical.replace(model_quantization="none")  # the same products
     devices = max(1, run.mesh.data) * max(1, run.mesh.fsdp) * max(1, run.mesh.tensor)
     return planned(
         typical,
@@ -44,6 +46,12 @@ def _step(run: RunConfig) -> PlannedStep:
         devices,
         length=max(run.data.buckets),
     )
+
+
+def _steps(run: RunConfig, where: Target) -> tuple[PlannedStep, ...]:
+    shape = base_weights.known_or_read_config(run.model)
+    kinds = base_weights.known_or_read_kinds(run.model, run.model_quantization)
+    return tuple(planned_steps(run, shape, where, kinds))
 
 
 def estimate(run: RunConfig) -> float:
@@ -94,7 +102,7 @@ def dry_run(
     folder: Path,
     workdir: Path,
     cells: Sequence[Cell],
-    target: str | None = None,
+    target: Target | None = None,
     tokens_per_second: float | None = None,
 ) -> tuple[tuple[str, ...], list[tuple[object, ...]], str]:
     """The cells with their tokens, operations, hours and memory.
@@ -104,20 +112,17 @@ def dry_run(
       folder: of the toy tasks and base.
       workdir: of the study.
       cells: of it, or some of them.
-      target: hardware, see plan.py.
+      target: hardware; None is this machine.
       tokens_per_second: of training the cheapest cell.
 
     Returns:
       The header of a table, its rows and a line below it.
     """
-    where = hardware(target or "cpu")
+    where = target or hardware("cpu")
     runs = {cell.id: spec.run_config(config, folder, cell) for cell in cells}
     tokens = {name: spec.train_tokens(run) for name, run in runs.items()}
     per_token = {name: operations_per_token(run)[0] for name, run in runs.items()}
-    steps = {
-        name: tuple(planned_steps(run, base_weights.known_or_read_config(run.model), where))
-        for name, run in runs.items()
-    }
+    steps = {name: _steps(run, where) for name, run in runs.items()}
     peaks = {of_run: max(memory(step).peak for step in of_run) for of_run in set(steps.values())}
 
     estimated = {name: estimate(run) for name, run in runs.items()}

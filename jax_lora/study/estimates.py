@@ -189,11 +189,13 @@ def lead(first: Frame, second: Frame, configs: Sequence[str], *, seed: int = 0) 
     def leads(means: np.ndarray) -> np.ndarray:
         curves = means.reshape(len(means), 2, len(configs))
         progress = curves[..., 1:-1] - curves[..., :1]
-        progress /= curves[..., -1:] - curves[..., :1]
+        change = curves[..., -1:] - curves[..., :1]
+        progress /= np.where(change == 0, np.nan, change)
         return (progress[:, 0] - progress[:, 1]).mean(axis=-1)
 
     drawn = leads(resampled_means(sums, weights[:, None], seed))
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # The few resamples in which one of the two does not change at all have no progress.
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = float(leads(sums.sum(axis=0, keepdims=True))[0])
     return Estimate(value, float(low), float(high), np.nan, len(weights), rounds)
 
@@ -212,6 +214,15 @@ def verdict(difference: Estimate, margin: float = MARGIN) -> str:
     if -margin <= difference.low and difference.high <= margin:
         return f"equal within {margin:g} point{'s' * (margin != 1)}"
     return "undecided"
+
+
+def yes_or_no(difference: Estimate) -> str:
+    """Whether something helps, by the verdict of what it changes."""
+    found = verdict(difference)
+    if found.startswith("equal"):
+        return f"no, {found}"
+    kinds = {"higher": "yes", "lower": "no, it harms", "too few tasks": "too few tasks to tell"}
+    return kinds.get(found, found)
 
 
 def _codes(scores: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.typing import LineStyleType
 
 from jax_lora.study import TESTS, Frame, Study
+from jax_lora.study.choice import DIVERGED
 from jax_lora.study.plotting import (
     COLOURS,
     MARKERS,
@@ -31,6 +32,7 @@ from jax_lora.study.plotting import (
     TITLES,
     Look,
     at_least_a_point,
+    full_handles,
     hollow_markers,
     legend,
     legend_handle,
@@ -47,7 +49,16 @@ from jax_lora.study.plotting import (
     styled,
     without_math,
 )
+from jax_lora.study.rates import with_outcomes
 from jax_lora.study.statistics import behaviour
+
+
+def with_results(
+    numbers: Frame, sets: Sequence[str], variants: Sequence[str] | None = None
+) -> Frame:
+    """The rows of `statistics.summary` that a figure of some sets, and variants, can draw."""
+    rows = numbers[numbers["main"] & (numbers["rounds"] > 0) & numbers["set"].isin(sets)]
+    return rows if variants is None else rows[rows["variant"].isin(variants)]
 
 
 @styled
@@ -69,9 +80,8 @@ def scaling(study: Study, numbers: Frame, width: float = TEXT) -> Figure:
         rank_axis(axis, numbers["rank"].dropna(), width / 2)
         at_least_a_point(axis)
     figure.supxlabel("LoRA rank", fontsize=STYLE["axes.labelsize"])
-    legend(
-        figure, [*set_handles(sets), legend_handle("black", "--", "", "full fine-tuning")], width
-    )
+    drawn = with_results(numbers, sets, [""])
+    legend(figure, [*set_handles(sets, drawn), *full_handles(drawn)], width)
     return figure
 
 
@@ -121,7 +131,7 @@ def categories(study: Study, test: str, name: str, width: float = TEXT) -> Figur
         legend_handle(look["color"], "-", look["marker"], metric.replace("_", " "))
         for metric, look in looks.items()
     ]
-    handles += [legend_handle("black", "--", "", "full fine-tuning")]
+    handles += full_handles(grid[grid.index.isin(numbers["config"])])
     legend(figure, [*handles, legend_handle("#666666", ":", "", "majority label")], width)
     return figure
 
@@ -139,6 +149,7 @@ def fixed_size(study: Study, numbers: Frame, sets: Sequence[str], width: float =
     figure, panels = score_panels(width)
     starred = study.grid["set"].isin([name for name in sets if "*" in name])
     planned = set(study.grid[starred]["config"])
+    planned &= {*with_results(numbers, sets)["config"]}
     configs = [name for name in study.configs(variant="") if name in planned]
     lora = [name for name in configs if name != "full"]
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.8, max(len(lora), 2)))
@@ -202,7 +213,9 @@ def costs(study: Study, numbers: Frame, metric: str = "exact_match", width: floa
                 axis.set_xlabel(("Trainable share (%)", "Training operations")[column])
             at_least_a_point(axis)
             powers_of_ten(axis, power if column else lambda value, _: f"{value:g}")
-    handles = [*set_handles(sets), legend_handle("black", "", "*", "full fine-tuning")]
+    drawn = with_results(numbers, sets)
+    handles = [*set_handles(sets, drawn), *full_handles(drawn, "", "*")]
+    variants = [name for name in variants if name in {*drawn["variant"]}]
     handles += [legend_handle("black", styles[name], "", without_math(name)) for name in variants]
     legend(figure, handles, width)
     return figure
@@ -236,13 +249,15 @@ def _against_cost(
 def learning_rates(rates: Frame, name: str, width: float = TEXT) -> Figure:
     """The validation loss by rank and learning rate, the chosen rates framed and joined by a line.
 
-    Shades are of a rank's own, from its lowest loss to its highest; a cross is a rate that failed.
+    Shades are of a rank's own, from its lowest loss to its highest; a cross is a rate that
+    diverged, a question mark a trial that failed for another reason.
 
     Args:
       rates: `choice.COLUMNS`.
       name: the set that was trained on.
       width: of the picture in inches.
     """
+    rates = with_outcomes(rates)
     trials = rates[(rates["set"] == name) & (rates["variant"] == "") & (rates["repeat"] == 0)]
     lora = sorted(trials["rank"].dropna().unique())
     columns = [*lora, *(["full"] if (trials["method"] == "full").any() else [])]
@@ -256,7 +271,8 @@ def learning_rates(rates: Frame, name: str, width: float = TEXT) -> Figure:
         column = columns.index("full" if row["method"] == "full" else row["rank"])
         at = tried.index(row["learning_rate"]), column
         values[at] = row["validation_loss"]
-        words[at] = "×" if np.isnan(values[at]) else f"{values[at]:.3f}"
+        lost = "×" if row["outcome"] == DIVERGED else "?"
+        words[at] = lost if np.isnan(values[at]) else f"{values[at]:.3f}"
         chosen |= {column: at[0]} if row["chosen"] else {}
     axis.grid(False)
     line = [chosen.get(column, np.nan) for column in range(len(lora))]
@@ -270,7 +286,7 @@ def learning_rates(rates: Frame, name: str, width: float = TEXT) -> Figure:
         above /= np.maximum(np.nanmax(above, axis=0), 1e-12)
     shades = axis.imshow(above, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", origin="lower")
     for (i, j), text in words.items():
-        failed = text == "×"
+        failed = np.isnan(values[i, j])
         axis.text(j, i, text, ha="center", va="center", fontsize=size,
                   color="white" if not failed and above[i, j] > 0.5 else "black",
                   bbox={"fc": "white" if failed else shades.to_rgba(above[i, j]), "ec": "none",

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-import pandas as pd
-
-from jax_lora.study import METRICS, TESTS, Frame, Study, paper_findings, set_order
+from jax_lora.study import METRICS, TESTS, Frame, Study, paper_findings
 from jax_lora.study.estimates import (
     FEWEST_TASKS,
     Estimate,
@@ -16,8 +14,11 @@ from jax_lora.study.estimates import (
     signed,
     slope,
     verdict,
+    yes_or_no,
 )
+from jax_lora.study.measure_findings import measure_findings
 from jax_lora.study.sections import Finding
+from jax_lora.study.set_findings import agreed, set_findings
 
 
 def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) -> list[Finding]:
@@ -29,7 +30,7 @@ def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) ->
       compared: `statistics.comparisons`.
       seed: of the bootstrap and the sign flips.
     """
-    sets, fixed = plain_sets(study), fixed_size_sets(study)
+    sets = study.sets
     found = [
         Finding(
             "Does more rank help on seen tasks?",
@@ -52,48 +53,11 @@ def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) ->
             paper_findings.reaches(),
         ),
     ]
-    if len(fixed) > 1:
-        question = f"More tasks, or more examples of each, {fixed[0]} to {fixed[-1]}?"
-        answers = [_diversity(study, c, fixed, seed) for c in study.configs(variant="")]
-        found.append(Finding(question, [s for s in answers if s], paper_findings.DIVERSITY))
-    for pair in more_examples(study):
-        question = f"More examples of the same tasks, {pair[0]} to {pair[1]}?"
-        answers = [_diversity(study, c, pair, seed) for c in study.configs(variant="")]
-        found.append(Finding(question, [s for s in answers if s]))
+    found += set_findings(study, seed)
+    found += measure_findings(study)
     if numbers["exact_match_difference"].notna().any():
         found.append(Finding("How far from the paper?", _from_paper(numbers)))
     return found
-
-
-def plain_sets(study: Study) -> list[str]:
-    """The sets without a star: T100, T250, T500, Tall."""
-    return [name for name in study.sets if "*" not in name]
-
-
-def fixed_size_sets(study: Study) -> list[str]:
-    """T*100, T250 and T*500: the starred sets have as many examples as the one between them, or
-    T*100 and T500: as the one that has as many where there is one starred set."""
-    starred = sorted(set_order(name)[1:] for name in study.sets if "*" in name)
-    if not starred:
-        return []
-    examples, plain = _examples(study), [set_order(name)[1:] for name in plain_sets(study)]
-    if len(starred) > 1:
-        equal = [key for key in plain if starred[0][0] < key[0] < starred[-1][0]]
-    else:
-        count = examples.get(starred[0][1], 0)
-        equal = [key for key in plain if abs(examples.get(key[1], 0) - count) <= 0.05 * count]
-    return [name for _, name in sorted([*starred, *equal])]
-
-
-def more_examples(study: Study) -> list[tuple[str, str]]:
-    """Pairs such as T100 and T*100: the same tasks, the second with more examples of each."""
-    examples = _examples(study)
-    pairs = [(name.replace("*", ""), name) for name in study.sets if "*" in name]
-    return [pair for pair in pairs if 0 < examples.get(pair[0], 0) < examples.get(pair[1], 0)]
-
-
-def _examples(study: Study) -> dict[str, float]:
-    return study.rows.groupby("set")["train_examples"].mean().to_dict()
 
 
 def _ranks(study: Study, scores: Frame) -> dict[str, int]:
@@ -103,7 +67,7 @@ def _ranks(study: Study, scores: Frame) -> dict[str, int]:
 
 
 def _rank_helps(study: Study, name: str, seed: int) -> str:
-    parts, answer, count = [], "", ""
+    parts, answers, count = [], {}, ""
     for metric, label in METRICS.items():
         scores = study.scores(name, "seen", metric)
         ranks = _ranks(study, scores)
@@ -120,9 +84,11 @@ def _rank_helps(study: Study, name: str, seed: int) -> str:
             f"{label} {found['change'].points} from {configs[0]} to {configs[-1]}, "
             f"{found['slope'].points} per doubling, up in {rises} of {len(steps)} steps"
         )
-        answer = answer or _yes_or_no(found["slope"])
+        answers[label] = yes_or_no(found["slope"])
+        if answers[label].startswith("no, equal"):  # little per doubling may be much in all
+            answers[label] = yes_or_no(found["change"])
         count = found["slope"].count
-    return f"{name}: {answer}. {'; '.join(parts)} {count}."
+    return f"{name}: {agreed(answers)}. {'; '.join(parts)} {count}."
 
 
 def _capacity(study: Study, name: str, seed: int) -> str:
@@ -142,7 +108,9 @@ def _capacity(study: Study, name: str, seed: int) -> str:
             return f"{name}: cannot be said, the ranks have no round in common."
     seen, unseen = estimates["seen"], estimates["unseen"]
     if verdict(unseen["all"]) != "higher":
-        answer = f"more rank is not shown to help at all ({unseen['all'].points} per doubling)"
+        kinds = {"lower": "no, more rank harms", "too few tasks": "too few tasks to tell"}
+        answer = kinds.get(verdict(unseen["all"]), "undecided whether more rank helps at all")
+        answer += f" ({unseen['all'].points} per doubling)"
     else:
         kind = {"higher": "yes, the larger ranks bring more", "lower": "no, the smaller bring more"}
         answer = kind.get(verdict(unseen["more"]), "undecided whether the larger ranks bring more")
@@ -176,7 +144,7 @@ def _form_first(study: Study, name: str, seed: int) -> str:
     elif ahead.tasks < FEWEST_TASKS:
         answer = "too few tasks to tell"
     else:
-        kind = "yes" if ahead.low > 0 else "no, after it" if ahead.high < 0 else "not shown"
+        kind = "yes" if ahead.low > 0 else "no, after it" if ahead.high < 0 else "undecided"
         interval = f"[{signed(ahead.low)}, {signed(ahead.high)}]"
         answer = f"{kind}: they are ahead by {signed(ahead.value)} {interval} of the whole way"
         answer += f", half of it done by {_halfway(out, configs)} and {_halfway(right, configs)}"
@@ -201,9 +169,11 @@ def _reaches(study: Study, compared: Frame, name: str, test: str) -> str:
     there = compared[(compared["set"] == name) & (compared["test"] == test)]
     if there.empty:
         return f"{name}, {test}: cannot be said, LoRA and full fine-tuning have no round in common."
-    parts = []
+    parts, answers = [], {}
     for metric, label in METRICS.items():
-        by_verdict = there[there["metric"] == metric].groupby("verdict", sort=False)["config"]
+        of_metric = there[there["metric"] == metric]
+        answers[label] = _reached(dict(zip(of_metric["config"], of_metric["verdict"], strict=True)))
+        by_verdict = of_metric.groupby("verdict", sort=False)["config"]
         groups = (
             f"{kind} at {', '.join(config.removeprefix('rank ') for config in configs)}"
             for kind, configs in by_verdict
@@ -211,19 +181,16 @@ def _reaches(study: Study, compared: Frame, name: str, test: str) -> str:
         parts.append(f"{label} {', '.join(groups)}")
     statements = there[there["metric"] == "exact_match"].set_index("config")["statement"]
     parts += [statements[c] for c in study.configs("lora", "") if c in statements][-1:]
-    return f"{name}, {test}: {'; '.join(parts)}."
+    return f"{name}, {test}: {agreed(answers)}. {'; '.join(parts)}."
 
 
-def _diversity(study: Study, config: str, fixed: Sequence[str], seed: int) -> str:
-    parts = []
-    for test in TESTS:
-        both = [study.scores(name, test, "exact_match") for name in (fixed[0], fixed[-1])]
-        if all(config in scores for scores in both):
-            few, many = (scores[config] for scores in both)
-            pair = pd.concat({"few": few, "many": many}, axis=1)
-            if one := contrasts(pair, {0: {"many": 1, "few": -1}}, seed=seed):
-                parts.append(f"{test} EM {one[0]}")
-    return f"{config}: {'; '.join(parts)}." if parts else ""
+def _reached(verdicts: Mapping[str, str]) -> str:
+    """Whether any of LoRA's models is as good as full fine-tuning."""
+    if good := [c for c, v in verdicts.items() if v == "higher" or v.startswith("equal")]:
+        return f"yes at {', '.join(good)}"
+    if {*verdicts.values()} == {"too few tasks"}:
+        return "too few tasks to tell"
+    return "undecided" if "undecided" in verdicts.values() else "no"
 
 
 def _from_paper(numbers: Frame) -> list[str]:
@@ -243,11 +210,6 @@ def _from_paper(numbers: Frame) -> list[str]:
             )
         lines.append(f"{test}: {'; '.join(parts)}.")
     return lines
-
-
-def _yes_or_no(one: Estimate) -> str:
-    kinds = {"higher": "yes", "lower": "no, it harms", "too few tasks": "too few tasks to tell"}
-    return kinds.get(verdict(one), "not shown")
 
 
 def _halfway(curve: Mapping[str, Estimate], configs: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,6 +17,7 @@ from jax_lora.study.plotting import (
     STYLE,
     TEXT,
     Look,
+    full_handles,
     hollow_markers,
     legend,
     legend_handle,
@@ -50,8 +51,7 @@ def measures(study: Study, data: Frame, width: float = TEXT) -> Figure:
         _over_ranks(axis, study, data, name, width / shape[1])
         axis.set_ylabel(_LABELS[name])
     figure.supxlabel("LoRA rank", fontsize=STYLE["axes.labelsize"])
-    full = legend_handle("black", "--", "", "full fine-tuning")
-    legend(figure, [*set_handles(study.sets), full], width)
+    _legend(figure, study, data, names, width)
     return figure
 
 
@@ -68,9 +68,14 @@ def capacity(study: Study, data: Frame, width: float = TEXT) -> Figure:
     _over_ranks(axes[0, 0], study, data, "memorized_bits", width)
     axes[0, 0].set_ylabel("Memorized bits")
     axes[0, 0].set_xlabel("LoRA rank")
-    full = legend_handle("black", "--", "", "full fine-tuning")
-    legend(figure, [*set_handles(study.sets), full], width)
+    _legend(figure, study, data, ["memorized_bits"], width)
     return figure
+
+
+def _legend(figure: Figure, study: Study, data: Frame, names: Sequence[str], width: float) -> None:
+    """The sets that have a line in one of the panels, and full fine-tuning where it has one."""
+    drawn = data[data["main"] & (data["variant"] == "") & data[names].notna().any(axis=1)]
+    legend(figure, [*set_handles(study.sets, drawn), *full_handles(drawn)], width)
 
 
 def _over_ranks(axis: Axes, study: Study, data: Frame, name: str, width: float) -> None:
@@ -126,7 +131,13 @@ def spectra(study: Study, updates: Frame, name_of_set: str, width: float = TEXT)
 
 
 def mean_spectra(study: Study, updates: Frame, name_of_set: str) -> Mapping[str, np.ndarray]:
-    """The mean of σₖ / σ₁ over the matrices that have a k-th singular value, by configuration."""
+    """The mean of σₖ / σ₁ over matrices, by configuration.
+
+    The matrices are those with the most singular values: a mean over k and v, too, would leap where
+    theirs end.
+    """
+    lengths = updates["values"].map(len).groupby(updates["module"]).max()
+    updates = updates[updates["module"].isin(lengths.index[lengths == lengths.max()])]
     grid = study.grid[(study.grid["set"] == name_of_set) & study.grid["main"]]
     grid = grid[grid["cell"].isin(updates["cell"])].sort_values("round").drop_duplicates("config")
     cells = dict(zip(grid["config"], grid["cell"], strict=True))

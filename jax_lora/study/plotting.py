@@ -162,9 +162,13 @@ def at_least_a_point(axis: Axes) -> None:
 
 
 def powers_of_ten(axis: Axes, form: Callable[[float, object], str]) -> None:
-    """Ticks at powers of ten, and between them where there are few."""
-    decades = np.ptp(np.log10(axis.get_xlim()))
-    between = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 0.8 else (1.0, 2.0, 5.0)
+    """Ticks at powers of ten, and between them where there are few; an axis of a decade at least,
+    since ticks that are closer would have the same labels."""
+    low, high = np.log10(axis.get_xlim())
+    spare = max(0.0, 1.0 - (high - low)) / 2
+    axis.set_xlim(10 ** (low - spare), 10 ** (high + spare))
+    decades = max(1.0, high - low)
+    between = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)
     axis.xaxis.set_major_locator(LogLocator(subs=between))
     axis.xaxis.set_major_formatter(form)
     axis.xaxis.set_minor_formatter(lambda value, _: "")
@@ -197,10 +201,25 @@ def legend_handle(colour: ColorType, style: LineStyleType, marker: str, label: s
     return Line2D([], [], color=colour, ls=style, marker=marker, label=label, markersize=size)
 
 
-def set_handles(sets: Sequence[str]) -> list[Line2D]:
-    """An entry of a legend per set, in the colours and markers of the sets' lines."""
-    labels = enumerate(map(set_label, sets))
-    return [legend_handle(COLOURS[i % 6], "-", MARKERS[i % 6], label) for i, label in labels]
+def set_handles(sets: Sequence[str], drawn: Frame) -> list[Line2D]:
+    """An entry of a legend per set that has a line, in the colours and markers of the sets' lines.
+
+    Args:
+      sets: all, in the order of their colours.
+      drawn: the rows that are drawn.
+    """
+    there = {*drawn["set"]}
+    return [
+        legend_handle(COLOURS[i % 6], "-", MARKERS[i % 6], set_label(name))
+        for i, name in enumerate(sets)
+        if name in there
+    ]
+
+
+def full_handles(drawn: Frame, style: LineStyleType = "--", marker: str = "") -> list[Line2D]:
+    """The entry of full fine-tuning, where it is drawn."""
+    there = (drawn["method"] == "full").any()
+    return [legend_handle("black", style, marker, "full fine-tuning")] if there else []
 
 
 def set_label(name: str) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from jax_lora.study import GRID, Frame, set_order
+from jax_lora.study import GRID, Frame, paper, set_order
+from jax_lora.study.choice import DIVERGED, FAILED, VALIDATED
+from jax_lora.study.sections import Finding
 from jax_lora.study.tables import MISSING, Table
 
 _GROUP = [name for name in GRID if name not in ("cell", "round", "learning_rate")]
@@ -19,10 +21,10 @@ def choices(rates: Frame) -> Frame:
     Returns:
       config, set and round; learning_rate that was chosen, its validation_loss, runner_up and
       runner_up_distance (its loss less the chosen one's), seed_distance (of the chosen rate with
-      another seed), end ("lowest" or "highest" of the rates, else ""), and how many were tried and
-      failed. What is not there is NaN.
+      another seed), end ("lowest" or "highest" of the rates, else ""), and how many were tried,
+      diverged and failed for another reason. What is not there is NaN.
     """
-    found = []
+    found, rates = [], with_outcomes(rates)
     for _, group in rates.groupby(_GROUP, dropna=False, sort=False):
         first = group.iloc[0]
         trials = group[group["repeat"] == 0].sort_values(["validation_loss", "learning_rate"])
@@ -32,8 +34,10 @@ def choices(rates: Frame) -> Frame:
             + (f", {first['variant']}" if first["variant"] else ""),
             "set": first["set"],
             "round": first["round"],
+            "end": "",
             "tried": len(trials),
-            "failed": int(trials["validation_loss"].isna().sum()),
+            "diverged": int((trials["outcome"] == DIVERGED).sum()),
+            "failed": int((trials["outcome"] == FAILED).sum()),
         }
         if len(made):
             best = made.iloc[0]
@@ -48,9 +52,18 @@ def choices(rates: Frame) -> Frame:
                 row["seed_distance"] = _distance(again, best)
         found.append(row)
     names = ["config", "set", "round", "learning_rate", "validation_loss", "runner_up"]
-    names += ["runner_up_distance", "seed_distance", "end", "tried", "failed"]
+    names += ["runner_up_distance", "seed_distance", "end", "tried", "diverged", "failed"]
     frame = pd.DataFrame(found, columns=names)
-    return frame.astype({name: float for name in names[3:8]}).fillna({"end": ""})
+    return frame.astype({name: float for name in names[3:8]})
+
+
+def with_outcomes(rates: Frame) -> Frame:
+    """The table with a column `outcome`, which older versions did not write: they did not tell a
+    rate that diverged from a trial that failed otherwise."""
+    if "outcome" in rates:
+        return rates
+    known = np.where(rates["validation_loss"].notna(), VALIDATED, FAILED)
+    return rates.assign(outcome=known)
 
 
 def _distance(rows: Frame, best: Mapping) -> float:
@@ -76,7 +89,8 @@ def choices_table(made: Frame, model: str) -> Table:
         if not np.isnan(row["runner_up_distance"]):
             runner_up += f" ({_text(row['runner_up_distance'], '+.4f')})"
         rate = _text(row["learning_rate"], "g") + (f", the {row['end']}" if row["end"] else "")
-        tried = f"{row['tried']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
+        lost = [f"{row[kind]} {kind}" for kind in (DIVERGED, FAILED) if row[kind]]
+        tried = f"{row['tried']}" + (f" ({', '.join(lost)})" if lost else "")
         seed = _text(row["seed_distance"], "+.4f")
         loss = _text(row["validation_loss"], ".4f")
         rows.append([row["config"], row["set"], rate, loss, runner_up, seed, tried])
@@ -110,30 +124,99 @@ def statements(rates: Frame, made: Frame) -> Iterator[str]:
             f"In {len(close)} of {len(known)} choices the runner-up's loss is no farther away than "
             f"another seed moves it{f': {which}' if which else ''}."
         )
+    yield from _not_chosen(made)
     if len(at_end := made[made["end"] != ""]):
         which = ", ".join(
             f"{r['config']} on {r['set']} (the {r['end']})" for r in at_end.to_dict("records")
         )
         yield f"At the end of the rates that were tried, so a better one may lie beyond: {which}."
+
+
+def _not_chosen(made: Frame) -> Iterator[str]:
+    """Why some have no learning rate yet."""
+    reasons: dict[str, list[str]] = {}
+    for row in made[made["learning_rate"].isna()].to_dict("records"):
+        if row["failed"]:
+            why = "a trial failed without having diverged; --retry-failed tries it again"
+        elif row["diverged"] == row["tried"]:
+            why = "every rate that was tried diverged"
+        else:
+            why = "not all rates are tried"
+        reasons.setdefault(why, []).append(f"{row['config']} on {row['set']}")
+    for why, which in reasons.items():
+        yield f"No learning rate is chosen yet, since {why}: {', '.join(which)}."
+
+
+def rank_or_rate(rates: Frame) -> Finding:
+    """Whether the ranks differ where each has its own learning rate.
+
+    Args:
+      rates: `choice.COLUMNS`.
+    """
+    lines = []
     for name in sorted(rates["set"].unique(), key=set_order):
-        if text := _rank_or_rate(rates[rates["set"] == name], made[made["set"] == name]):
-            yield f"{name}: {text}"
-
-
-def _rank_or_rate(rates: Frame, made: Frame) -> str:
-    """How the loss changes with LoRA's rank, at one rate for all ranks and at the chosen ones."""
-    plain = rates[(rates["method"] == "lora") & (rates["variant"] == "") & (rates["repeat"] == 0)]
-    losses = plain.pivot(index="rank", columns="learning_rate", values="validation_loss")
-    common = losses.dropna(axis="columns")
-    if len(losses) < 2 or common.empty or losses.isna().all(axis=1).any():
-        return ""
-    rate = common.mean().idxmin()
-    low, high = losses.index[0], losses.index[-1]
-    best = losses.min(axis=1)
-    seed = made["seed_distance"].abs().max()
-    return (
-        f"from rank {low} to rank {high} the validation loss changes by "
-        f"{_text(common.loc[high, rate] - common.loc[low, rate], '+.4f')} at one learning rate for "
-        f"all ranks, {rate:g}, and by {_text(best[high] - best[low], '+.4f')} where each rank has "
-        f"its own; a second seed moves a loss by up to {_text(seed, '.4f')}."
+        if text := _rank_or_rate(rates[rates["set"] == name]):
+            lines.append(f"{name}: {text}")
+    lines.append(
+        "Scores: all in this report are those of the chosen rates, so what it says of ranks is "
+        "what remains of the rank."
     )
+    known = paper()["learning_rate"]
+    of_paper = (
+        f"Not asked: all ranks were trained at one learning rate, {known['lora']:g}, and full "
+        f"fine-tuning at {known['full']:g}.",
+    )
+    return Finding("Is it the rank or the learning rate?", lines, of_paper)
+
+
+def _rank_or_rate(rates: Frame) -> str:
+    """How the loss changes with LoRA's rank, at one rate for all ranks and at the chosen ones."""
+    plain = rates[(rates["method"] == "lora") & (rates["variant"] == "")]
+    trials, again = plain[plain["repeat"] == 0], plain[plain["repeat"] > 0]
+    ranks, made = sorted(trials["rank"].unique()), trials[trials["chosen"]].set_index("rank")
+    if len(ranks) < 2:
+        return ""
+    if lacking := [f"rank {rank}" for rank in ranks if rank not in made.index]:
+        return f"cannot be said, no learning rate is chosen for {', '.join(lacking)}."
+    low, high = ranks[0], ranks[-1]
+    best = made["validation_loss"]
+    change = float(best[high] - best[low])
+    moved = again.set_index("rank")["validation_loss"] - best
+    seed = float(moved.abs().max())
+    common = trials.pivot(index="rank", columns="learning_rate", values="validation_loss")
+    common = common.dropna(axis="columns")
+    one, at_one = np.nan, "no learning rate was validated at all ranks"
+    if len(common.columns):
+        rate = common.mean().idxmin()
+        one = float(common.loc[high, rate] - common.loc[low, rate])
+        at_one = f"{_text(one, '+.4f')} at one learning rate for all ranks, {rate:g}"
+    which = ", ".join(f"rank {rank} {made['learning_rate'][rank]:g}" for rank in ranks)
+    tried = {rank: trials[trials["rank"] == rank] for rank in ranks}
+    ends = [f"rank {rank}" for rank in ranks if _end(tried[rank], made.loc[rank])]
+    beyond = f" A better rate may lie beyond those tried for {', '.join(ends)}." if ends else ""
+    return (
+        f"{_answer(change, one, seed)}. From rank {low} to rank {high} the validation loss changes "
+        f"by {_text(change, '+.4f')} where each rank has its own learning rate ({which}); "
+        f"{at_one}; a second seed moves a loss by up to {_text(seed, '.4f')}, which is all that is "
+        f"known of chance here.{beyond}"
+    )
+
+
+def _answer(chosen: float, one: float, seed: float) -> str:
+    """The answer by how the loss changes from the lowest rank to the highest.
+
+    Args:
+      chosen: where each rank has its own learning rate.
+      one: at one learning rate for all, NaN where there is none.
+      seed: how far another seed moves a loss, NaN where that is not known.
+    """
+    if np.isnan(seed):
+        return "undecided, no second seed is there to compare with"
+    if chosen > seed:
+        return "not the rank, whose highest value has the higher loss at its own learning rate"
+    if chosen < -seed:
+        partly = ", and in part the learning rate" if one < chosen - seed else ""
+        return f"the rank{partly}"
+    if abs(one) > seed:
+        return "the learning rate: where each rank has its own, ranks differ no more than seeds do"
+    return "undecided, ranks differ no more than seeds do"

@@ -34,9 +34,10 @@ from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.choice import Choices
 from jax_lora.study.config import AXES, read_axes
 from jax_lora.study.estimates import LEVEL, MARGIN
-from jax_lora.study.findings import findings, fixed_size_sets, plain_sets
+from jax_lora.study.findings import findings
 from jax_lora.study.measure_tables import capacity_table, measures_table
 from jax_lora.study.sections import Bullets, File, Paragraph, Part, Picture, Report, Section
+from jax_lora.study.set_findings import fixed_size_sets, plain_sets
 from jax_lora.study.statistics import comparisons, measured, summary
 from jax_lora.study.tables import Table, behaviour_table, comparison_table, scores_table
 
@@ -47,12 +48,17 @@ _CAPTIONS = {
     "figure5": "Figure 5. As many training examples from more and more tasks.",
     "measures": "Forgetting, and the weight update: effective rank and intruder dimensions per "
     "matrix.",
-    "spectra": "Singular values of the weight updates, means over matrices.",
+    "spectra": "Singular values of the weight updates, means over the matrices that have most.",
     "capacity": "Bits of random pairs that were learned by heart; the sets are numbers of tasks.",
     "costs": "Scores against the trainable share and against training operations (analytic).",
     "learning_rates": "Validation loss by rank × learning rate, the chosen rates framed; shades "
-    "are each rank's own, from its lowest loss to its highest.",
+    "are each rank's own, from its lowest loss to its highest. ×: it diverged; ?: the trial failed "
+    "for another reason.",
 }
+_BRACKETS = f"""\
+Brackets are {100 * LEVEL:.0f}% intervals over tasks, for the models as they were trained; the end
+says how to read them. An answer is yes or no where its interval leaves out zero and p < 0.05, which
+six tasks or fewer seldom reach. EM is exact match and R-L is Rouge-L, in points."""
 _METHOD = f"""\
 Scores are percentages and means over examples; tables/summary.csv also has means over tasks.
 ± is the sample standard deviation over rounds. Brackets are {100 * LEVEL:.0f}% bootstrap intervals
@@ -104,11 +110,14 @@ def report(
     numbers, compared = summary(study, seed=seed), comparisons(study, seed=seed)
     measures, shown = measured(study), CaseStudies.of(cases)
     pictures = _pictures(study, numbers, measures, updates, chosen_rates)
+    answers: list[Part] = [Paragraph(_BRACKETS), *findings(study, numbers, compared, seed=seed)]
+    if chosen_rates is not None:
+        answers.append(rates.rank_or_rate(chosen_rates))
     made = Report(
         f"Rank × task set × round: {study.model}",
         _lead(study),
         [
-            Section("Findings", findings(study, numbers, compared, seed=seed)),
+            Section("Findings", answers),
             *([] if chosen_rates is None else [_learning_rates(study, chosen_rates)]),
             Section("Tables", _tables(study, numbers, compared, measures)),
             Section("Figures", [*pictures, *([shown] if cases else [])]),
@@ -176,11 +185,12 @@ def _tables(study: Study, numbers: Frame, compared: Frame, measures: Frame) -> l
         name, title = f"table{number}", f"Table {number}"
         made.append(scores_table(study, numbers, test, plain, name, title))
     for test in TESTS:
-        if fixed:
+        if not figures.with_results(numbers, fixed).empty:
             name, title = f"table3_{test}", "As many examples of more and more tasks"
             made.append(scores_table(study, numbers, test, fixed, name, title))
         made.append(behaviour_table(study, test, largest))
-        made += [comparison_table(study, compared, test, metric) for metric in METRICS]
+        if not compared.empty:
+            made += [comparison_table(study, compared, test, metric) for metric in METRICS]
     found = (capacity_table(study, measures), measures_table(study, measures, largest))
     made += [table for table in found if table]
     return [*made, File("All numbers, in full precision", "tables/summary.csv")]
@@ -203,12 +213,15 @@ def _pictures(
 ) -> list[Picture]:
     """All figures that the study has results for."""
     largest, fixed = _largest_set(study), fixed_size_sets(study)
-    drawings = {"figure1": partial(figures.scaling, study, numbers)}
-    if not study.scores(largest, "unseen", "exact_match", closed=True).empty:
+    has_plain = not figures.with_results(numbers, plain_sets(study)).empty
+    drawings = {"figure1": partial(figures.scaling, study, numbers)} if has_plain else {}
+    closed = study.scores(largest, "unseen", "exact_match", closed=True)
+    if {*closed.columns} & {*study.configs(variant="")}:
         drawings["figure4"] = partial(figures.categories, study, "unseen", largest)
-    if fixed:
+    if len(fixed) > 1 and not figures.with_results(numbers, fixed, [""]).empty:
         drawings["figure5"] = partial(figures.fixed_size, study, numbers, fixed)
-    drawings["costs"] = partial(figures.costs, study, numbers)
+    if has_plain:
+        drawings["costs"] = partial(figures.costs, study, numbers)
     drawings |= _drawings_of_measures(study, measures, updates, largest)
     made = [Picture(name, _CAPTIONS[name], draw) for name, draw in drawings.items()]
     for name in _sets_with_rates(chosen_rates):

@@ -3,7 +3,7 @@
     <folder>/cells/<id>/             a run's folder
              cells/<id>/done.json    rows of results and timings of a finished cell
              cells/<id>/tried.json   of one that is trained and validated, and not scored
-             cells/<id>/failed.json  why a cell could not be finished
+             cells/<id>/failed.json  why a cell could not be finished, and whether it diverged
              locks/                  who works on what (see `locks`)
 
 A cell is over with the file that its stage names or with failed.json; they appear complete or not
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jax_lora import locks
-from jax_lora.errors import ConfigError, Stopped, is_lost_disk, one_line
+from jax_lora.errors import ConfigError, RunFailed, Stopped, is_lost_disk, one_line
 from jax_lora.files import write_json
 from jax_lora.study.grid import Cell
 
@@ -139,7 +139,7 @@ def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange, end: str) 
         if is_lost_disk(error) or isinstance(error, Stopped):
             raise
         reason = one_line(error)
-        fail(folder, reason, traceback.format_exc())
+        fail(folder, reason, traceback.format_exc(), _diverged(error))
         on_change(cell, f"failed: {reason}")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,11 +148,17 @@ def _attempt(cell: Cell, folder: Path, run: Run, on_change: OnChange, end: str) 
     on_change(cell, end)
 
 
-def fail(folder: Path, reason: str, trace: str = "") -> None:
+def fail(folder: Path, reason: str, trace: str = "", diverged: bool = False) -> None:
     """Write down in a cell's folder why it could not be finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = locks.owner() | {"reason": reason, "traceback": trace}
+    found = locks.owner() | {"reason": reason, "traceback": trace, "diverged": diverged}
     write_json(folder / "failed.json", found)
+
+
+def _diverged(error: Exception) -> bool:
+    """Whether a loss, a gradient or an update that is not finite ended a cell, in all processes."""
+    cause = error.__cause__ if isinstance(error, RunFailed) else error
+    return isinstance(cause, FloatingPointError)
 
 
 def _drop_damaged(cells: Sequence[Cell], folder: Path) -> None:

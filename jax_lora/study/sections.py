@@ -48,18 +48,18 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Finding:
-    """A question, what this study answers, and what the paper's own figures at 7B answer.
-
-    The paper's are for the page alone, where there is room beside the study's.
-    """
+    """A question, what this study answers, and what the paper's own figures at 7B answer."""
 
     question: str
     answers: Sequence[str]
     paper: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """The question in bold, its answers as a list."""
-        return f"**{markdown(self.question)}**\n\n{Bullets(self.answers).markdown()}"
+        """The question in bold, its answers as a list, then the paper's."""
+        text = f"**{markdown(self.question)}**\n\n{Bullets(self.answers).markdown()}"
+        if self.paper:
+            text += f"\n\nThe paper, LLaMA-7B\n\n{Bullets(self.paper).markdown()}"
+        return text
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def matched_rank(
       rank: of the adapters of `targets`.
       targets, others: linear layers; an adapter of rank r has r · (in + out) parameters per layer.
     """
-    sizes = shape.linear_shapes()
-    one, other = (sum(sum(sizes[name]) for name in names) for names in (targets, others))
+    sizes = {name: n * (a + b) for name, (n, a, b) in shape.stack_shapes().items()}
+    one, other = (sum(sizes[name] for name in names) for names in (targets, others))
     return max(1, round(rank * one / other))
 
 

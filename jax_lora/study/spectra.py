@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_lora.model import lora
+
 LEADING = 10  # the paper's k, and PEFT's top_k
 EPSILON = 0.5  # of the largest absolute cosine
 
@@ -41,11 +43,9 @@ def spectra(adapters: Mapping[str, Mapping]) -> dict[str, Spectrum]:
     Args:
       adapters: the tree of `jax_lora.weights.peft`; leaves a (L, in, R), b (L, R, out), scale (L,).
     """
-    groups = adapters["layers"].values()
     return {
         name: spectrum(leaf["a"], leaf["b"], leaf["scale"])
-        for group in groups
-        for name, leaf in group.items()
+        for name, leaf in lora.by_target(adapters).items()
     }
 
 

@@ -22,8 +22,9 @@ def status(workdir: str | Path) -> str:
 
     Returns:
       Its state (running, finished, stopped), how many cells are done, failed, running and
-      waiting, what each worker does and how far it is, the time per cell, the time left and the
-      failures; what is not known is left out. The time left takes all cells for equal.
+      waiting, what each worker does and how far it is, the time per cell, the time left, the
+      failures and the choices of a learning rate that wait for one; what is not known is left
+      out. The time left takes all cells for equal.
 
     Raises:
       DataError, OSError: no study's folder; names the file.
@@ -44,7 +45,8 @@ def status(workdir: str | Path) -> str:
     if locks.is_held(path / "locks", spec.TOY):
         names = [spec.TOY, *names]
     counts = ", ".join(f"{len(by_state[kind])} {kind}" for kind in runner.STATES)
-    lines = [("state", _state(names, by_state)), ("cells", f"{counts}, of {len(cells)}")]
+    blocked = choices.blocked(path)
+    lines = [("state", _state(names, by_state, blocked)), ("cells", f"{counts}, of {len(cells)}")]
     lines += [("running", f"{name} {_progress(path, name)}") for name in names]
     if took := [x for name in by_state["done"] if (x := _seconds(path / "cells" / name))]:
         each = statistics.median(took)
@@ -58,12 +60,15 @@ def status(workdir: str | Path) -> str:
         lines.append(
             ("failed", f"{name}: {found.get('reason', 'its failed.json is damaged')}{where}")
         )
+    lines += [("blocked", line) for line in blocked]
     return "\n".join(f"{f'{name}:':<17}{text}" for name, text in lines)
 
 
-def _state(names: list[str], by_state: Mapping[str, list[str]]) -> str:
+def _state(names: list[str], by_state: Mapping[str, list[str]], blocked: list[str]) -> str:
     if names:
         return "running"
+    if by_state["waiting"] and blocked:
+        return "stopped; rerun the same command with --retry-failed to resume"
     if by_state["waiting"]:
         return "stopped; rerun the same command to resume"
     return "finished" + ("; --retry-failed takes what failed again" if by_state["failed"] else "")

@@ -110,8 +110,9 @@ def scores_table(
         f"{title}: exact match (EM) and Rouge-L (R-L) on the {test} test set, {study.model}. Means "
         "over examples, ± the standard deviation over rounds. (2/3): two of three planned rounds "
         f"are there; {MISSING}: none is. Trainable: of all parameters. Operations: of training, "
-        f"analytic, relative to full fine-tuning. Learning rates: {rates_text}."
+        "analytic, relative to full fine-tuning."
     )
+    caption += f" Learning rates: {rates_text}." if rates_text else ""
     if papers:
         rates = "; ".join(f"{k} {v:g}" for k, v in paper()["learning_rate"].items())
         caption += (

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from jax_lora.distributed import KeyValueStore
 from jax_lora.errors import ConfigError, Stopped
 from jax_lora.locks import SILENCE
+from jax_lora.signals import STOPPED
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,9 @@ class Team:
 
 def fault(end: BaseException) -> Exception | None:
     """What failed behind an exception that ended a script; None: it was stopped."""
+    # JAX gives whatever is raised while it traces a cause, a stop signal's SystemExit, too.
+    if isinstance(end, SystemExit) and end.code == STOPPED:
+        return None
     found = end.__cause__ if isinstance(end, SystemExit) else end
     return found if isinstance(found, Exception) and not isinstance(found, Stopped) else None
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import PyTree
 
-from jax_lora.model.arch import GROUP
+from jax_lora.model import lora
+from jax_lora.model.arch import BY_NAME
 from jax_lora.run import Run
 from jax_lora.study import Frame, spectra
 from jax_lora.weights import base as base_weights
@@ -39,14 +40,14 @@ def measure(run: Run) -> Frame:
     """
     targets = run.config.lora.targets
     before, adapters = _base(run.config.model, targets), _adapters(run)
-    trained = {} if adapters else run.weights()[1]["layers"]
+    trained = {} if adapters else run.weights()[1]
     rows = []
     for name in targets:
         kernel, directions = before[name]
         if adapters:
             after: PyTree = MergedKernel(kernel, adapters[name])
         else:
-            after = trained[GROUP[name]][name]["kernel"]
+            after = lora.kernel(trained, name)
         for layer in range(len(kernel)):
             w, tuned = (np.asarray(x[layer], float) for x in (kernel, after))
             values = _values(adapters.get(name), layer)
@@ -68,8 +69,7 @@ def _adapters(run: Run) -> Mapping[str, PyTree]:
     """The adapters of a LoRA run by module; none where weights of the base trained."""
     if run.config.method != "lora" or peft.trained_base(run.workdir):
         return {}
-    groups = peft.load(run.workdir).adapters["layers"]
-    return {name: leaf for group in groups.values() for name, leaf in group.items()}
+    return lora.by_target(peft.load(run.workdir).adapters)
 
 
 def _values(adapter: PyTree | None, layer: int) -> np.ndarray | None:
@@ -83,13 +83,15 @@ def _values(adapter: PyTree | None, layer: int) -> np.ndarray | None:
 @functools.lru_cache(maxsize=1)  # the cells of a study share it
 def _base(model: str, targets: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The kernels (L, in, out) of the base and their output directions (L, out, K), float32."""
-    kernels: dict[str, np.ndarray] = {}
+    wanted = {(*BY_NAME[name].tree_path, "kernel") for name in targets}
+    if "lm_head" in targets:
+        wanted.add(("embed_tokens", "embedding"))  # which may be tied to it
 
-    def put(path: tuple[str, ...], array: np.ndarray) -> None:
-        if path[0] == "layers" and path[-1] == "kernel" and path[-2] in targets:
-            kernels[path[-2]] = array
+    def put(path: tuple[str, ...], array: np.ndarray) -> np.ndarray | None:
+        return array if path in wanted else None
 
-    base_weights.load(model, "float32", put)
+    base = base_weights.load(model, "float32", put)[1]
+    kernels = {name: lora.kernel(base, name) for name in targets}
 
     def directions(kernel: np.ndarray) -> np.ndarray:
         layers = (spectra.output_directions(layer.astype(float)) for layer in kernel)

@@ -62,7 +62,7 @@ class Worker:
         """Train and score cells until none is left.
 
         Returns:
-          How far the study is, and a line per cell that failed.
+          How far the study is, and a line per cell that failed and per choice that cannot be made.
         """
         workdir, cells = self.workdir, grid.cells_of(self.config)
         choices = choice.Choices.in_folder(self.config, workdir)
@@ -101,7 +101,7 @@ class Worker:
             results.write_cases(cells, workdir)
         failed = [runner.cell_folder(workdir, cell) / "failed.json" for cell in chosen]
         lines = [f"{path}: {read_json(path)['reason']}" for path in failed if path.is_file()]
-        return look()[0], lines
+        return look()[0], [*lines, *choices.blocked(workdir)]
 
     def _train(self, name: str, sets: Sequence[str] = ()) -> float:
         """Train in all processes of this worker and score test sets here; seconds of training."""

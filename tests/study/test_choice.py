@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jax_lora.errors import ConfigError, DataError
+from jax_lora.errors import ConfigError, DataError, RunFailed
 from jax_lora.files import read_json, write_json
-from jax_lora.study import Study, grid, read, results, runner
+from jax_lora.study import Study, choice, grid, read, results, runner
 from jax_lora.study.choice import COLUMNS, Choices
 from jax_lora.study.config import StudyConfig
 from jax_lora.study.status import status
@@ -43,8 +43,9 @@ def loss(cell: grid.Cell) -> float:
 class Fakes:
     """Cells that write down that they ran; the higher the loss, the better their test scores."""
 
-    def __init__(self, config: StudyConfig, folder: Path, broken=(), loss=loss):
-        self.config, self.folder, self.broken, self.loss = config, folder, set(broken), loss
+    def __init__(self, config: StudyConfig, folder: Path, diverging=(), loss=loss, broken=()):
+        self.config, self.folder, self.loss = config, folder, loss
+        self.diverging, self.broken = set(diverging), set(broken)
         self.choices = Choices.in_folder(config, folder)
 
     def run(self, **options) -> list[str]:
@@ -62,8 +63,10 @@ class Fakes:
         end = self.choices.stage(cell)
         with (self.folder / "ran.txt").open("a") as file:
             file.write(f"{cell.id}:{end}\n")
+        if cell.id in self.diverging:
+            raise RunFailed("loss is not finite") from FloatingPointError("loss")
         if cell.id in self.broken:
-            raise RuntimeError("loss is not finite")
+            raise RunFailed("out of memory") from MemoryError("memory")
         found = {"timings": {"host": "here", "pid": 1, "training": 1.0, "scoring": 1.0}}
         value = self.loss(cell)
         found["validation"] = {"step": 7, "validation_loss": value, "validation_tokens": 9}
@@ -140,8 +143,8 @@ def test_with_one_rate_there_is_nothing_to_choose(tmp_path):
     assert not (tmp_path / "rates.parquet").exists() and not (tmp_path / "choices").exists()
 
 
-def test_a_rate_that_fails_is_not_chosen(tmp_path):
-    fakes = Fakes(study(ranks=(4,)), tmp_path, broken=["r4-T2-round3-lr0.01"])
+def test_a_rate_that_diverges_is_not_chosen(tmp_path):
+    fakes = Fakes(study(ranks=(4,)), tmp_path, diverging=["r4-T2-round3-lr0.01"])
     fakes.run()
     assert {name[-5:] for name in fakes.ends("done")} == {"0.001"}
     rates = pd.read_parquet(tmp_path / "rates.parquet").set_index("cell")
@@ -150,18 +153,62 @@ def test_a_rate_that_fails_is_not_chosen(tmp_path):
     assert rates.index[rates["chosen"]].to_list() == ["r4-T2-round3-lr0.001"]
 
     # It is tried again, and is the better one now: a choice stays as it was made.
-    fakes.broken.clear()
     again = Fakes(fakes.config, tmp_path)
     before = fakes.ends("done")
     again.run(retry_failed=True)
     assert again.ends("done") == before and "r4-T2-round3-lr0.01" in again.ends("tried")
 
 
-def test_where_all_rates_fail_nothing_follows_until_they_are_tried_again(tmp_path):
+@pytest.mark.parametrize("kind", ["validated", "diverged"])
+@pytest.mark.parametrize("how", ["raised", "lost", "damaged", "older"])
+def test_a_trial_that_failed_without_diverging_blocks_its_choice(tmp_path, kind, how):
+    """Whatever the others came to, and however it was written down."""
+    name, other = "r4-T2-round3-lr0.001", "r4-T2-round3-lr0.01"
+    fakes = Fakes(study(ranks=(4,)), tmp_path, [other] if kind == "diverged" else [], broken=[name])
+    write_json(tmp_path / "study.json", {"config": fakes.config.to_dict()})
+    happened, path = fakes.run(), tmp_path / "cells" / name / "failed.json"
+    if how == "lost":
+        runner.fail(path.parent, "not all processes of this worker failed alike")
+    elif how == "damaged":
+        path.write_text('{"half')
+    elif how == "older":
+        write_json(path, {k: v for k, v in read_json(path).items() if k != "diverged"})
+    assert Fakes(fakes.config, tmp_path).run() == happened  # nothing follows
+    assert not fakes.ends("done") and not (tmp_path / "choices").exists()
+    said = status(tmp_path)
+    line = f"r4-T2-round3: no learning rate is chosen, since {name} failed; --retry-failed"
+    assert "stopped; rerun the same command with --retry-failed to resume" in said
+    assert line in said and fakes.choices.blocked(tmp_path) == [f"{line} tries it again"]
+    table = pd.read_parquet(tmp_path / "rates.parquet").set_index("cell")
+    assert table["outcome"][name] == "failed" and table["outcome"][other] == kind
+    assert not table["chosen"].any()
+
+    again = Fakes(fakes.config, tmp_path)
+    again.run(retry_failed=True)
+    assert again.ends("done") == {i for i in CARRIED if i.startswith("r4")}
+    assert again.choices.blocked(tmp_path) == [] and "finished" in status(tmp_path)
+
+
+def test_a_chosen_rate_whose_scoring_failed_stays_chosen(tmp_path):
+    fakes = Fakes(study(ranks=(4,)), tmp_path)
+    fakes.run()
+    folder = tmp_path / "cells" / "r4-T2-round3-lr0.01"
+    (folder / "done.json").unlink()
+    runner.fail(folder, "out of memory")
+    choices = Choices.in_folder(fakes.config, tmp_path)
+    choices.write_table(tmp_path)
+    table = pd.read_parquet(tmp_path / "rates.parquet").set_index("cell")
+    assert table["chosen"]["r4-T2-round3-lr0.01"] and choices.blocked(tmp_path) == []
+
+
+def test_where_all_rates_diverge_nothing_follows_until_they_are_tried_again(tmp_path):
     names = {name for name in TRIALS if name.startswith("r4")}
-    fakes = Fakes(study(ranks=(4,)), tmp_path, broken=names)
+    fakes = Fakes(study(ranks=(4,)), tmp_path, diverging=names)
     fakes.run()
     assert fakes.ends("failed") == names and not fakes.ends("done")
+    assert fakes.choices.blocked(tmp_path) == [
+        "r4-T2-round3: no learning rate is chosen, since all that were tried diverged"
+    ]
     Fakes(fakes.config, tmp_path).run(retry_failed=True)
     assert fakes.ends("done") == {name for name in CARRIED if name.startswith("r4")}
 
@@ -248,7 +295,7 @@ def test_a_part_of_the_grid_needs_its_trials(tmp_path):
 
 
 def test_a_choice_is_a_file_for_people_too(tmp_path):
-    Fakes(study(ranks=(4,)), tmp_path, broken=["r4-T2-round3-lr0.001"]).run()
+    Fakes(study(ranks=(4,)), tmp_path, diverging=["r4-T2-round3-lr0.001"]).run()
     saved = json.loads((tmp_path / "choices" / "r4-T2-round3.json").read_text())
     assert saved == {
         "learning_rate": 1e-2,
@@ -258,3 +305,85 @@ def test_a_choice_is_a_file_for_people_too(tmp_path):
             "r4-T2-round3-lr0.01": 2.0,
         },
     }
+
+
+# ---------------------------------------------------------------- several workers at a time
+
+
+def ends_of_trials(fakes: Fakes) -> list[tuple[Path, dict]]:
+    """The files that end the trials of rank 4, and what they hold."""
+    trials = [c for c in grid.cells_of(fakes.config) if c.id in TRIALS and c.rank == 4]
+    return [
+        (fakes.folder / "cells" / trial.id / "tried.json", fakes.one(trial, fakes.folder))
+        for trial in trials
+    ]
+
+
+def test_of_two_workers_that_choose_at_once_the_first_one_decides(tmp_path, monkeypatch):
+    """While one writes its choice down, the trial that diverged for it is tried again elsewhere,
+    with a lower loss, and another worker sees that."""
+    config = study(ranks=(4,), rounds=(3,))
+    *others, (path, found) = ends_of_trials(Fakes(config, tmp_path))
+    for there, content in others:
+        write_json(there, content)
+    runner.fail(path.parent, "loss is not finite", diverged=True)
+    slow, fast = (Choices.in_folder(config, tmp_path) for _ in range(2))
+    write, stages = choice.write_json_once, []
+
+    def interrupted(fresh, value):
+        monkeypatch.setattr(choice, "write_json_once", write)
+        write_json(path, found)
+        stages.append({c.id: fast.stage(c) for c in grid.cells_of(config)})
+        write(fresh, value)
+
+    monkeypatch.setattr(choice, "write_json_once", interrupted)
+    stages.append({c.id: slow.stage(c) for c in grid.cells_of(config)})
+    assert stages[0] == stages[1] and stages[0]["r4-T2-round3-lr0.01"] == "done"
+    saved = (tmp_path / "choices").iterdir()  # nothing else is left there
+    assert [read_json(path)["learning_rate"] for path in saved] == [1e-2]
+
+
+def test_a_trial_that_ends_while_the_table_is_written_is_in_it(tmp_path, monkeypatch):
+    """Two workers write rates.parquet; the slower one knew less when it began."""
+    config = study(ranks=(4,))
+    left = ends_of_trials(Fakes(config, tmp_path))
+    slow, fast = (Choices.in_folder(config, tmp_path) for _ in range(2))
+    fresh_file = choice.fresh_file
+
+    def interrupted(path):
+        if left:
+            write_json(*left.pop(0))
+            with monkeypatch.context() as plain:
+                plain.setattr(choice, "fresh_file", fresh_file)
+                fast.write_table(tmp_path)
+        return fresh_file(path)
+
+    write_json(*left.pop(0))
+    monkeypatch.setattr(choice, "fresh_file", interrupted)
+    slow.write_table(tmp_path)
+    table = pd.read_parquet(tmp_path / "rates.parquet")
+    assert set(table["cell"]) == {name for name in TRIALS if name.startswith("r4")}
+    assert table["cell"][table["chosen"]].to_list() == ["r4-T2-round3-lr0.01"]
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from tests.study.test_choice import Fakes, study
+
+Fakes(study(), Path(sys.argv[1])).run(beat=0.03, sleep=__import__("time").sleep)
+"""
+
+
+def test_workers_at_the_same_time_leave_what_one_alone_leaves(tmp_path):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for folder in (together, alone):
+        folder.mkdir()
+    command = [sys.executable, "-c", TOGETHER, str(together)]
+    workers = [subprocess.Popen(command, cwd=REPOSITORY, env=os.environ) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    Fakes(study(), alone).run()
+    choices = (f"choices/r{rank}-T2-round3.json" for rank in (4, 16))
+    for path in ("results.parquet", "rates.parquet", *choices):
+        assert (together / path).read_bytes() == (alone / path).read_bytes()
+    assert len(ran(together)) == len(ran(alone))

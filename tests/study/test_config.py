@@ -12,6 +12,7 @@ from configs import (
     study_lr,
     study_mini,
     study_paper,
+    study_quantization,
     study_real_cpu,
     study_smoke,
     study_smollm2,
@@ -40,7 +41,7 @@ def test_the_default_is_the_papers_grid():
 
 STUDIES = (
     *(study_capacity, study_lr, study_mini, study_paper, study_real_cpu, study_smoke),
-    study_smollm2,
+    *(study_quantization, study_smollm2),
 )
 
 

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -225,6 +226,51 @@ def test_sets_without_results_leave_empty_panels():
         figure = draw(study, summary(study))
         figure.draw_without_rendering()
         assert not any(np.isfinite(line.get_ydata()).any() for line in figure.axes[0].lines)
+
+
+PARTS = {
+    "one set": lambda row: row["set"] == "T4",
+    "two ranks": lambda row: row["set"] == "T2" and row["cell"].startswith(("lora-r4", "lora-r16")),
+    "full alone": lambda row: row["method"] == "full" and row["set"] == "T*4",
+    "a variant": lambda row: row["variant"] != "",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_of_a_part_the_legend_has_what_is_drawn_and_ticks_differ(part):
+    """Of some cells of a study of sets, variants and full fine-tuning."""
+    varied = grid([4, 16], ["T2"], variant="all-linear")
+    cells = pd.concat([grid(sets=["T2", "T4", "T*4"]), varied], ignore_index=True)
+    own = [{"task": "t0", "closed_label": True, "majority_baseline": 40.0}]
+    rows = results(cells, {"seen": own, "unseen": own}, linear)
+    rows = rows.assign(out_of_options=5.0, exact_match_given_valid=20.0)
+    study = Study.of(rows[rows.apply(PARTS[part], axis=1)], cells)
+    numbers = summary(study)
+    (there,) = study.rows["set"].unique()
+    made = [
+        figures.scaling(study, numbers),
+        figures.costs(study, numbers),
+        figures.fixed_size(study, numbers, ["T*4", "T4"]),
+    ]
+    if part != "a variant":  # categories are the plain recipe's
+        made.append(figures.categories(study, "unseen", there))
+    for figure in made:
+        figure.draw_without_rendering()
+        drawn = [
+            line
+            for axis in figure.axes
+            for line in axis.lines
+            if np.isfinite(np.asarray(line.get_ydata(), float)).any()
+        ]
+        entries = [line for shown in figure.legends for line in shown.get_lines()]
+        for entry in entries:
+            colour = to_hex(entry.get_color())
+            same = [line for line in drawn if to_hex(line.get_color()) == colour]
+            black = [line for line in drawn if line.get_linestyle() == entry.get_linestyle()]
+            assert same or (colour == "#000000" and black), entry.get_label()
+        for axis in figure.axes:
+            labels = [text.get_text() for text in axis.get_xticklabels() if text.get_text()]
+            assert len(labels) == len(set(labels))
 
 
 def test_variants_have_lines_of_their_own():

@@ -12,10 +12,11 @@ from jax_lora.config import RunConfig
 from jax_lora.data.instructions import read_checkout
 from jax_lora.data.toy_pairs import LETTERS, VALUE_BITS, codebook
 from jax_lora.errors import DataError
-from jax_lora.model.arch import GROUP
+from jax_lora.model import lora
 from jax_lora.run import Run, inputs
-from jax_lora.study import Study, measures, small, update
+from jax_lora.study import Study, measure_figures, measures, plotting, small, update
 from jax_lora.study.measure_figures import mean_spectra
+from jax_lora.study.measure_findings import measure_findings
 from jax_lora.study.measure_tables import capacity_table, measures_table
 from jax_lora.study.report import report
 from jax_lora.study.statistics import measured
@@ -24,13 +25,13 @@ from jax_lora.weights import peft
 from tests.study.test_spectra import counted
 from tests.study.test_tables import cells_of, grid, linear, results, tasks
 
-TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj", "lm_head")
 
 
 @pytest.fixture(scope="module")
 def kernels(tiny_model):
-    layers = base_weights.load(tiny_model, "float32")[1]["layers"]
-    return {name: np.asarray(layers[GROUP[name]][name]["kernel"]) for name in TARGETS}
+    base = base_weights.load(tiny_model, "float32")[1]
+    return {name: np.asarray(lora.kernel(base, name)) for name in TARGETS}
 
 
 def trained(tiny_model, folder, **changes) -> Run:
@@ -40,10 +41,7 @@ def trained(tiny_model, folder, **changes) -> Run:
 
 
 def save(folder, adapters, rank: int) -> None:
-    tree: dict = {}
-    for name, leaf in adapters.items():
-        tree.setdefault(GROUP[name], {})[name] = leaf
-    peft.save(folder / "adapter", {"layers": tree}, rank=rank, alpha=2 * rank)
+    peft.save(folder / "adapter", lora.tree(adapters), rank=rank, alpha=2 * rank)
 
 
 def with_adapter(
@@ -89,13 +87,12 @@ def test_a_lora_update_is_that_of_plain_numpy(tiny_model, tmp_path, kernels, siz
 
 def test_a_full_update_is_that_of_plain_numpy(tiny_model, tmp_path, kernels, monkeypatch):
     rng = np.random.default_rng(1)
-    tree: dict = {}
-    after = {}
+    after, tree = {}, base_weights.load(tiny_model, "float32")[1]
     for name, kernel in kernels.items():
         after[name] = kernel + 0.1 * rng.normal(size=kernel.shape).astype(np.float32)
-        tree.setdefault(GROUP[name], {})[name] = {"kernel": after[name]}
+        tree = lora.with_kernel(tree, name, after[name])
     run = trained(tiny_model, tmp_path, method="full", trainable=("params/.*",), frozen=())
-    monkeypatch.setattr(run, "weights", lambda: (None, {"layers": tree}))
+    monkeypatch.setattr(run, "weights", lambda: (None, tree))
     for _, row in update.measure(run).iterrows():
         w, tuned = (x[row["module"]][row["layer"]].astype(float) for x in (kernels, after))
         values = np.linalg.svd(tuned - w, compute_uv=False)
@@ -199,6 +196,36 @@ def test_measures_are_means_over_rounds():
     assert capacity_table(study, data.reset_index()) is None
 
 
+def test_what_the_measures_say_of_the_rank():
+    cells = grid((4, 16, None), ["T2", "T4"], rounds=2)
+    rows = results(cells, tasks(2), measured_rows)
+    # Rank 16 forgets more on T2 and less on T4; full fine-tuning as much as rank 16.
+    sign = np.where(rows["set"] == "T2", 1, -1)
+    rows["forgetting"] = 0.25 + 0.125 * sign * (rows["rank"].fillna(64) != 4)
+    rows.loc[(rows["set"] == "T4") & (rows["rank"] == 16), "intruder_dimensions"] = np.nan
+    said = {one.question: one.answers for one in measure_findings(Study.of(rows, cells))}
+    forget, intruders, effective = said.values()
+    assert forget == [
+        "rank 4 to rank 16: undecided. +0.000 nats per token of other text on average, −0.125 to "
+        "+0.125 in 4 pairs of a set and round (2 rounds; a range, no interval).",
+        "rank 16 to full: no. +0.000 nats per token of other text on average, +0.000 to +0.000 in "
+        "4 pairs of a set and round (2 rounds; a range, no interval).",
+        "Means over sets and rounds: rank 4 0.250, rank 16 0.250, full 0.250 nats per token of "
+        "other text.",
+    ]
+    assert intruders[0].startswith("rank 4 to rank 16: no. −1.50 of ten per matrix on average, ")
+    assert "in 2 pairs" in intruders[0]
+    assert effective[0].startswith("rank 4 to rank 16: yes. +6.0 on average, +6.0 to +6.0 in 4")
+    one = rows[(rows["set"] == "T2") & (rows["round"] == 0)]
+    line = measure_findings(Study.of(one, cells))[2].answers[0]
+    assert line.startswith("rank 4 to rank 16: undecided, one pair of models alone. +6.0")
+    apart = rows[(rows["rank"] == 4) == (rows["set"] == "T2")]
+    assert measure_findings(Study.of(apart, cells))[0].answers[0] == (
+        "rank 4 to rank 16: cannot be said, no set and round has both."
+    )
+    assert measure_findings(Study.of(results(cells, tasks(2), linear), cells)) == []
+
+
 def test_references_weigh_as_their_examples():
     cells = grid((4,), ["T2"], rounds=1)
     both = {"seen": [{"task": "a", "examples": 1}, {"task": "b", "examples": 3}]}
@@ -221,15 +248,25 @@ def test_a_report_with_measures(tmp_path):
     rows["memorized_bits"] = 1000.0 * rows["rank"].fillna(64).astype(float)
     shapes = {"full": (1.0, 0.5, 0.25), "lora": (4.0, 1.0)}
     updates = pd.DataFrame(
-        {"cell": row["cell"], "values": np.array(shapes[row["method"]]) * scale}
+        {"cell": row["cell"], "module": name, "values": np.array(values)}
         for row in cells.to_dict("records")
         for scale in (1.0, 3.0)
+        for name, values in (
+            ("q_proj", np.array(shapes[row["method"]]) * scale),
+            ("k_proj", [1.0]),  # a narrow matrix, whose one value is left out
+        )
     )
     text = report(rows, cells, tmp_path, updates=updates).read_text("utf-8")
     for name in ("measures", "capacity"):
         assert (tmp_path / "tables" / f"{name}.md").read_text("utf-8") in text
     for name in ("measures", "spectra", "capacity"):
         assert f"![{name}](figures/{name}.png)" in text
+    # Of what is half finished the legend has what is drawn.
+    half = Study.of(rows[(rows["set"] == "T4") & (rows["method"] == "lora")], cells)
+    for draw in (measure_figures.measures, measure_figures.capacity):
+        (shown,) = draw(half, measured(half)).legends
+        assert [text.get_text() for text in shown.get_texts()] == [r"$T_{\mathrm{4}}$"]
+        assert shown.get_lines()[0].get_color() == plotting.COLOURS[1]
     lines = mean_spectra(Study.of(rows, cells), updates, "T4")
     assert list(lines) == ["rank 4", "rank 16", "full"]
     assert lines["full"].tolist() == [1, 0.5, 0.25] and lines["rank 4"].tolist() == [1, 0.25]

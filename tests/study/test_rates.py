@@ -28,7 +28,8 @@ def trials(
             "cell": f"{rank}-{variant}-{name}-{rate}", "method": "lora" if rank else "full",
             "rank": rank, "variant": variant, "set": name, "round": 0, "learning_rate": rate,
             "repeat": 0, "step": 5, "validation_loss": np.nan if loss is None else loss,
-            "validation_tokens": 9, "chosen": best.get(rank) == rate,
+            "validation_tokens": 9, "outcome": "validated" if loss else "diverged",
+            "chosen": best.get(rank) == rate,
         }  # fmt: skip
         rows.append(row)
         if row["chosen"] and rank in seeds:
@@ -53,14 +54,15 @@ def test_the_choice_the_runner_up_and_the_second_seed():
     assert made["runner_up_distance"].to_list() == [0.125, 0.375, 0.25]
     assert made["seed_distance"].to_list() == [0.25, -0.0625, 0.125]
     assert made["end"].to_list() == ["highest", "", "lowest"]
-    assert made["tried"].to_list() == [3, 3, 2] and made["failed"].to_list() == [0, 1, 0]
+    assert made["tried"].to_list() == [3, 3, 2] and made["diverged"].to_list() == [0, 1, 0]
+    assert made["failed"].to_list() == [0, 0, 0]
 
 
 def test_what_is_missing_is_a_dash():
     found = trials({(4, 1e-4): None, (4, 1e-3): None, (16, 1e-3): 2.0}, {})
     made = rates.choices(found)
     rows = cells_of(rates.choices_table(made, "toy").markdown())
-    assert rows[0] == ["rank 4", "T2", "–", "–", "–", "–", "2 (2 failed)"]
+    assert rows[0] == ["rank 4", "T2", "–", "–", "–", "–", "2 (2 diverged)"]
     assert rows[1] == ["rank 16", "T2", "0.001", "2.0000", "–", "–", "1"]
 
 
@@ -71,15 +73,69 @@ def test_the_sentences():
         "rank 4 on T2.",
         "At the end of the rates that were tried, so a better one may lie beyond: rank 4 on T2 "
         "(the highest), full on T2 (the lowest).",
-        # At 1e-3, the rate that all ranks finished with the lowest mean; then 1.875 less 2.
-        "T2: from rank 4 to rank 64 the validation loss changes by −0.2500 at one learning rate "
-        "for all ranks, 0.001, and by −0.1250 where each rank has its own; a second seed moves a "
-        "loss by up to 0.2500.",
     ]
     alone = trials({(4, 1e-4): 2.0, (4, 1e-3): 1.0, (4, 1e-2): 2.0}, {4: 1.0})
     assert list(rates.statements(alone, rates.choices(alone))) == [
         "In 0 of 1 choices the runner-up's loss is no farther away than another seed moves it."
     ]
+
+
+def rank_or_rate(losses: dict[tuple[int | None, float], float | None], seeds: float | None) -> str:
+    """The answer for T2, every rank's second seed being so far away."""
+    best = {rank: min(x for (r, _), x in losses.items() if r == rank and x) for rank, _ in losses}
+    found = trials(losses, {} if seeds is None else {r: x + seeds for r, x in best.items()})
+    one = rates.rank_or_rate(found)
+    assert "one learning rate, 5e-05, and full fine-tuning at 3e-05" in one.paper[0]
+    (line, scores) = one.answers
+    assert scores.startswith("Scores: all in this report are those of the chosen rates")
+    return line
+
+
+def test_is_it_the_rank_or_the_learning_rate():
+    """By differences between powers of two: 1/8 at the ranks' own rates, 1/4 at one for all."""
+    losses = {key: loss for key, loss in LOSSES.items() if key[0]}
+    assert rank_or_rate(losses, 0.0625) == (
+        "T2: the rank, and in part the learning rate. From rank 4 to rank 64 the validation loss "
+        "changes by −0.1250 where each rank has its own learning rate (rank 4 0.01, rank 64 "
+        # At 1e-3, the rate that all ranks finished with the lowest mean; then 1.875 less 2.
+        "0.001); −0.2500 at one learning rate for all ranks, 0.001; a second seed moves a loss by "
+        "up to 0.0625, which is all that is known of chance here. A better rate may lie beyond "
+        "those tried for rank 4."
+    )
+    assert rank_or_rate(losses, 0.1875).startswith("T2: the learning rate: where each rank has its")
+    assert rank_or_rate(losses, 0.5).startswith("T2: undecided, ranks differ no more than seeds do")
+    assert rank_or_rate(losses, None).startswith("T2: undecided, no second seed is there")
+    even = losses | {(64, 1e-3): 1.875, (4, 1e-3): 2.0, (4, 1e-2): None}
+    assert rank_or_rate(even, 0.0625).startswith("T2: the rank. From")
+    worse = losses | {(64, 1e-3): 3.0, (64, 1e-4): 3.0}
+    assert rank_or_rate(worse, 0.0625).startswith("T2: not the rank, whose highest value has")
+    apart = {(4, 1e-3): 2.0, (4, 1e-2): None, (64, 1e-3): None, (64, 1e-2): 1.0}
+    assert "; no learning rate was validated at all ranks; a second" in rank_or_rate(apart, 0.0625)
+    lost = losses | {key: None for key in losses if key[0] == 64}
+    assert rates.rank_or_rate(trials(lost, {})).answers[0] == (
+        "T2: cannot be said, no learning rate is chosen for rank 64."
+    )
+    assert len(rates.rank_or_rate(trials({(4, 1e-3): 2.0}, {})).answers) == 1  # nothing to compare
+
+
+def test_what_is_not_chosen_says_why():
+    """Of trials that failed without diverging, of ranks that diverged at all rates, and of the
+    rest; a table of an older version tells no divergence."""
+    losses = {(rank, rate): None for rank in (4, 8) for rate in (1e-3, 1e-2)} | {(16, 1e-3): 2.0}
+    found = trials(losses, {})
+    found["chosen"] = False
+    found.loc[0, "outcome"] = "failed"
+    made = rates.choices(found)
+    rows = cells_of(rates.choices_table(made, "toy").markdown())
+    assert rows[0][-1] == "2 (1 diverged, 1 failed)"
+    assert list(rates.statements(found, made)) == [
+        "No learning rate is chosen yet, since a trial failed without having diverged; "
+        "--retry-failed tries it again: rank 4 on T2.",
+        "No learning rate is chosen yet, since every rate that was tried diverged: rank 8 on T2.",
+        "No learning rate is chosen yet, since not all rates are tried: rank 16 on T2.",
+    ]
+    older = rates.choices(found.drop(columns="outcome"))
+    assert older["failed"].to_list() == [2, 2, 0] and not older["diverged"].any()
 
 
 @pytest.mark.parametrize("variant", ["", "rslora"])
@@ -97,7 +153,9 @@ def test_the_report_has_a_section_a_table_and_a_picture(tmp_path):
     rows = results(cells, tasks(8), linear)
     text = report(rows, cells, tmp_path, chosen_rates=FOUND).read_text("utf-8")
     section = text.partition("## Learning rates\n")[2].partition("\n## Tables")[0]
-    assert "- T2: from rank 4 to rank 64 the validation loss changes by" in section
+    asked = text.partition("**Is it the rank or the learning rate?**")[2].partition("\n## ")[0]
+    assert "- T2: undecided, ranks differ no more than seeds do." in asked
+    assert "The paper, LLaMA-7B\n\n- Not asked" in asked
     assert "| rank 4 | T2 | 0.01, the highest | 2.0000 | 0.001 (+0.1250) | +0.2500 | 3 |" in section
     assert (tmp_path / "figures" / "learning_rates_T2.png").is_file()
     assert (tmp_path / "tables" / "learning_rates.csv").is_file()

@@ -73,7 +73,10 @@ def test_trials_choices_scores_and_report(base, shared, tmp_path):
     assert report.returncode == 0, report.stderr
     text = (workdir / "report" / "report.md").read_text()
     assert "6 of 6 cells are there." in text and "## Learning rates" in text
-    assert "**More tasks, or more examples of each, T\\*4 to T12?**" in text
-    assert "**More examples of the same tasks, T4 to T\\*4?**" in text
+    assert "**Do more tasks with as many examples of each help, T4 to T12?**" in text
+    assert "**Do more tasks with as many examples in all help, T\\*4 to T12?**" in text
+    assert "**Do more examples of the same tasks help, T4 to T\\*4?**" in text
+    assert "**Do higher ranks forget more?**" in text
+    assert "**Is it the rank or the learning rate?**" in text
     again = scripts.run("study.py", *arguments)
     assert again.returncode == 0 and "begins" not in again.stderr

@@ -13,8 +13,9 @@ import pytest
 from jax_lora.study import Study, paper, paper_findings, read
 from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.estimates import Estimate, verdict
-from jax_lora.study.findings import findings, fixed_size_sets, more_examples
+from jax_lora.study.findings import findings
 from jax_lora.study.report import report, write
+from jax_lora.study.set_findings import fixed_size_sets, more_examples, more_tasks
 from jax_lora.study.statistics import comparisons, summary
 from jax_lora.study.tables import comparison_table
 from tests.conftest import REPOSITORY
@@ -57,7 +58,10 @@ def words(study: Study) -> dict[str, list[str]]:
     found = findings(study, summary(study), comparisons(study))
     for one in found:
         lines = one.markdown().replace("\\", "").splitlines()
-        assert lines == [f"**{one.question}**", "", *(f"- {answer}" for answer in one.answers)]
+        wanted = [f"**{one.question}**", "", *(f"- {answer}" for answer in one.answers)]
+        if one.paper:
+            wanted += ["", "The paper, LLaMA-7B", "", *(f"- {line}" for line in one.paper)]
+        assert lines == wanted
     return {one.question: [f"- {answer}" for answer in one.answers] for one in found}
 
 
@@ -94,11 +98,12 @@ def test_missing_cells_are_listed(written):
 def test_findings_by_hand(written):
     said = words(written[2])
     assert list(said)[4:] == [
-        "More tasks, or more examples of each, T*2 to T*8?",
-        "More examples of the same tasks, T2 to T*2?",
-        "More examples of the same tasks, T8 to T*8?",
+        "Do more tasks with as many examples of each help, T2 to T8?",
+        "Do more tasks with as many examples in all help, T*2 to T*8?",
+        "Do more examples of the same tasks help, T2 to T*2?",
+        "Do more examples of the same tasks help, T8 to T*8?",
     ]
-    helps, capacity, form, reach, more, *_ = said.values()
+    helps, capacity, form, reach, _, more, *_ = said.values()
     assert helps[0] == (
         "- T2: yes. EM +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 [+2.00, +2.00] per "
         "doubling, up in 4 of 4 steps; R-L +8.00 [+8.00, +8.00] from rank 4 to rank 64, +2.00 "
@@ -120,16 +125,17 @@ def test_findings_by_hand(written):
         "30.0, most frequent answer 50.0%. Always the majority label: EM 40.0."
     )
     assert reach[0] == (
-        "- T2, seen: EM lower at 4, 8, 16, 32, equal within 1 point at 64; R-L lower at 4, 8, 16, "
-        "32, equal within 1 point at 64; rank 64 less full EM +0.00 [+0.00, +0.00], p = 1.000 "
-        "(8 tasks, 3 rounds): equal within 1 point."
+        "- T2, seen: yes at rank 64. EM lower at 4, 8, 16, 32, equal within 1 point at 64; R-L "
+        "lower at 4, 8, 16, 32, equal within 1 point at 64; rank 64 less full EM +0.00 [+0.00, "
+        "+0.00], p = 1.000 (8 tasks, 3 rounds): equal within 1 point."
     )
     assert reach[2] == (
         "- T8, seen: cannot be said, LoRA and full fine-tuning have no round in common."
     )
     assert more[-1] == (
-        "- full: seen EM −3.00 [−3.00, −3.00], p = 0.008 (8 tasks, 3 rounds); unseen EM +0.00 "
-        "[+0.00, +0.00], p = 1.000 (8 tasks, 3 rounds)."
+        "- full: on seen tasks no, it harms by EM, no, equal within 1 point by R-L: EM −3.00 "
+        "[−3.00, −3.00], R-L +0.00 [+0.00, +0.00] (8 tasks, 3 rounds); on unseen tasks no, equal "
+        "within 1 point: EM +0.00 [+0.00, +0.00], R-L +0.00 [+0.00, +0.00] (8 tasks, 3 rounds)."
     )
 
 
@@ -145,7 +151,10 @@ def test_findings_say_no_as_readily():
     assert helps[0].startswith("- T2: no, it harms. EM −12.00 ")
     assert capacity[0].startswith("- T2: no, the smaller bring more. EM +4.24 ")
     assert form[0].startswith("- T2: no, out-of-options answers do not fall while accuracy rises.")
-    assert reach[0].startswith("- T2, seen: EM higher at 4, 8, 16, 32, equal within 1 point at 64")
+    reached = "yes at rank 4, rank 8, rank 16, rank 32, rank 64"
+    assert reach[0].startswith(
+        f"- T2, seen: {reached}. EM higher at 4, 8, 16, 32, equal within 1 point at 64"
+    )
 
 
 def test_findings_do_not_say_what_the_data_do_not():
@@ -158,8 +167,8 @@ def test_findings_do_not_say_what_the_data_do_not():
     cells = grid(RANKS, ["T2"], rounds=1)
     said = words(Study.of(results(cells, tasks(8, **CLOSED), same), cells))
     helps, capacity, form, _ = said.values()
-    assert helps[0].startswith("- T2: not shown. ")
-    assert capacity[0].startswith("- T2: more rank is not shown to help at all (")
+    assert helps[0].startswith("- T2: undecided. ")
+    assert capacity[0].startswith("- T2: undecided whether more rank helps at all (")
     assert form[0].startswith("- T2: cannot be said, one of the two may not change")
     few = words(Study.of(results(cells, tasks(3), linear), cells))
     assert next(iter(few.values()))[0].startswith("- T2: too few tasks to tell. ")
@@ -171,11 +180,45 @@ def test_one_starred_set_goes_with_the_plain_one_of_its_size():
     assert fixed_size_sets(study) == ["T*100", "T250"]  # 25,000 examples each
     assert more_examples(study) == [("T100", "T*100")]
     said = words(study)
-    assert "More tasks, or more examples of each, T*100 to T250?" in said
-    assert said["More examples of the same tasks, T100 to T*100?"][0] == (
-        "- rank 4: seen EM +0.00 [+0.00, +0.00], p = 1.000 (8 tasks, 3 rounds); unseen EM +0.00 "
-        "[+0.00, +0.00], p = 1.000 (8 tasks, 3 rounds)."
+    assert "Do more tasks with as many examples in all help, T*100 to T250?" in said
+    same = "tasks no, equal within 1 point: EM +0.00 [+0.00, +0.00], R-L +0.00 [+0.00, +0.00]"
+    assert said["Do more examples of the same tasks help, T100 to T*100?"][0] == (
+        f"- rank 4: on seen {same} (8 tasks, 3 rounds); on unseen {same} (8 tasks, 3 rounds)."
     )
+
+
+def test_only_sets_with_results_and_as_many_examples_of_each_task_are_compared():
+    cells = grid([4, None], ["T100", "T250", "T500", "T*100"])
+    rows = results(cells, tasks(8), linear)
+    assert more_tasks(Study.of(rows, cells)) == ("T100", "T500")
+    assert more_tasks(Study.of(rows[rows["set"] != "T500"], cells)) == ("T100", "T250")
+    alone = Study.of(rows[rows["set"] == "T100"], cells)
+    assert more_tasks(alone) is None and not any("more tasks" in name for name in words(alone))
+    doubled = rows["train_examples"] * (1 + (rows["set"] == "T250"))
+    assert more_tasks(Study.of(rows.assign(train_examples=doubled), cells)) == ("T100", "T500")
+    half = rows[(rows["set"] == "T100") & (rows["method"] == "lora") | (rows["method"] == "full")]
+    half = half[(half["set"] == "T100") | (half["set"] == "T500")]
+    (said,) = [v for k, v in words(Study.of(half, cells)).items() if k.endswith("T100 to T500?")]
+    assert [line[:7] for line in said] == ["- full:"]  # rank 4 lacks T500
+
+
+def test_what_covers_zero_is_undecided():
+    """Half of the tasks gain as much from more examples as the other half loses."""
+
+    def mixed(cell, test, task):
+        sign = 1 if int(task["task"][1:]) % 2 else -1
+        score = 40.0 + 5 * sign * ("*" in cell["set"])
+        return {"exact_match": score, "rougeL": score}
+
+    cells = grid([4, None], ["T2", "T*2"])
+    (said,) = [
+        lines
+        for question, lines in words(Study.of(results(cells, tasks(8), mixed), cells)).items()
+        if question == "Do more examples of the same tasks help, T2 to T*2?"
+    ]
+    assert [line.partition(": ")[2].partition(":")[0] for line in said] == [
+        "on seen tasks undecided"
+    ] * 2
 
 
 def test_the_smallest_study(tmp_path):

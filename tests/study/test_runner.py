@@ -18,11 +18,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jax_lora import locks, study
+from jax_lora import cli, locks, study
 from jax_lora.errors import RunFailed, Stopped
 from jax_lora.evaluation import evaluate
 from jax_lora.files import jsonl_line, write_json, write_text
+from jax_lora.run.training import running
 from jax_lora.study import grid, results, runner
+from jax_lora.study.worker import _faults
 from tests.conftest import REPOSITORY
 
 CELLS = grid.cells((4, 16, "full"), ("T2", "T4"), (0, 1), {"lora": (1e-4,), "full": (1e-5,)}, {})
@@ -491,3 +493,36 @@ def test_time_left_follows_operations():
     # Never less for more operations, never something for nothing.
     assert results.seconds([9.0], [(1.0, 30.0), (2.0, 10.0)]) == [20.0]
     assert results.seconds([4.0], [(1.0, 1.0), (2.0, 5.0)]) == [8.0]
+
+
+# ---------------------------------------------------------------- what a failure was
+
+
+@pytest.mark.parametrize(
+    ("error", "diverged"),
+    [
+        (FloatingPointError("step 3: not finite: loss"), True),
+        (MemoryError("too little memory"), False),
+        (OSError(errno.ENOENT, "no such file", "f"), False),
+        (ValueError("a fault of ours"), False),
+    ],
+)
+def test_a_divergence_is_told_from_other_failures(tmp_path, error, diverged):
+    """Through all that stands between a step of training and the runner."""
+
+    def run(cell, folder):
+        with _faults(), cli.exit_codes(), running(lambda _: "nothing is lost"):
+            raise error
+
+    runner.run_cells(CELLS[:1], tmp_path, run, sleep=never)
+    saved = json.loads((runner.cell_folder(tmp_path, CELLS[0]) / "failed.json").read_text())
+    assert saved["diverged"] is diverged and str(error) in saved["reason"]
+
+
+def test_processes_that_do_not_agree_have_not_diverged(tmp_path):
+    def run(cell, folder):
+        raise OSError("not all processes of this worker failed alike") from FloatingPointError()
+
+    runner.run_cells(CELLS[:1], tmp_path, run, sleep=never)
+    path = runner.cell_folder(tmp_path, CELLS[0]) / "failed.json"
+    assert json.loads(path.read_text())["diverged"] is False

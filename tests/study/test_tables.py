@@ -264,6 +264,15 @@ def test_a_lead_by_hand():
     assert lead(out, right, [*configs, "c9"]) is None
 
 
+def test_a_lead_has_an_interval_where_few_tasks_change():
+    """Of eight tasks three rise; a resample in 43 has none of them, and no progress."""
+    out, right = np.full((1, 8, 3), 40.0), np.full((1, 8, 3), 20.0)
+    out[0, :3], right[0, :3] = [40.0, 10.0, 0.0], [20.0, 25.0, 40.0]
+    one = lead(scores_of(out), scores_of(right), ["c0", "c1", "c2"])
+    assert one is not None
+    assert [one.value, one.low, one.high] == pytest.approx([0.5] * 3)
+
+
 # Tables
 
 

@@ -5,9 +5,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jax_lora.study.team import Team
+from jax_lora.errors import RunFailed
+from jax_lora.signals import STOPPED
+from jax_lora.study.team import Team, fault
 
 BEAT = 0.01
 
@@ -160,3 +164,19 @@ def test_a_process_that_is_to_stop_stops_the_leader(monkeypatch):
                 assert asked.wait(60)
         finally:
             signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_stop_while_jax_traces_is_no_fault():
+    def stopped(x):
+        raise SystemExit(STOPPED)
+
+    for traced in (jax.jit(stopped), jax.grad(jax.checkpoint(stopped)), jax.vmap(stopped)):
+        with pytest.raises(SystemExit) as end:
+            traced(jnp.ones(2))
+        assert fault(end.value) is None
+    stop = SystemExit(STOPPED)
+    stop.__cause__ = Exception("The preceding stack trace is the source of the JAX operation")
+    assert fault(stop) is None
+    failed = SystemExit(1)
+    failed.__cause__ = RunFailed("a loss is not finite")
+    assert fault(failed) is failed.__cause__
