@@ -24,7 +24,6 @@ from ml_collections import config_flags
 
 from jax_lora import cli
 from jax_lora.config import RunConfig
-from jax_lora.model.families import CONFIGS
 from jax_lora.planning import report
 from jax_lora.planning.targets import DEVICES
 from jax_lora.weights import base as base_weights
@@ -45,9 +44,7 @@ def main(_):
         config = RunConfig.from_config_dict(_CONFIG.value)
         model = config.model or "llama-7b"
         shape = base_weights.known_or_read_config(model)
-        kinds = ()
-        if config.model_quantization == "gguf" and model not in CONFIGS:
-            kinds = base_weights.check_quantization(model, "gguf")
+        kinds = base_weights.known_or_read_kinds(model, config.model_quantization)
         options = target, _TOKENS.value, _COMPILE.value, kinds
         for text in report.plan(config, shape, model, *options):
             cli.say(text)

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jax_lora.config import MeshConfig, MeshSizes
-from jax_lora.model.arch import LINEARS, NORMS
+from jax_lora.model.arch import BY_NAME, NORMS
 
 AXES = MeshSizes._fields
 ROWS = P(("data", "fsdp"))  # of a batch
@@ -41,21 +41,39 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
 }
 
-# The ends of leaf names, and the PartitionSpec of such a leaf. An end, so that a gradient or a
-# moment of Adam (`1/0/mu/lora/layers/…/q_proj/a`) is sharded as its parameter is. Kernels are
-# (layers, inputs, outputs), A (layers, inputs, rank), B (layers, rank, outputs). `tensor` cuts the
-# outputs of column-parallel kernels and the inputs of row-parallel ones, as Megatron does. `fsdp`
-# cuts the inputs: to gather outputs XLA would first copy all layers into another order. A is cut
-# along its inputs and B along its outputs, by both axes, the kernel's first; never along the rank.
-_ROW_PARALLEL = "|".join(linear.name for linear in LINEARS if linear.is_row_parallel)
-_COLUMN_PARALLEL = "|".join(linear.name for linear in LINEARS if not linear.is_row_parallel)
-_STORED = "kernel(/stored)?"
+# Regular expressions for the last part of a leaf's path, and the PartitionSpec of such a leaf. The
+# last part alone, so that a gradient or a moment of Adam (`1/0/mu/lora/layers/…/q_proj/a`) is
+# sharded as its parameter is. Kernels are (layers, inputs, outputs), A is (layers, inputs, rank),
+# B is (layers, rank, outputs).
+#
+#                     column-parallel                           row-parallel, see `model.arch`
+#                     q_proj k_proj v_proj gate_proj up_proj    o_proj down_proj
+#                     lm_head (its adapter; its kernel is not stacked and has a row of its own)
+#   `tensor` cuts     the outputs                               the inputs (both as Megatron does)
+#   `fsdp` cuts       the inputs                                the inputs
+#
+# `fsdp` never cuts outputs: to gather those XLA would first copy all layers into another order. A
+# is cut along its inputs and B along its outputs, by both axes, the kernel's axis first; the rank
+# is never cut.
+_ROW_PARALLEL = "|".join(name for name, x in BY_NAME.items() if x.is_row_parallel)
+_COLUMN_PARALLEL = "|".join(name for name, x in BY_NAME.items() if not x.is_row_parallel)
 _NORM = "|".join(("norm", *("/".join(norm.path) for norm in NORMS)))
-TABLE = (
+_STORED = "kernel(/stored)?"  # with PiSSA `kernel` is a `quantization.Residual`: stored, a, b
+PARTITION_RULES = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (rf"({_COLUMN_PARALLEL})(/kernel)?", P(None, "fsdp", "tensor")),  # without /kernel: a delta
+    (rf"({_NORM})/scale", P()),
+    # Kernels (without /kernel: a materialized delta) and biases.
+    (rf"({_COLUMN_PARALLEL})(/kernel)?", P(None, "fsdp", "tensor")),
     (rf"({_ROW_PARALLEL})(/kernel)?", P(None, ("tensor", "fsdp"))),
+    (rf"({_COLUMN_PARALLEL})/bias", P(None, "tensor")),
+    (rf"({_ROW_PARALLEL})/bias", P()),
+    # Adapters: A, B, DoRA's magnitudes, the scales of padded ranks.
+    (rf"({_COLUMN_PARALLEL})(/kernel)?/a", P(None, ("fsdp", "tensor"), None)),
+    (rf"({_COLUMN_PARALLEL})(/kernel)?/b", P(None, None, ("tensor", "fsdp"))),
+    (rf"({_ROW_PARALLEL})(/kernel)?/a", P(None, ("tensor", "fsdp"), None)),
+    (rf"({_ROW_PARALLEL})(/kernel)?/b", P(None, None, ("fsdp", "tensor"))),
+    (rf"({_COLUMN_PARALLEL}|{_ROW_PARALLEL})/(m|scale)", P()),
     # Quantized kernels, see `model.quantization`: their blocks are dimensions that are never cut.
     (rf"({_COLUMN_PARALLEL})/{_STORED}/(packed|blocks)", P(None, "fsdp", None, "tensor")),
     (rf"({_COLUMN_PARALLEL})/{_STORED}/(values|constants)", P(None, "fsdp", "tensor")),
@@ -63,15 +81,6 @@ TABLE = (
     (rf"({_COLUMN_PARALLEL})/{_STORED}/scale", P(None, "tensor")),
     (rf"({_ROW_PARALLEL})/{_STORED}/scale", P()),
     (rf"({_COLUMN_PARALLEL}|{_ROW_PARALLEL})/{_STORED}/(groups|offset|kind)", P()),
-    (rf"({_COLUMN_PARALLEL})/bias", P(None, "tensor")),
-    (rf"({_ROW_PARALLEL})/bias", P()),
-    # Of adapters, and what a kernel lacks for PiSSA.
-    (rf"({_COLUMN_PARALLEL})(/kernel)?/a", P(None, ("fsdp", "tensor"), None)),
-    (rf"({_COLUMN_PARALLEL})(/kernel)?/b", P(None, None, ("tensor", "fsdp"))),
-    (rf"({_ROW_PARALLEL})(/kernel)?/a", P(None, ("tensor", "fsdp"), None)),
-    (rf"({_ROW_PARALLEL})(/kernel)?/b", P(None, None, ("fsdp", "tensor"))),
-    (rf"({_COLUMN_PARALLEL}|{_ROW_PARALLEL})/(m|scale)", P()),
-    (rf"({_NORM})/scale", P()),
 )
 
 # Adafactor's v_row and v_col, the means of the second moments over columns and rows, are small and
@@ -117,8 +126,8 @@ def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """
     if not shape:
         return P()
-    for end, axes in TABLE:
-        if re.fullmatch(rf"(.*/)?{end}", name):
+    for expression, axes in PARTITION_RULES:
+        if re.fullmatch(rf"(.*/)?{expression}", name):
             if _BLOCKS.fullmatch(name):
                 return _dividing(_moved(axes, shape, mesh), shape, mesh)
             return P() if _FACTORED.fullmatch(name) else _dividing(axes, shape, mesh)

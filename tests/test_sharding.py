@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax_lora import sharding
 from jax_lora.config import MeshSizes, OptimConfig
 from jax_lora.model import lora
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import BY_NAME, TARGETS
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.training.optimizers import OPTIMIZERS, make_optimizer
@@ -25,7 +25,7 @@ def abstract(data, fsdp, tensor):
 
 def variables(config, rank):
     """The shapes of a base, of DoRA adapters on every linear layer, and of their products."""
-    tree = {"params": {}, "lora": {"layers": {}}, "deltas": {}}
+    tree = {"params": {}, "lora": {}, "deltas": {}}
 
     def put(node, path, shape):
         for key in path[:-1]:
@@ -34,13 +34,12 @@ def variables(config, rank):
 
     for leaf in leaves(config):
         put(tree["params"], leaf.path, leaf.leaf_shape)
-    depth = config.num_hidden_layers
-    for name, sides in lora.shapes(config, rank, LINEAR).items():
-        size_out = sides["b"][2]
-        sides = {**sides, "m": (depth, size_out), "scale": (depth,)}
+    for name, sides in lora.shapes(config, rank, TARGETS).items():
+        copies, _, size_out = sides["b"]
+        sides = {**sides, "m": (copies, size_out), "scale": (copies,)}
         for side, shape in sides.items():
-            put(tree["lora"], ("layers", GROUP[name], name, side), shape)
-        put(tree["deltas"], (GROUP[name], name), (depth, *config.linear_shapes()[name]))
+            put(tree["lora"], (*BY_NAME[name].tree_path, side), shape)
+        put(tree["deltas"], BY_NAME[name].tree_path, config.stack_shapes()[name])
     return tree
 
 
@@ -68,9 +67,12 @@ def test_the_two_axes_of_an_adapter_begin_with_its_kernels():
     ]:
         place = f"lora/layers/self_attn/{name}"
         assert sharding.spec(f"params/layers/self_attn/{name}/kernel", (2, 8, 8), mesh) == kernel
-        assert sharding.spec(f"deltas/self_attn/{name}", (2, 8, 8), mesh) == kernel
+        assert sharding.spec(f"deltas/layers/self_attn/{name}", (2, 8, 8), mesh) == kernel
         assert sharding.spec(f"{place}/a", (2, 8, 1), mesh) == P(None, a)
         assert sharding.spec(f"{place}/b", (2, 1, 8), mesh) == P(None, None, b)
+    assert sharding.spec("lora/lm_head/a", (1, 8, 1), mesh) == P(None, ("fsdp", "tensor"))
+    assert sharding.spec("lora/lm_head/b", (1, 1, 8), mesh) == P(None, None, ("tensor", "fsdp"))
+    assert sharding.spec("deltas/lm_head", (1, 8, 8), mesh) == P(None, "fsdp", "tensor")
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,14 @@ class Chat:
                 end = self._end.match(text, span.stop)
                 answers.append(Span(span.start, end.end() if end else span.stop, True))
         return answers
+
+
+def taught_end_ids(tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[int, ...]:
+    """What ends an answer besides the base's own end ids, after training.
+
+    Args:
+      tokenizer: of the model.
+      template: `data.template` of the run; None where it is not known.
+    """
+    is_chat = template == "chat" and tokenizer.chat_template
+    return (Chat(tokenizer).end_id,) if is_chat else ()

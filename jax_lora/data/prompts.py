@@ -209,6 +209,13 @@ class Encoder:
         """Text of ids, special tokens included."""
         return self._decode(ids, False)
 
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The tokens of the vocabulary that are single bytes, as SentencePiece has them."""
+        found = self.tokenizer.get_vocab()
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        return frozenset(found[name] for name in names if name in found)
+
     def _decode(self, ids: Sequence[int], skip: bool) -> str:
         # Versions of transformers differ in whether they remove spaces unless they are told.
         text = self.tokenizer.decode(

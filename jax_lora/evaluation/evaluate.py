@@ -77,7 +77,7 @@ def predict(
                 prediction=encoder.decode(ids.tolist()),
                 truncated=rows[i][1].truncated,
                 finished=int(ids[-1]) in end_ids
-                or (stop is not None and stop(rows[i][1].ids, ids) is not None),
+                or (stop is not None and stop(rows[i][1].ids, ids, 0) is not None),
                 new_tokens=len(ids),
             )
             for i, ids in ended

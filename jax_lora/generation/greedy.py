@@ -26,7 +26,7 @@ Caches = tuple[kv_cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
-    """The variables as `unstack_layers` returns them: non-layer parameters, and each layer's."""
+    """The variables as `unstack_layers` returns them: those of no layer, and those of each."""
 
     non_layer: PyTree
     layers: tuple[PyTree, ...]
@@ -64,15 +64,18 @@ def unstack_layers(
       platform: of the model that will use them, by default JAX's backend.
     """
     transpose = partial(_transpose_kernels, platform=platform or jax.default_backend())
-    stacks = {name: tree["layers"] for name, tree in variables.items()}
-    non_layer = {k: v for k, v in variables["params"].items() if k != "layers"}
+    stacks = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
+    non_layer = {
+        name: {key: value for key, value in tree.items() if key != "layers"}
+        for name, tree in variables.items()
+    }
     depth = len(stacks["params"]["input_layernorm"]["scale"])
     # With an Ellipsis a number is an array of numpy's too.
     layers = (jax.tree.map(operator.itemgetter((i, ...)), stacks) for i in range(depth))
     if mesh is not None:
         non_layer = sharding.shard(non_layer, mesh)
         layers = (sharding.shard_layer(layer, mesh) for layer in layers)
-    return Weights({"params": transpose(non_layer)}, tuple(map(transpose, layers)))
+    return Weights(transpose(non_layer), tuple(map(transpose, layers)))
 
 
 @partial(jax.jit, static_argnames="platform")
@@ -275,4 +278,6 @@ def _argmax_token(model: Llama, weights: Weights, hidden: Array) -> Array:
 
 
 def _is_running(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
+    # A row ends with a stop token, one of `end_ids`, or with its last slot for a new token. Stop
+    # texts end rows on the host: `scheduler.pop_finished`.
     return ~jnp.isin(token, jnp.asarray(end_ids)) & (count < rows.new.shape[1])

@@ -76,9 +76,9 @@ def answers(
       buckets: prompt lengths that the cache is made for.
       batch_tokens: prompt tokens of a batch, padding included.
       max_batch: most rows of a batch.
-      stop: says of a prompt and its answer so far how many tokens of it are left, None where it
-        goes on; the same of an answer however much of it is there yet. Rows that it stops make
-        room like others that have ended.
+      stop: says of a prompt, its answer so far and how many tokens of it were looked at before how
+        many tokens of it are left, None where it goes on; the same of an answer however much of
+        it is there yet. Rows that it stops make room like others that have ended.
 
     Yields:
       Pairs of a prompt's index and its answer's ids, a few at a time, every prompt once.
@@ -169,6 +169,7 @@ class _Batch:
         self.model, self.weights, self.prompts = model, weights, prompts
         self.max_new_tokens, self.end_ids, self.stop = max_new_tokens, end_ids, stop
         self.requests: list[Request | None] = []
+        self.looked: dict[int, int] = {}  # prompt → tokens of its answer that `stop` has seen
         self.bucket = 0
         self.rows: greedy.Rows | None = None
         self.chunk_sizes = CPU if model.platform == "cpu" else ACCELERATOR
@@ -252,7 +253,7 @@ class _Batch:
             request = self.requests[row]
             assert request
             answer = new[row, : count[row]]
-            length = self.stop(self.prompts[request.prompt], answer) if self.stop else None
+            length = self._stopped(request.prompt, answer)
             if length is not None or not running[row]:
                 ended.append((request.prompt, answer[:length]))
                 self.requests[row] = None
@@ -260,6 +261,14 @@ class _Batch:
             running = np.isin(np.arange(len(self.requests)), self.busy)
             self.rows = rows._replace(running=jax.device_put(running, rows.running.sharding))
         return ended
+
+    def _stopped(self, prompt: int, answer: np.ndarray) -> int | None:
+        if not self.stop:
+            return None
+        length = self.stop(self.prompts[prompt], answer, self.looked.pop(prompt, 0))
+        if length is None:
+            self.looked[prompt] = len(answer)
+        return length
 
 
 def make_queue(

@@ -3,47 +3,94 @@
 The rule is that of transformers' `stop_strings`: the text may begin in the prompt and end anywhere
 in the last token, and it stays in the answer. Greedy answers do not depend on when they are
 stopped, so the host looks at them now and then while they are generated.
+
+The rule is of the text of all tokens, and only the last ones are decoded. That is the same: a text
+is cut only before a token that is no part of a character. A byte-level decoder decodes what is
+behind it by itself; so does one of SentencePiece, where single bytes are tokens, unless that token
+is a byte, since an unfinished character makes all bytes beside it "\\ufffd". Of the first token of
+a text, such decoders drop a space, so one more character is decoded than texts could need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 Ids = Sequence[int] | np.ndarray
 Decode = Callable[[list[int]], str]
-Stop = Callable[[Ids, Ids], int | None]  # a prompt and its answer so far; see `stop_length`
+Stop = Callable[[Ids, Ids, int], int | None]  # see `StopRule.__call__`
+STRIDE = 32  # tokens that are looked at together
+_BROKEN = "\ufffd"  # what decoders write for bytes that are no character
 
 
-def stop_rule(texts: Sequence[str], decode: Decode) -> Stop | None:
-    """`stop_length` of these texts, for `scheduler.answers`; None where there are none."""
-    return partial(stop_length, texts=texts, decode=decode) if texts else None
+def stop_rule(texts: Sequence[str], decode: Decode, byte_ids: Collection[int] = ()) -> Stop | None:
+    """The rule for `scheduler.answers`, see `StopRule`; None where there are no texts."""
+    return StopRule(texts, decode, byte_ids) if texts else None
 
 
-def ends(prompt: Ids, answer: Ids, texts: Sequence[str], decode: Decode) -> bool:
-    """Whether any of the texts has ended in an answer.
+class StopRule:
+    """Where the texts end an answer.
 
     Args:
-      prompt, answer: ids.
       texts: none of them empty.
       decode: ids -> text, control tokens included.
+      byte_ids: the tokens that are single bytes, in the vocabularies of SentencePiece.
     """
-    # What ends in the prompt ended before the answer began; a token has at least one character.
-    before = [int(i) for i in prompt[-max(map(len, texts)) :]]
-    start, text = len(decode(before)), decode([*before, *map(int, answer)])
-    return any(one in text[max(0, start - len(one) + 1) :] for one in texts)
 
+    def __init__(self, texts: Sequence[str], decode: Decode, byte_ids: Collection[int] = ()):
+        self.texts, self.decode, self.byte_ids = tuple(texts), decode, byte_ids
+        self.longest = max(map(len, texts))
+        self.are_whole = not any(_BROKEN in one for one in texts)
+        self._known: dict[int, bool] = {}
 
-def stop_length(prompt: Ids, answer: Ids, texts: Sequence[str], decode: Decode) -> int | None:
-    """How many tokens of an answer there are up to the one that completes a text, None where none
-    does; see `ends`."""
-    if not ends(prompt, answer, texts, decode):
+    def __call__(self, prompt: Ids, answer: Ids, looked: int = 0, /) -> int | None:
+        """How many tokens of an answer there are up to the first one whose text completes one.
+
+        Args:
+          prompt, answer: ids.
+          looked: so many tokens of the answer are known to complete none.
+
+        Returns:
+          None where no token does.
+        """
+        # What ends in the prompt ended before the answer began; a token has a character or more.
+        before = np.asarray(prompt[-self.longest :], np.int64)
+        ids, first = np.concatenate([before, np.asarray(answer, np.int64)]), len(before)
+        for start in range(first + looked, len(ids), STRIDE):
+            stop = min(start + STRIDE, len(ids))
+            cut = self._cut(ids, first, start)
+            offset = 0 if cut else len(self.decode(before.tolist()))
+            text = self.decode(ids[cut:stop].tolist())
+            # Where all characters are whole, texts that were there before still are.
+            if not self._has(text, offset) and _BROKEN not in text and self.are_whole:
+                continue
+            for end in range(start + 1, stop + 1):
+                if self._has(self.decode(ids[cut:end].tolist()), offset):
+                    return end - first
         return None
-    low, high = 0, len(answer)  # not ended at `low`, ended at `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_ended = ends(prompt, answer[:middle], texts, decode)
-        low, high = (low, middle) if is_ended else (middle, high)
-    return high
+
+    def _has(self, text: str, offset: int) -> bool:
+        return any(text.find(one, max(0, offset - len(one) + 1)) >= 0 for one in self.texts)
+
+    def _cut(self, ids: np.ndarray, first: int, start: int) -> int:
+        """The index of a token of the answer, from which on the text has all that can complete a
+        text at `start` or later; 0 where there is none."""
+        settled = start  # the text before is not changed by what comes
+        while settled > first and not self._is_text(int(ids[settled])):
+            settled -= 1
+        length = self.longest // 3 + 2
+        while (cut := settled - length) > first:
+            while cut > first and not self._is_text(int(ids[cut])):
+                cut -= 1
+            if cut > first and len(self.decode(ids[cut:settled].tolist())) >= self.longest:
+                return cut
+            length *= 2
+        return 0
+
+    def _is_text(self, token: int) -> bool:
+        if token not in self._known:
+            text = self.decode([token])
+            is_whole = bool(text) and _BROKEN not in text
+            self._known[token] = is_whole and token not in self.byte_ids
+        return self._known[token]

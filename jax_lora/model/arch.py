@@ -1,7 +1,7 @@
 """The layers of a LLaMA-shaped model, stated once: what each is called, reads and writes.
 
 Shapes, biases, shardings, parameter tables, adapter keys, file formats and memory are derived from
-these two tables. A block of the model is
+these three tables. A block of the model is
 
     x ── input_layernorm ── self_attn: q, k, v ── (q_norm, k_norm) ── attention ── o ── + x
       ── post_attention_layernorm ── mlp: down(silu(gate) · up) ── + x
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 
 class Linear(NamedTuple):
-    """A linear layer of a block.
+    """A linear layer.
 
     Attributes:
       name: Hugging Face's and PEFT's.
-      group: the submodule of the block that holds it, "self_attn" or "mlp".
+      group: the submodule of the block that holds it, "self_attn" or "mlp"; "" outside the blocks.
       inputs, outputs: the logical axes of the two dimensions of its kernel, see
         `Llama.shard_activation`; their sizes are `LlamaConfig.size`.
       gguf: llama.cpp's name.
@@ -33,8 +33,13 @@ class Linear(NamedTuple):
 
     @property
     def path(self) -> tuple[str, ...]:
-        """Of its parameters in the tree of a block."""
-        return (self.group, self.name)
+        """Of its parameters in the tree of a block, or of the model outside the blocks."""
+        return (self.group, self.name) if self.group else (self.name,)
+
+    @property
+    def tree_path(self) -> tuple[str, ...]:
+        """Of its parameters in the tree of the model."""
+        return ("layers", *self.path) if self.group else self.path
 
     @property
     def is_row_parallel(self) -> bool:
@@ -62,6 +67,7 @@ LINEARS = (
     Linear("up_proj", "mlp", "embed", "mlp", "ffn_up"),
     Linear("down_proj", "mlp", "mlp", "embed", "ffn_down"),
 )
+OUTSIDE = (Linear("lm_head", "", "embed", "vocab", "output"),)  # the blocks; one copy of each
 NORMS = (
     Norm(("input_layernorm",), "embed", "attn_norm"),
     Norm(("post_attention_layernorm",), "embed", "ffn_norm"),
@@ -69,9 +75,11 @@ NORMS = (
     Norm(("self_attn", "k_norm"), "head", "attn_k_norm", of_heads=True),
 )
 
-# What is derived from them. The order of LINEAR numbers the layers for random keys.
+# What is derived from them. The order of TARGETS, those that may have an adapter, numbers them for
+# random keys: a new one goes last.
 LINEAR = tuple(linear.name for linear in LINEARS)
 ATTENTION = tuple(linear.name for linear in LINEARS if linear.group == "self_attn")
 MLP = tuple(linear.name for linear in LINEARS if linear.group == "mlp")
 GROUP = {linear.name: linear.group for linear in LINEARS}
-BY_NAME = {linear.name: linear for linear in LINEARS}
+BY_NAME = {linear.name: linear for linear in (*LINEARS, *OUTSIDE)}
+TARGETS = tuple(BY_NAME)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from jax_lora.errors import ConfigError
-from jax_lora.model.arch import LINEAR, LINEARS, NORMS, Norm
+from jax_lora.model.arch import BY_NAME, LINEAR, LINEARS, NORMS, Norm
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 # More than any model has, and so little that no count of parameters is beyond 64 bits.
@@ -111,11 +111,23 @@ class LlamaConfig:
             "kv_heads": self.num_key_value_heads * self.head_dim,
             "head": self.head_dim,
             "mlp": self.intermediate_size,
+            "vocab": self.vocab_size,
         }[axis]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """The linear layers of a block: Hugging Face's name → (in, out)."""
         return {x.name: (self.size(x.inputs), self.size(x.outputs)) for x in LINEARS}
+
+    def stack_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """The linear layers that may have an adapter: name → (copies in the model, in, out)."""
+        return {
+            x.name: (
+                self.num_hidden_layers if x.group else 1,
+                self.size(x.inputs),
+                self.size(x.outputs),
+            )
+            for x in BY_NAME.values()
+        }
 
     def norms(self) -> tuple[Norm, ...]:
         """The norms of a block."""

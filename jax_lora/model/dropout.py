@@ -38,14 +38,14 @@ def keep_threshold(rate: float) -> int:
 
 
 def drop(
-    x: Float[Array, "B T D"], dropout: Dropout, position: Int[Array, ""] | int
+    x: Float[Array, "B T D"], dropout: Dropout, linear_index: Int[Array, ""] | int
 ) -> Float[Array, "B T D"]:
     """Dropout of activations.
 
     Args:
       x: the activations.
       dropout: the keys and the rate.
-      position: the number of this layer and target in the network, folded into every key.
+      linear_index: the number of this linear layer in the network, folded into every key.
 
     Returns:
       x / (1 - rate) where an element is kept, -0 where it is dropped. A rate below 2^-17 is
@@ -58,7 +58,7 @@ def drop(
 
     # Sixteen random bits per element are enough, and half the work of threefry.
     def random_bits(key):
-        words = jax.random.bits(jax.random.fold_in(key, position), (-(-d // 2),), jnp.uint32)
+        words = jax.random.bits(jax.random.fold_in(key, linear_index), (-(-d // 2),), jnp.uint32)
         return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:d]
 
     return apply_mask(x, jax.vmap(jax.vmap(random_bits))(dropout.keys), threshold)

@@ -11,12 +11,13 @@ For a rank-r adapter on q_proj of a model with L layers the tree is
 
 so that y = x W + scale · dropout(x) a b. `scale` is data, not a function of the shapes: adapters
 of unequal ranks are zero-padded to the widest, and keep their own α/r. A DoRA adapter has a
-fourth leaf, m (L, out), see `jax_lora.model.variants`.
+fourth leaf, m (L, out), see `jax_lora.model.variants`. An adapter on lm_head is a stack of one at
+the root of the tree, a (1, in, r), …: whatever maps over `by_target` needs no case of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
-from jax_lora.model.arch import ATTENTION, GROUP, LINEAR
+from jax_lora.model.arch import ATTENTION, BY_NAME, TARGETS
 from jax_lora.model.config import LlamaConfig
 
 INITS = ("kaiming", "gaussian")
@@ -46,15 +47,24 @@ def seed_keys(seed: int) -> SeedKeys:
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Raises ValueError for an empty list or a module that is none of the seven linear layers."""
-    unknown = [name for name in targets if name not in LINEAR]
+    """Raises ValueError for an empty list or a module that is none of `arch.TARGETS`."""
+    unknown = [name for name in targets if name not in TARGETS]
     if unknown or not targets:
         raise ConfigError(
             f"lora targets: found {', '.join(unknown) or 'none'}, expected some of "
-            f"{', '.join(LINEAR)}"
+            f"{', '.join(TARGETS)}"
         )
     if len(set(targets)) != len(targets):
         raise ConfigError(f"lora targets: found a module twice in {', '.join(targets)}")
+
+
+def check_init(init: str, config: LlamaConfig, targets: Sequence[str]) -> None:
+    """Raises ConfigError for PiSSA on a head whose kernel is the table of embeddings."""
+    if init == "pissa" and config.tie_word_embeddings and "lm_head" in targets:
+        raise ConfigError(
+            "config.lora.targets: found lm_head with init=pissa and tied embeddings, which would "
+            "change with it; expected other targets or another init"
+        )
 
 
 def check_rank(rank: object) -> None:
@@ -76,20 +86,73 @@ def scale(alpha: float, rank: int, scaling: str = "alpha/r") -> float:
     return alpha / (rank if scaling == "alpha/r" else rank**0.5)
 
 
+# ------------------------------------------------------------------ the tree by target
+
+
+def by_target(adapters: PyTree) -> dict[str, PyTree]:
+    """The adapters by linear layer, in the order of `arch.TARGETS`: target → {"a": …, …}."""
+    found = {}
+    for name in TARGETS:
+        node = adapters
+        for key in BY_NAME[name].tree_path:
+            node = None if node is None else node.get(key)
+        if node is not None:
+            found[name] = node
+    return found
+
+
+def tree(leaves: Mapping[str, PyTree]) -> PyTree:
+    """The inverse of `by_target`."""
+    made: PyTree = {}
+    for name, leaf in leaves.items():
+        node, (*path, last) = made, BY_NAME[name].tree_path
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return made
+
+
+def map_targets(change: Callable[[str, PyTree], PyTree], adapters: PyTree) -> PyTree:
+    """The tree with `change(target, leaf)` for every leaf."""
+    return tree({name: change(name, leaf) for name, leaf in by_target(adapters).items()})
+
+
+def kernel(params: PyTree, name: str) -> PyTree:
+    """The stacked kernel (copies, in, out) of a linear layer of the base; that of lm_head is the
+    table of embeddings where they are tied."""
+    if group := BY_NAME[name].group:
+        return params["layers"][group][name]["kernel"]
+    if name in params:
+        return params[name]["kernel"][None]
+    return params["embed_tokens"]["embedding"].T[None]
+
+
+def with_kernel(params: PyTree, name: str, stack: PyTree) -> PyTree:
+    """The base with another stacked kernel in a linear layer; lm_head is no longer tied then."""
+    group, layers = BY_NAME[name].group, params["layers"]
+    if not group:
+        return {**params, name: {"kernel": stack[0]}}
+    members = {**layers[group], name: {**layers[group][name], "kernel": stack}}
+    return {**params, "layers": {**layers, group: members}}
+
+
+# ------------------------------------------------------------------ new adapters
+
+
 def shapes(
     config: LlamaConfig, rank: int, targets: Sequence[str] = ATTENTION
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shape of every drawn leaf: target → {"a": (L, in, r), "b": (L, r, out)}.
+    """Shape of every drawn leaf: target → {"a": (L, in, r), "b": (L, r, out)}; 1 for L of lm_head.
 
     Raises:
       ValueError: a rank below 1 or an unknown target.
     """
     check_rank(rank)
     check_targets(targets)
-    layers, linear = config.num_hidden_layers, config.linear_shapes()
+    stacks = {name: config.stack_shapes()[name] for name in targets}
     return {
-        name: {"a": (layers, linear[name][0], rank), "b": (layers, rank, linear[name][1])}
-        for name in targets
+        name: {"a": (copies, size_in, rank), "b": (copies, rank, size_out)}
+        for name, (copies, size_in, size_out) in stacks.items()
     }
 
 
@@ -106,12 +169,12 @@ def init(
     """Adapters that change nothing yet: A drawn, B zero.
 
     Args:
-      key: of the whole draw; every target folds in its number in `arch.LINEAR`, so that the A
+      key: of the whole draw; every target folds in its number in `arch.TARGETS`, so that the A
         of one target does not depend on which others are adapted.
       config: the base model.
       rank: r, any positive integer, also above the smaller side of a kernel.
       alpha: α of the scale.
-      targets: names among the seven linear layers.
+      targets: names among `arch.TARGETS`.
       a_init: "kaiming" is uniform within ±1/√in, which is PEFT's kaiming_uniform_(a=√5);
         "gaussian" is normal with deviation 1/r, PEFT's `init_lora_weights="gaussian"`.
       scaling: see `scale`.
@@ -124,20 +187,20 @@ def init(
     """
     if a_init not in INITS:
         raise ConfigError(f"lora a_init: found {a_init!r}, expected one of {', '.join(INITS)}")
-    groups: dict[str, PyTree] = {}
+    leaves: dict[str, PyTree] = {}
     for name, leaf in shapes(config, rank, targets).items():
-        target_key = jax.random.fold_in(key, LINEAR.index(name))
+        target_key = jax.random.fold_in(key, TARGETS.index(name))
         if a_init == "kaiming":
             bound = leaf["a"][1] ** -0.5
             a = jax.random.uniform(target_key, leaf["a"], jnp.float32, -bound, bound)
         else:
             a = jax.random.normal(target_key, leaf["a"], jnp.float32) / rank
-        groups.setdefault(GROUP[name], {})[name] = {
+        leaves[name] = {
             "a": a,
             "b": jnp.zeros(leaf["b"], jnp.float32),
-            "scale": jnp.full(config.num_hidden_layers, scale(alpha, rank, scaling), jnp.float32),
+            "scale": jnp.full(leaf["a"][0], scale(alpha, rank, scaling), jnp.float32),
         }
-    return {"layers": groups}
+    return tree(leaves)
 
 
 def check(adapters: PyTree, config: LlamaConfig) -> None:
@@ -150,20 +213,20 @@ def check(adapters: PyTree, config: LlamaConfig) -> None:
         jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(adapters)
     }
-    linear, layers = config.linear_shapes(), config.num_hidden_layers
-    adapted = sorted({name.rsplit("/", 1)[0] for name in found})
+    known = {"/".join(BY_NAME[name].tree_path): name for name in TARGETS}
+    adapted = sorted({name.rpartition("/")[0] for name in found})
     expected: dict[str, tuple[int, ...]] = {}
     for module in adapted:
-        name = module.rsplit("/", 1)[-1]
-        if name not in linear or module != f"layers/{GROUP[name]}/{name}":
-            known = ", ".join(f"layers/{GROUP[n]}/{n}" for n in LINEAR)
-            raise ConfigError(f"adapter: found a module {module!r}, expected some of {known}")
+        if module not in known:
+            expectation = ", ".join(known)
+            raise ConfigError(f"adapter: found a module {module!r}, expected some of {expectation}")
+        copies, size_in, size_out = config.stack_shapes()[known[module]]
         rank = found.get(f"{module}/a", (0, 0, 0))[-1]
-        expected[f"{module}/a"] = (layers, linear[name][0], rank)
-        expected[f"{module}/b"] = (layers, rank, linear[name][1])
-        expected[f"{module}/scale"] = (layers,)
+        expected[f"{module}/a"] = (copies, size_in, rank)
+        expected[f"{module}/b"] = (copies, rank, size_out)
+        expected[f"{module}/scale"] = (copies,)
         if f"{module}/m" in found:
-            expected[f"{module}/m"] = (layers, linear[name][1])
+            expected[f"{module}/m"] = (copies, size_out)
     wrong = sorted(n for n in expected.keys() | found.keys() if found.get(n) != expected.get(n))
     if wrong or not found:
         name = wrong[0] if wrong else "layers"
@@ -175,10 +238,7 @@ def check(adapters: PyTree, config: LlamaConfig) -> None:
 
 def does_nothing(adapters: PyTree) -> bool:
     """Whether every B is zero, so that the adapted model is the base."""
-    groups = adapters["layers"]
-    return all(
-        not np.any(np.asarray(leaf["b"])) for group in groups.values() for leaf in group.values()
-    )
+    return all(not np.any(np.asarray(leaf["b"])) for leaf in by_target(adapters).values())
 
 
 # ------------------------------------------------------------------ materialized deltas
@@ -191,37 +251,30 @@ def materialized_targets(config: LlamaConfig, rank: int, targets: Sequence[str])
     in · out thrice; computing s A B, and the gradients of A and B from that of the delta, is shared
     by a whole batch. For a square kernel of side d that is r > d/2.
     """
-    linear = config.linear_shapes()
-    return tuple(
-        name for name in targets if rank * sum(linear[name]) > linear[name][0] * linear[name][1]
-    )
+    sides = {name: config.stack_shapes()[name][1:] for name in targets}
+    return tuple(name for name, (a, b) in sides.items() if rank * (a + b) > a * b)
 
 
 def deltas(adapters: PyTree, targets: Sequence[str]) -> PyTree:
-    """s A B (L, in, out), float32, to be differentiated, of the `targets`: group → target → it."""
+    """s A B (L, in, out), float32, to be differentiated, in the places of the `targets`."""
 
     def form(leaf: PyTree) -> jax.Array:
         scaled = leaf["b"] * leaf["scale"][:, None, None]
         return jnp.einsum("ldr,lrf->ldf", leaf["a"], scaled, precision=jax.lax.Precision.HIGHEST)
 
-    return {
-        group: {name: form(leaf) for name, leaf in members.items() if name in targets}
-        for group, members in adapters["layers"].items()
-    }
+    chosen = {name: leaf for name, leaf in by_target(adapters).items() if name in targets}
+    return tree({name: form(leaf) for name, leaf in chosen.items()})
 
 
 def with_deltas(adapters: PyTree, deltas: PyTree) -> PyTree:
     """Adapters as the module applies them: `delta`, where given, for `a`, `b`, `scale`."""
 
-    def chosen(group: str, name: str, leaf: PyTree) -> PyTree:
-        if name not in deltas.get(group, {}):
+    given = by_target(deltas)
+
+    def chosen(name: str, leaf: PyTree) -> PyTree:
+        if name not in given:
             return dict(leaf)
         rest = {key: leaf[key] for key in leaf if key not in ("a", "b", "scale")}
-        return rest | {"delta": deltas[group][name]}
+        return rest | {"delta": given[name]}
 
-    return {
-        "layers": {
-            group: {name: chosen(group, name, leaf) for name, leaf in members.items()}
-            for group, members in adapters["layers"].items()
-        }
-    }
+    return map_targets(chosen, adapters)

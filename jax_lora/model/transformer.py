@@ -60,8 +60,8 @@ class Positions(NamedTuple):
     segments: Int[Array, "B T"] | None
 
 
-class Dense(nn.Module):
-    """x W (+ bias), and the low-rank update where the `lora` collection has one.
+class _Linear(nn.Module):
+    """What all linear layers have: the low-rank update where the `lora` collection has one.
 
     LoRA (Hu et al. 2021): x W + s · dropout(x) A B. Where the collection holds `delta`, the
     product s A B materialized beforehand, in place of `a`, `b`, `scale`: x W + dropout(x) delta.
@@ -69,67 +69,90 @@ class Dense(nn.Module):
     with g = m / ‖W + s A B‖, one norm per output, taken as a constant; like PEFT, the correction
     (g - 1) x W goes through the same dropout and the bias stays outside.
 
-    `transposed`: the kernel is stored (out, in), see `matmul_transposed`. A quantized one never is.
+    `target`: its name in `arch`. `transposed`: the kernel is stored (out, in), see
+    `matmul_transposed`. A quantized one never is.
     """
 
-    name_in_block: str
+    target: str
     config: LlamaConfig
     shard_activation: ShardActivation
     transposed: bool
     platform: str
 
+    def _has_adapter(self) -> bool:
+        return self.has_variable("lora", "a") or self.has_variable("lora", "delta")
+
+    def _adapted(
+        self, y: Array, x: Array, kernel: PyTree, layer: Array | int, dropout: Dropout | None
+    ) -> Array:
+        """y = x W, a bias left out, with the update. `kernel`: W (in, out), however it is stored;
+        `layer`: of this linear layer, the number of layers behind them."""
+        *_, in_axis, out_axis, _ = arch.BY_NAME[self.target]
+        base = y
+        if dropout is not None:
+            linear_index = layer * len(arch.LINEAR) + arch.TARGETS.index(self.target)
+            x = drop(x, dropout, linear_index)
+            x = self.shard_activation(x, "batch", None, in_axis)
+        update, delta = self._update(x, out_axis, y.dtype)
+        if not self.has_variable("lora", "m"):
+            return y + update
+        if dropout is not None:
+            base = self._product(x, kernel, y.dtype)
+        if isinstance(kernel, QuantizedKernel):
+            kernel = kernel.gathered(self.shard_activation, (in_axis, out_axis))
+        wide = as_float(kernel, x.dtype).astype(jnp.float32) + delta()
+        norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=0))
+        gain = self._leaf("m") / norm
+        return y + (gain - 1).astype(x.dtype) * base + gain.astype(x.dtype) * update
+
+    def _leaf(self, name: str) -> Array:
+        leaf = jnp.asarray(self.get_variable("lora", name))
+        return leaf if arch.BY_NAME[self.target].group else leaf[0]
+
+    def _product(self, x: Array, kernel: Array | QuantizedKernel, dtype: DTypeLike) -> Array:
+        if isinstance(kernel, QuantizedKernel):
+            axes = arch.BY_NAME[self.target][2:4]
+            return quantized_product(self.platform, self.shard_activation, axes, x, kernel)
+        return einsum("btd,df->btf", dtype, x, kernel, self.platform)
+
+    def _update(
+        self, x: Array, out_axis: str, dtype: DTypeLike
+    ) -> tuple[Array, Callable[[], Array]]:
+        """The update of the outputs, and a function that computes the update of the kernel."""
+        if self.has_variable("lora", "delta"):
+            delta = self._leaf("delta")
+            return einsum("btd,df->btf", dtype, x, delta, self.platform), lambda: delta
+        a, b, scale = (self._leaf(name) for name in ("a", "b", "scale"))
+        b = self.shard_activation(b, None, out_axis)
+        # The scale multiplies the R numbers of a token, which are fewer than its outputs.
+        low = einsum("btd,dr->btr", x.dtype, x, a, self.platform) * scale.astype(x.dtype)
+        return einsum("btr,rf->btf", dtype, low, b, self.platform), lambda: scale * (a @ b)
+
+
+class Dense(_Linear):
+    """A linear layer of a block: x W (+ bias)."""
+
     @nn.compact
     def __call__(self, x: Array, layer: Array | int, dropout: Dropout | None) -> Array:
-        *_, in_axis, out_axis, _ = arch.BY_NAME[self.name_in_block]
+        *_, in_axis, out_axis, _ = arch.BY_NAME[self.target]
         features = self.config.size(out_axis)
         x = self.shard_activation(x, "batch", None, in_axis)
         kernel = self.get_variable("params", "kernel")
         if isinstance(kernel, QuantizedKernel):
-            kernel = kernel.shard(self.shard_activation, in_axis, out_axis)
-            y = base = checkpoint_name(self._product(x, kernel), "product", self.platform)
+            y = checkpoint_name(self._product(x, kernel, x.dtype), "product", self.platform)
         elif self.transposed:
             kernel = self.param("kernel", _INIT, (features, x.shape[-1]))
-            y = base = matmul_transposed(x.dtype, x, kernel, self.platform)
+            y = matmul_transposed(x.dtype, x, kernel, self.platform)
             kernel = kernel.T
         else:
             kernel = self.param("kernel", _INIT, (x.shape[-1], features))
-            y = base = checkpoint_name(self._product(x, kernel), "product", self.platform)
-        if self.has_variable("lora", "a") or self.has_variable("lora", "delta"):
-            dropped = x
-            if dropout is not None:
-                position = layer * len(arch.LINEAR) + arch.LINEAR.index(self.name_in_block)
-                dropped = drop(x, dropout, position)
-                dropped = self.shard_activation(dropped, "batch", None, in_axis)
-            update, delta = self._update(dropped, out_axis)
-            if self.has_variable("lora", "m"):
-                if dropout is not None:
-                    base = self._product(dropped, kernel)
-                wide = as_float(kernel, x.dtype).astype(jnp.float32) + delta()
-                norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=0))
-                gain = self.get_variable("lora", "m") / norm
-                y = y + (gain - 1).astype(x.dtype) * base + gain.astype(x.dtype) * update
-            else:
-                y = y + update
-        if self.name_in_block in self.config.biases:
+            y = checkpoint_name(self._product(x, kernel, x.dtype), "product", self.platform)
+        if self._has_adapter():
+            y = self._adapted(y, x, kernel, layer, dropout)
+        if self.target in self.config.biases:
             bias = self.param("bias", nn.initializers.zeros, (features,))
             y = y + bias.astype(x.dtype)
         return self.shard_activation(y, "batch", None, out_axis)
-
-    def _product(self, x: Array, kernel: Array | QuantizedKernel) -> Array:
-        if isinstance(kernel, QuantizedKernel):
-            return quantized_product(self.platform, x, kernel)
-        return einsum("btd,df->btf", x.dtype, x, kernel, self.platform)
-
-    def _update(self, x: Array, out_axis: str) -> tuple[Array, Callable[[], Array]]:
-        """The update of the outputs, and a function that computes the update of the kernel."""
-        if self.has_variable("lora", "delta"):
-            delta = self.get_variable("lora", "delta")
-            return einsum("btd,df->btf", x.dtype, x, delta, self.platform), lambda: delta
-        a, b, scale = (self.get_variable("lora", leaf) for leaf in ("a", "b", "scale"))
-        b = self.shard_activation(b, None, out_axis)
-        # The scale multiplies the R numbers of a token, which are fewer than its outputs.
-        low = einsum("btd,dr->btr", x.dtype, x, a, self.platform) * scale.astype(x.dtype)
-        return einsum("btr,rf->btf", x.dtype, low, b, self.platform), lambda: scale * (a @ b)
 
 
 class RMSNorm(nn.Module):
@@ -316,8 +339,7 @@ class Llama(nn.Module):
             unroll=self.unroll,
         )(c, self.attention, self.shard_activation, False, self.platform)
         self.norm = RMSNorm(c.rms_norm_eps)
-        if not c.tie_word_embeddings:
-            self.lm_head = _Head(c.vocab_size, self.transposed, self.platform)
+        self.lm_head = _Head("lm_head", c, self.shard_activation, self.transposed, self.platform)
 
     def embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
         """Embeddings of the tokens, the input of the first layer."""
@@ -350,30 +372,40 @@ class Llama(nn.Module):
         layers = jnp.arange(self.config.num_hidden_layers)
         return self.layers(self.embed(tokens), layers, Positions(rope, segments), None, dropout)[0]
 
-    def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits in float32: the final norm and the vocabulary product."""
-        hidden = self.norm(hidden)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.embed_tokens.embedding
-        if self.transposed:
-            return matmul_transposed(jnp.float32, hidden, embedding, self.platform)
-        return einsum("btd,vd->btv", jnp.float32, hidden, embedding, self.platform)
+    def head(
+        self, hidden: Float[Array, "B T D"], dropout: Dropout | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32: the final norm and the vocabulary product.
+
+        `dropout`: as for `hidden`, on the input of the head's adapter.
+        """
+        tied = self.config.tie_word_embeddings
+        table = self.embed_tokens.embedding if tied else None
+        return self.lm_head(self.norm(hidden), table, dropout)
 
     def __call__(self, tokens: Tokens, dropout: Dropout | None = None) -> Float[Array, "B T V"]:
         """Logits in float32 of every position."""
-        return self.head(self.hidden(tokens, dropout))
+        return self.head(self.hidden(tokens, dropout), dropout)
 
 
-class _Head(nn.Module):
-    vocab_size: int
-    transposed: bool
-    platform: str
+class _Head(_Linear):
+    """The product with the vocabulary. `table`: the embeddings (V, D) where the two are tied."""
 
     @nn.compact
-    def __call__(self, hidden: Array) -> Array:
+    def __call__(self, hidden: Array, table: Array | None, dropout: Dropout | None) -> Array:
+        hidden = self.shard_activation(hidden, "batch", None, "embed")
+        sides = (hidden.shape[-1], self.config.vocab_size)
+        is_transposed, kernel = self.transposed or table is not None, table
+        if kernel is None:
+            kernel = self.param("kernel", _INIT, sides[::-1] if is_transposed else sides)
         if self.transposed:
-            kernel = self.param("kernel", _INIT, (self.vocab_size, hidden.shape[-1]))
-            return matmul_transposed(jnp.float32, hidden, kernel, self.platform)
-        kernel = self.param("kernel", _INIT, (hidden.shape[-1], self.vocab_size))
-        return einsum("btd,dv->btv", jnp.float32, hidden, kernel, self.platform)
+            logits = matmul_transposed(jnp.float32, hidden, kernel, self.platform)
+        elif is_transposed:
+            logits = einsum("btd,vd->btv", jnp.float32, hidden, kernel, self.platform)
+        else:
+            logits = self._product(hidden, kernel, jnp.float32)
+        if self._has_adapter():
+            kernel = kernel.T if is_transposed else kernel
+            layer = self.config.num_hidden_layers
+            logits = self._adapted(logits, hidden, kernel, layer, dropout)
+        return logits

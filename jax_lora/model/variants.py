@@ -6,8 +6,6 @@ PiSSA   a, b hold the largest singular parts      the base keeps the rest of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jax_lora.errors import ConfigError
+from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.quantization import Residual, as_float, is_quantized
-
-
-def _map_targets(adapters: PyTree, change: Callable[[str, str, PyTree], PyTree]) -> PyTree:
-    return {
-        "layers": {
-            group: {name: change(group, name, leaf) for name, leaf in members.items()}
-            for group, members in adapters["layers"].items()
-        }
-    }
 
 
 def with_magnitudes(adapters: PyTree, params: PyTree, dtype: DTypeLike = jnp.float32) -> PyTree:
@@ -40,15 +30,15 @@ def with_magnitudes(adapters: PyTree, params: PyTree, dtype: DTypeLike = jnp.flo
       The tree with m (L, out) = ‖W‖, float32, one norm per output, in every target.
     """
 
-    def norms(group, name, leaf):
-        kernel = params["layers"][group][name]["kernel"]
+    def norms(name, leaf):
+        kernel = lora.kernel(params, name)
 
         def norm(one: PyTree) -> jax.Array:
             return jnp.linalg.norm(as_float(one, dtype).astype(jnp.float32), axis=0)
 
         return {**leaf, "m": jax.lax.map(norm, jax.tree.map(jnp.asarray, kernel))}
 
-    return _map_targets(adapters, norms)
+    return lora.map_targets(norms, adapters)
 
 
 def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
@@ -68,14 +58,14 @@ def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
       ValueError: a rank above the smaller side of a kernel, which has no more singular values.
     """
 
-    def principal(group, name, leaf):
-        rank = leaf["a"].shape[-1]
-        if rank > min(config.linear_shapes()[name]):
+    def principal(name, leaf):
+        rank, sides = leaf["a"].shape[-1], config.stack_shapes()[name][1:]
+        if rank > min(sides):
             raise ConfigError(
                 f"lora init: pissa at rank {rank} needs kernels of at least that many rows and "
-                f"columns, found {config.linear_shapes()[name]} in {name}"
+                f"columns, found {sides} in {name}"
             )
-        a, b, stack = [], [], params["layers"][group][name]["kernel"]
+        a, b, stack = [], [], lora.kernel(params, name)
         for i, factor in enumerate(leaf["scale"]):
             kernel = as_float(jax.tree.map(lambda x, i=i: x[i], stack), jnp.float32)
             left, values, right = np.linalg.svd(np.asarray(kernel, np.float32), full_matrices=False)
@@ -88,7 +78,7 @@ def pissa(params: PyTree, config: LlamaConfig, like: PyTree) -> PyTree:
             "scale": leaf["scale"],
         }
 
-    return _map_targets(like, principal)
+    return lora.map_targets(principal, like)
 
 
 def without(params: PyTree, adapters: PyTree) -> PyTree:
@@ -96,25 +86,22 @@ def without(params: PyTree, adapters: PyTree) -> PyTree:
 
     A quantized kernel stays as it is: its `Residual` subtracts the product where it is read.
     """
-    layers = {key: dict(value) for key, value in params["layers"].items()}
-    for group, members in adapters["layers"].items():
-        for name, leaf in members.items():
-            kernel = layers[group][name]["kernel"]
-            if is_quantized(kernel):
-                # Copies, as training donates the adapters' arrays.
-                product = (jnp.array(leaf[part]) for part in ("a", "b", "scale"))
-                kernel = Residual(kernel, *product)
-                layers[group][name] = {**layers[group][name], "kernel": kernel}
-                continue
 
-            def rest(parts):
-                w, a, b, factor = parts
-                product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-                return (w.astype(jnp.float32) - factor * product).astype(w.dtype)
+    def rest(parts):
+        w, a, b, factor = parts
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return (w.astype(jnp.float32) - factor * product).astype(w.dtype)
 
+    for name, leaf in lora.by_target(adapters).items():
+        kernel = lora.kernel(params, name)
+        if is_quantized(kernel):
+            # Copies, as training donates the adapters' arrays.
+            product = (jnp.array(leaf[part]) for part in ("a", "b", "scale"))
+            kernel = Residual(kernel, *product)
+        else:
             kernel = jax.lax.map(rest, (kernel, leaf["a"], leaf["b"], leaf["scale"]))
-            layers[group][name] = {**layers[group][name], "kernel": kernel}
-    return {**params, "layers": layers}
+        params = lora.with_kernel(params, name, kernel)
+    return params
 
 
 def since(adapters: PyTree, start: PyTree) -> PyTree:
@@ -123,12 +110,14 @@ def since(adapters: PyTree, start: PyTree) -> PyTree:
     scale · (A B - A₀ B₀) = scale · [A A₀] [B; -B₀]: how PEFT saves a PiSSA run as plain LoRA.
     """
 
-    def joined(group, name, leaf):
-        first = start["layers"][group][name]
+    first_of = lora.by_target(start)
+
+    def joined(name, leaf):
+        first = first_of[name]
         return {
             "a": jnp.concatenate([leaf["a"], first["a"]], axis=2),
             "b": jnp.concatenate([leaf["b"], -first["b"]], axis=1),
             "scale": leaf["scale"],
         }
 
-    return _map_targets(adapters, joined)
+    return lora.map_targets(joined, adapters)

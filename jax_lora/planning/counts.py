@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import PyTree
 
 from jax_lora.model import lora
-from jax_lora.model.arch import ATTENTION, GROUP
+from jax_lora.model.arch import ATTENTION
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.quantization import kernel_shapes
 from jax_lora.model.transformer import Llama
@@ -34,11 +34,12 @@ def adapter_shapes(config: LlamaConfig, rank: int, targets: Sequence[str] = ATTE
     Raises:
       ValueError: a rank below 1 or an unknown target.
     """
-    groups: dict[str, PyTree] = {}
-    for name, leaf in lora.shapes(config, rank, targets).items():
-        sized = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in leaf.items()}
-        groups.setdefault(GROUP[name], {})[name] = sized
-    return {"layers": groups}
+    return lora.tree(
+        {
+            name: {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in leaf.items()}
+            for name, leaf in lora.shapes(config, rank, targets).items()
+        }
+    )
 
 
 def table(variables: PyTree, trains: PyTree) -> pd.DataFrame:

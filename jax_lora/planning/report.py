@@ -12,7 +12,13 @@ from jax_lora.model.gguf_blocks import Kinds
 from jax_lora.planning import counts
 from jax_lora.planning.compile import compile_step, devices
 from jax_lora.planning.memory import MOST_DEVICES, Memory, fewest, largest, memory
-from jax_lora.planning.operations import Work, ceiling, operations
+from jax_lora.planning.operations import (
+    Work,
+    ceiling,
+    dequantization_seconds,
+    dequantized_bytes,
+    operations,
+)
 from jax_lora.planning.steps import PlannedStep, planned_steps, step_count, variables
 from jax_lora.planning.targets import Target, full_name, target
 from jax_lora.text import table
@@ -140,7 +146,7 @@ def verdict(peak: int, count: int, where: Target) -> str:
 
 
 def speed_report(run: str, steps: int, step: PlannedStep, where: Target) -> str:
-    """Operations per token, the ceiling that they set, and the time of the run at it."""
+    """Operations per token, what is dequantized, the ceiling they set, the run's time at it."""
     found = operations(step)
     found["all"] = Work(*map(sum, zip(*found.values(), strict=True)))
     rows = [
@@ -152,11 +158,19 @@ def speed_report(run: str, steps: int, step: PlannedStep, where: Target) -> str:
     if device.measured:
         rate = f"{device.measured:g} TFLOP/s measured, {rate}"
     hours = steps * tokens / speed / 3600
+    dequantized = ""
+    if moved := dequantized_bytes(step):
+        dequantized = f"dequantizing moves {moved / GIB:.1f} GiB per device and step"
+        if device.bandwidth:
+            dequantized += f": {1e3 * dequantization_seconds(step, device):.0f} ms"
+            dequantized += f" at {device.bandwidth / 1e12:g} TB/s, in the ceiling"
+        dequantized += "\n"
     text = table(("10⁹ operations per token", "forward", "backward", "recomputed", "all"), rows)
     return (
         f"{text}\n"
         f"a step of {step.batch_rows} × {step.length} tokens: "
         f"{found['all'].total * tokens:.2e} operations\n"
+        f"{dequantized}"
         f"ceiling: {speed:,.0f} tokens/s at {rate}\n"
         f"{run}: {hours / 24:.2g} days ({hours:.2g} hours) at the ceiling, "
         f"if every example had {step.length} tokens"

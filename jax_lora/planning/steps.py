@@ -17,11 +17,12 @@ from jax_lora import sharding
 from jax_lora.config import RunConfig
 from jax_lora.data.loader import MicroBatch
 from jax_lora.errors import ConfigError
+from jax_lora.model import lora
 from jax_lora.model.arch import GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.model.gguf_blocks import Kinds
-from jax_lora.model.quantization import stored_shapes
+from jax_lora.model.quantization import Residual, stored_shapes
 from jax_lora.planning import counts
 from jax_lora.planning.targets import Target
 from jax_lora.training import trainable_mask
@@ -174,12 +175,11 @@ def variables(step: PlannedStep) -> tuple[dict[str, PyTree], PyTree]:
     tree: dict[str, PyTree] = {"params": counts.base_shapes(shape)}
     if step.resolved.rank is not None:
         tree["lora"] = counts.adapter_shapes(shape, step.resolved.rank, config.lora.targets)
-        layers = shape.num_hidden_layers
-        for name in config.lora.targets:
-            leaf = tree["lora"]["layers"][GROUP[name]][name]
-            leaf["scale"] = jax.ShapeDtypeStruct((layers,), jnp.float32)
+        for leaf in lora.by_target(tree["lora"]).values():
+            copies, _, size_out = leaf["b"].shape
+            leaf["scale"] = jax.ShapeDtypeStruct((copies,), jnp.float32)
             if config.lora.variant == "dora":
-                leaf["m"] = jax.ShapeDtypeStruct((layers, leaf["b"].shape[2]), jnp.float32)
+                leaf["m"] = jax.ShapeDtypeStruct((copies, size_out), jnp.float32)
     trains = trainable_mask.mask(tree, config.trainable, config.frozen)
 
     def with_dtype(x, trained):
@@ -189,11 +189,15 @@ def variables(step: PlannedStep) -> tuple[dict[str, PyTree], PyTree]:
     trainable_mask.check_kernels_frozen(trains["params"], config.model_quantization)
     if config.model_quantization != "none":
         kinds = dict(step.resolved.gguf_kinds)
+        is_pissa = step.resolved.is_lora and config.lora.init == "pissa"
+        keeps_start = config.lora.targets if is_pissa else ()
         for name, group in GROUP.items():
             leaf = params["layers"][group][name]
             leaf["kernel"] = stored_shapes(
                 config.model_quantization, leaf["kernel"].shape, kinds.get(name, ())
             )
+            if name in keeps_start:
+                leaf["kernel"] = Residual(leaf["kernel"], **tree["lora"]["layers"][group][name])
     return tree | {"params": params}, trains
 
 

@@ -362,7 +362,12 @@ def _hush_abandoned_reads() -> None:
             show(found)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: "_read_array" not in record.getMessage())
+    theirs = ("_read_array", "async_deserialize", '" driver: ')  # the last one is TensorStore's
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in theirs)
+
+    logging.getLogger("asyncio").addFilter(is_other)
     warnings.filterwarnings("ignore", "coroutine '_read_array", RuntimeWarning)
 
 

@@ -44,8 +44,12 @@ class Report(NamedTuple):
     loss_tokens: int
 
 
-def loss_weight(batch: Sequence[MicroBatch]) -> np.float32:
-    """The sum of the loss weights of a global batch; the first token of a row has no loss."""
+def total_loss_weight(batch: Sequence[MicroBatch]) -> np.float32:
+    """The sum of the loss weights of a global batch: what its loss is divided by.
+
+    The first token of a row has no loss. Every process holds the whole global batch, so that
+    nothing is to be summed over processes.
+    """
     return np.float32(sum(float(micro.loss_weights[:, 1:].sum()) for micro in batch))
 
 
@@ -71,12 +75,12 @@ def train(
     put = device_put or partial(jax.tree.map, jnp.asarray)
     step = int(state.step)
     for batch in batches:
-        weight = loss_weight(batch)
+        total_weight = total_loss_weight(batch)
         diff_params = functions.prepare(state, frozen)
         gradients, loss = zeros(diff_params)
         for micro in batch:
             gradients, loss = functions.accumulate(
-                gradients, loss, diff_params, state.step, frozen, put(micro), weight
+                gradients, loss, diff_params, state.step, frozen, put(micro), total_weight
             )
         state, norm = functions.update(state, frozen, gradients)
         step += 1

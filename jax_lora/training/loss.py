@@ -39,7 +39,7 @@ def loss_sum(
     # none is predicted from the example before it.
     targets = jnp.roll(micro.tokens, -1, axis=1)
     weights = jnp.roll(micro.loss_weights, -1, axis=1).at[:, -1].set(0.0)
-    return chunked_cross_entropy(model, variables, hidden, targets, weights, chunk, groups)
+    return chunked_cross_entropy(model, variables, hidden, targets, weights, chunk, groups, dropout)
 
 
 def chunked_cross_entropy(
@@ -50,6 +50,7 @@ def chunked_cross_entropy(
     weights: Float[Array, "B T"],
     chunk: int,
     groups: int = 1,
+    dropout: Dropout | None = None,
 ) -> Float[Array, ""]:
     """Sum of weights · cross-entropy, the logits computed `chunk` positions at a time.
 
@@ -66,6 +67,7 @@ def chunked_cross_entropy(
       chunk: positions.
       groups: positions are sorted within so many equal parts of the batch, one per group of
         devices that computes different rows, and a chunk takes as many from each.
+      dropout: on the input of the head's adapter, where there is one.
     """
     count = targets.size // groups
     size = max(1, chunk // groups)
@@ -79,10 +81,15 @@ def chunked_cross_entropy(
         return x.reshape(groups, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     order = jnp.argsort(weights.reshape(groups, count) == 0, axis=1, stable=True)
-    parts = tuple(split(x, order) for x in (hidden, targets, weights))
     names = ("norm", "embed_tokens" if model.config.tie_word_embeddings else "lm_head")
     head = {"params": {name: variables["params"][name] for name in names}}
-    return _sum_of_chunks(model, head, *parts)
+    keys, rate = None, 0.0
+    if "lm_head" in variables.get("lora", {}):
+        head["lora"] = {"lm_head": variables["lora"]["lm_head"]}
+        if dropout is not None:
+            keys, rate = jax.random.key_data(dropout.keys), dropout.rate
+    parts = [x if x is None else split(x, order) for x in (hidden, targets, weights, keys)]
+    return _sum_of_chunks(model, rate, head, *parts)
 
 
 def _cross_entropy(logits: Array, target: Array, weight: Array) -> tuple[Array, Array]:
@@ -96,41 +103,49 @@ def _cross_entropy(logits: Array, target: Array, weight: Array) -> tuple[Array, 
     return jnp.sum(losses * weight), (exp_logits / total - one_hot) * weight[..., None]
 
 
-def _logits(model: Llama, head: PyTree, h: Array) -> Array:
+def _logits(model: Llama, rate: float, head: PyTree, h: Array, keys: Array | None) -> Array:
     h = model.shard_activation(h, "batch", None, "embed")
-    logits = model.apply(head, h, method="head")
+    dropout = None if keys is None else Dropout(jax.random.wrap_key_data(keys), rate)
+    logits = model.apply(head, h, dropout, method="head")
     return model.shard_activation(logits, "batch", None, "vocab")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum_of_chunks(
-    model: Llama, head: PyTree, hidden: Array, targets: Array, weights: Array
+    model: Llama,
+    rate: float,
+    head: PyTree,
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+    keys: Array | None,
 ) -> Array:
-    """The sum over all chunks; the arrays are (chunks, groups, size, …)."""
+    """The sum over all chunks; the arrays are (chunks, groups, size, …). `rate` and `keys`, the
+    data of one key per token, are dropout's."""
 
     def body(total, part):
-        def add(h, target, weight):
-            return total + _cross_entropy(_logits(model, head, h), target, weight)[0]
+        def add(h, target, weight, keys):
+            return total + _cross_entropy(_logits(model, rate, head, h, keys), target, weight)[0]
 
         return jax.lax.cond(jnp.any(part[2] > 0), add, lambda *_: total, *part), None
 
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets, weights, keys))[0]
 
 
-def _sum_forward(model, head, hidden, targets, weights):
+def _sum_forward(model, rate, head, *parts):
     # The gradient is computed with the loss, while a chunk's logits exist: to recompute them in the
     # backward pass would cost a third product with the vocabulary. Frozen leaves of the head have
     # no gradient to be summed.
     leaves, tree = jax.tree.flatten(head)
     trained = {i: leaf.value for i, leaf in enumerate(leaves) if leaf.perturbed}
 
-    def logits(trained, h):
+    def logits(trained, h, keys):
         found = [trained.get(i, leaf.value) for i, leaf in enumerate(leaves)]
-        return _logits(model, tree.unflatten(found), h)
+        return _logits(model, rate, tree.unflatten(found), h, keys)
 
     def body(carry, part):
-        def add(h, target, weight):
-            chunk_logits, vjp = jax.vjp(logits, trained, h)
+        def add(h, target, weight, keys):
+            chunk_logits, vjp = jax.vjp(lambda t, h: logits(t, h, keys), trained, h)
             loss, dlogits = _cross_entropy(chunk_logits, target, weight)
             dtrained, dh = vjp(dlogits)
             return jax.tree.map(jnp.add, carry, (loss, dtrained)), dh
@@ -139,14 +154,14 @@ def _sum_forward(model, head, hidden, targets, weights):
         return jax.lax.cond(jnp.any(part[2] > 0), add, skip, *part)
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
-    parts = (hidden.value, targets.value, weights.value)
+    parts = jax.tree.map(lambda x: x.value, parts)
     (total, dtrained), dh = jax.lax.scan(body, start, parts)
     return total, (tree.unflatten([dtrained.get(i) for i in range(len(leaves))]), dh)
 
 
-def _sum_backward(model, saved, g):
+def _sum_backward(model, rate, saved, g):
     head, hidden = jax.tree.map(lambda x: (g * x).astype(x.dtype), saved)
-    return head, hidden, None, None
+    return head, hidden, None, None, None
 
 
 _sum_of_chunks.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jax_lora.data.loader import MicroBatch
-from jax_lora.training.loop import loss_weight
+from jax_lora.training.loop import total_loss_weight
 from jax_lora.training.step import State, Step, zeros
 from jax_lora.training.trainable_mask import leaf_name
 
@@ -52,13 +52,13 @@ def cause(
     ):
         if names := _not_finite(half):
             return Cause(f"{words}: {names[0]} is not finite", None)
-    weight = loss_weight(batch)
+    total_weight = total_loss_weight(batch)
     diff_params = functions.prepare(state, frozen)
     number = state.step * 0 + (step - 1)  # where state.step lies; dropout's keys depend on it
     for i, micro in enumerate(batch):
         start = zeros(diff_params)
         gradients, loss = functions.accumulate(
-            *start, diff_params, number, frozen, put(micro), weight
+            *start, diff_params, number, frozen, put(micro), total_weight
         )
         if not np.isfinite(float(loss)):
             return Cause("loss", i)

@@ -156,6 +156,7 @@ def resolve(
     attention.check(kernel, platform, config.dtype, shape.head_dim, lengths)
     if config.method == "lora":
         lora.check_targets(config.lora.targets)
+        lora.check_init(config.lora.init, shape, config.lora.targets)
     materialized = ()
     if config.method == "lora" and config.lora.materialize_delta == "auto":
         materialized = lora.materialized_targets(shape, config.lora.rank, config.lora.targets)

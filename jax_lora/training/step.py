@@ -3,7 +3,8 @@
 A global batch is a list of micro-batches of a few fixed shapes. The loss is the sum of loss
 weight · cross-entropy over the *global* batch, divided by the sum of its loss weights: the mean
 over all loss tokens, or over examples with `data.loss_mean="examples"`. So cutting the batch
-differently changes nothing but rounding. `loop.loss_weight` computes the divisor, `_Loss` divides.
+differently changes nothing but rounding. `loop.total_loss_weight` computes the divisor, `_Loss`
+divides.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Step(NamedTuple):
     """The functions of one optimizer step, from `make_step`.
 
     prepare(state, frozen) → diff_params: what a step differentiates, with materialized `delta`s.
-    accumulate(gradients, loss, diff_params, step, frozen, micro, weight) → (gradients, loss), for
-      every micro-batch, starting from `zeros(diff_params)`; `weight` is the sum of the loss weights
-      of the whole global batch (its loss tokens, where each weighs 1), `step` the state's.
+    accumulate(gradients, loss, diff_params, step, frozen, micro, total_weight) → (gradients,
+      loss), for every micro-batch, starting from `zeros(diff_params)`; `total_weight` is the sum of
+      the loss weights of the whole global batch (its loss tokens, where each weighs 1), `step` the
+      state's.
     update(state, frozen, gradients) → (state, gradient norm before the clip).
     loss(diff_params, frozen, micro) → the sum of loss weight · cross-entropy, without dropout.
 
@@ -114,8 +116,8 @@ def make_step(
         return diff_params_of(state.trainable, deltas)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def accumulate(gradients, total, diff_params, step, frozen, micro, weight):
-        value, grad = jax.value_and_grad(loss)(diff_params, frozen, step, micro, weight)
+    def accumulate(gradients, total, diff_params, step, frozen, micro, total_weight):
+        value, grad = jax.value_and_grad(loss)(diff_params, frozen, step, micro, total_weight)
         return constrained(jax.tree.map(jnp.add, gradients, grad)), total + value
 
     @partial(jax.jit, donate_argnums=0)
@@ -158,11 +160,16 @@ class _Loss:
     mesh: Mesh | None
 
     def __call__(
-        self, diff_params: PyTree, frozen: PyTree, step: Array, micro: MicroBatch, weight: Array
+        self,
+        diff_params: PyTree,
+        frozen: PyTree,
+        step: Array,
+        micro: MicroBatch,
+        total_weight: Array,
     ) -> Float[Array, ""]:
-        # The loss is normalized here, by the weight of the whole global batch, and before the
+        # The loss is normalized here, by the total weight of the whole global batch, and before the
         # cross-entropy, so that a bfloat16 gradient is rounded only once.
-        micro = micro._replace(loss_weights=micro.loss_weights / weight)
+        micro = micro._replace(loss_weights=micro.loss_weights / total_weight)
         dropout = None
         if self.dropout_rate:
             keys = _dropout_keys(self.seed, step, micro, self.packed)
@@ -201,14 +208,15 @@ def _without(half: PyTree, materialized: Sequence[str]) -> PyTree:
     # One half of the variables, less the a, b and scale of these targets.
     if not materialized:
         return half
-    removed = re.compile(rf"lora/.*/({'|'.join(materialized)})/(a|b|scale)")
+    removed = re.compile(rf"lora/(.*/)?({'|'.join(materialized)})/(a|b|scale)")
     return jax.tree_util.tree_map_with_path(
         lambda path, x: optax.MaskedNode() if removed.fullmatch(leaf_name(path)) else x, half
     )
 
 
 def _dropout_keys(seed: int, step: Array, micro: MicroBatch, packed: bool) -> Array:
-    # (B, T) keys: of the example, then of the position of the token in it.
+    # (B, T) keys: of the example, then of the position of the token in it. `dropout.drop` folds the
+    # layer and the target in.
     fold = jax.vmap(jax.vmap(jax.random.fold_in))
     key = jax.random.fold_in(lora.seed_keys(seed).dropout, step)
     keys = jnp.broadcast_to(key, micro.tokens.shape)

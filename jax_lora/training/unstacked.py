@@ -33,8 +33,7 @@ def stack(frozen: PyTree) -> PyTree:
 
     It costs nothing where the layers are unrolled: a slice of a concatenation is its operand.
     """
-    is_layers = lambda x: type(x) is tuple  # noqa: E731  (a MaskedNode is another one)
-    return jax.tree.map(lambda x: jnp.stack(x) if is_layers(x) else x, frozen, is_leaf=is_layers)
+    return jax.tree.map(lambda x: jnp.stack(x) if _is_layers(x) else x, frozen, is_leaf=_is_layers)
 
 
 def put(path: tuple[str, ...], array: np.ndarray) -> PyTree:
@@ -42,6 +41,29 @@ def put(path: tuple[str, ...], array: np.ndarray) -> PyTree:
     if path[-1] == "kernel" and array.ndim == 3:
         return tuple(map(jnp.asarray, array))
     return jnp.asarray(array)
+
+
+def restacked(held: list[PyTree]) -> PyTree:
+    """The base of `put` with stacked kernels, or a stacked one as `put` has it, on its device.
+
+    What training leaves is so scored, and the other way around, without another read of the files.
+
+    Args:
+      held: the tree alone, which is taken out: where nobody else holds it, each leaf is freed as
+        soon as the other form of it is there.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(held.pop(), is_leaf=_is_layers)
+    for i, (path, leaf) in enumerate(leaves):
+        leaves[i] = (path, None)
+        is_kernel = path[-1] == jax.tree_util.DictKey("kernel") and not _is_layers(leaf)
+        leaf = jnp.stack(leaf) if _is_layers(leaf) else leaf
+        leaves[i] = (path, _layers(leaf) if is_kernel and leaf.ndim == 3 else leaf)
+        leaf = None
+    return jax.tree.unflatten(treedef, [leaf for _, leaf in leaves])
+
+
+def _is_layers(x: PyTree) -> bool:
+    return type(x) is tuple  # a MaskedNode is another one
 
 
 def _layers(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[PyTree, ...]:

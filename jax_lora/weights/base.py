@@ -81,6 +81,14 @@ def check_quantization(source: str | os.PathLike[str], quantization: str) -> Kin
     return ()
 
 
+def known_or_read_kinds(model: str | os.PathLike[str], quantization: str) -> Kinds:
+    """For "gguf" the kinds of a source's blocks, see `check_quantization`; () for other forms, and
+    for a known model, which has no file."""
+    if quantization != "gguf" or os.fspath(model) in CONFIGS:
+        return ()
+    return check_quantization(model, quantization)
+
+
 def check(source: str | os.PathLike[str]) -> None:
     """Make sure that a source has the tensors that its configuration names; reads headers alone.
 

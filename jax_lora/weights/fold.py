@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jax_lora.errors import DataError
+from jax_lora.model import lora
 from jax_lora.weights.peft import Adapter
 
 
@@ -38,13 +39,9 @@ def fold_scale(found: Adapter, where: str) -> Adapter:
             "scale": (np.array(ranks) > 0).astype(np.float32),
         }
 
-    layers = {
-        group: {name: fold(leaf, found.ranks[name]) for name, leaf in members.items()}
-        for group, members in found.adapters["layers"].items()
-    }
     return dataclasses.replace(
         found,
-        adapters={"layers": layers},
+        adapters=lora.map_targets(lambda n, leaf: fold(leaf, found.ranks[n]), found.adapters),
         rank=widest,
         alpha=float(widest),
         use_rslora=False,

@@ -6,6 +6,9 @@
 In float32 whatever W is kept in, as rounding a small update into a bfloat16 W loses part of it;
 a quantized W is dequantized to float32. What is rounded, once, is W'. How much that changes,
 `rounding_change` says.
+
+A head with an adapter that was tied to the embeddings is a matrix of its own once it is merged:
+`merged_config` says so.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.quantization import QuantizedKernel, is_quantized
 from jax_lora.model.transformer import Llama
@@ -85,19 +89,23 @@ def merge(base: PyTree, adapters: PyTree) -> PyTree:
       adapters: see `jax_lora.model.lora`; `lora.check` has passed.
 
     Returns:
-      A tree for `hf.save` and `rounding_change`. It holds no arrays but those of its arguments.
+      A tree for `hf.save` and `rounding_change`, of the shape `merged_config`. It holds no arrays
+      but those of its arguments, and lm_head in float32 where that has an adapter.
     """
     layers = jax.tree.map(
         lambda x: DequantizedKernel(x) if isinstance(x, QuantizedKernel) else x,
         base["layers"],
         is_leaf=is_quantized,
     )
-    for group, modules in adapters["layers"].items():
-        layers[group] = dict(layers[group])
-        for name, adapter in modules.items():
-            kernel = MergedKernel(layers[group][name]["kernel"], adapter)
-            layers[group][name] = layers[group][name] | {"kernel": kernel}
-    return {**base, "layers": layers}
+    merged = {**base, "layers": layers}
+    for name, adapter in lora.by_target(adapters).items():
+        merged = lora.with_kernel(merged, name, MergedKernel(lora.kernel(merged, name), adapter))
+    return merged
+
+
+def merged_config(config: LlamaConfig, merged: PyTree) -> LlamaConfig:
+    """The shape of what `merge` returned, given that of the base."""
+    return replace(config, tie_word_embeddings="lm_head" not in merged)
 
 
 def rounding_change(config: LlamaConfig, weights: PyTree, dtype: DTypeLike) -> tuple[float, float]:

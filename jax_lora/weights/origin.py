@@ -6,6 +6,7 @@ know in `adapter_config.json`, and older versions refuse them:
     base           name or path of the base
     base_digest    of the base, see `jax_lora.weights.base.digest`
     quantization   of the base's linear layers, where there is one: `config.model_quantization`
+    template       of an adapter: "chat" where the run that it is from had that `data.template`
     adapter        of a merged model: the digest of the adapter in it
     digest         of a converted model: its own, so that weights changed since then are noticed
 """

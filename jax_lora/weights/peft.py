@@ -5,9 +5,11 @@
     layers/self_attn/q_proj/b  (L, R, out)         .lora_A.weight (r, in)  .lora_B.weight (out, r)
     layers/self_attn/q_proj/scale  (L,)        lora_alpha, r, use_rslora and the two patterns
     layers/self_attn/q_proj/m  (L, out)            .lora_magnitude_vector (out,), of DoRA only
+    lm_head/a  (1, in, R), …                   base_model.model.lm_head.lora_A.weight (r, in), …
 
 Layers of unequal rank share one stack: A and B are zero-padded to the largest rank R, which adds
-nothing to B·A, and `scale` carries the α/r of each layer (or α/√r). Saving crops again.
+nothing to B·A, and `scale` carries the α/r of each layer (or α/√r). Saving crops again. Of an
+adapter on lm_head PEFT also writes the frozen head: it is the base's, and neither read nor written.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import PyTree
 
 from jax_lora.errors import DataError, MissingFileError
 from jax_lora.files import fresh_file, read_json, write_json
 from jax_lora.model import lora
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, TARGETS
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import origin, peft_config
 from jax_lora.weights import peft_tensors as tensors
@@ -41,7 +44,7 @@ class Adapter:
 
     `adapters`: the tree of the module's docstring, float32. `rank`, `alpha`: the ones that hold
     where the patterns say nothing else. `targets`: the linear layers that have one, in the order
-    of the model. `ranks`, `alphas`: by target, the true value in each layer.
+    of the model. `ranks`, `alphas`: by target, the true value in each layer, one for lm_head.
     """
 
     adapters: PyTree
@@ -59,11 +62,6 @@ def _scale(use_rslora: bool, alpha: float, rank: int) -> float:
     if not rank:  # a layer without an adapter
         return 0.0
     return lora.scale(alpha, rank, "alpha/sqrt(r)" if use_rslora else "alpha/r")
-
-
-def _targets(adapters: PyTree) -> PyTree:
-    groups = adapters.get("layers", {})
-    return {n: groups[GROUP[n]][n] for n in LINEAR if n in groups.get(GROUP[n], {})}
 
 
 # ---------------------------------------------------------------- reading
@@ -104,12 +102,23 @@ def base_digest(folder: str | os.PathLike[str]) -> str | None:
 def base_quantization(folder: str | os.PathLike[str]) -> str:
     """The quantization of the base that an adapter or a run was trained on; "none" where its files
     name none."""
-    found = origin.read(resolve(folder)).get("quantization")
+    return _setting(folder, "quantization", "model_quantization") or "none"
+
+
+def template(folder: str | os.PathLike[str]) -> str | None:
+    """`data.template` of the run that an adapter is from, where its files name it."""
+    return _setting(folder, "template", "data", "template")
+
+
+def _setting(folder: str | os.PathLike[str], name: str, *keys: str) -> str | None:
+    """What jax_lora.json beside an adapter names, else what its run's config has."""
+    found: object = origin.read(resolve(folder)).get(name)
     config = run_of(folder) / "config.json"
     if found is None and config.is_file():
-        saved = read_json(config, dict).get("config")
-        found = saved.get("model_quantization") if isinstance(saved, dict) else None
-    return found if isinstance(found, str) else "none"
+        found = read_json(config, dict).get("config")
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def trained_base(folder: str | os.PathLike[str]) -> list[str]:
@@ -163,8 +172,8 @@ def load(folder: str | os.PathLike[str], layers: int | None = None) -> Adapter:
 
     Raises:
       MissingFileError: one of the two files is missing.
-      DataError: another kind of adapter (biases, embeddings, …), a module that is none of the
-        seven linear layers, other tensors than the config says, a wrong shape, a damaged file;
+      DataError: another kind of adapter (biases, embeddings, …), a module that is none of
+        `arch.TARGETS`, other tensors than the config says, a wrong shape, a damaged file;
         DoRA in some layers of a target only, as a magnitude that changes nothing depends on W.
     """
     folder = resolve(folder)
@@ -180,27 +189,28 @@ def load(folder: str | os.PathLike[str], layers: int | None = None) -> Adapter:
     if layers is not None and last >= layers:
         raise DataError(f"{path}: found a tensor of layer {last}, expected {layers} layers")
     layers = layers or last + 1
-    chosen = {n: [i for i in range(layers) if config.targets(module_name(n, i))] for n in LINEAR}
+    copies = {name: layers if name in GROUP else 1 for name in TARGETS}
+    chosen = {n: [i for i in range(copies[n]) if config.targets(module_name(n, i))] for n in copies}
     chosen = {name: where for name, where in chosen.items() if where}
     tensors.check_complete(path, found, chosen, parts)
-    if config.use_dora and any(len(where) < layers for where in chosen.values()):
+    if config.use_dora and any(len(where) < copies[name] for name, where in chosen.items()):
         keys = ", ".join(peft_config.SELECTION)
         raise DataError(f"{config_path}: {keys}: found DoRA in some layers only, expected all")
 
-    adapters: PyTree = {}
+    leaves: dict[str, PyTree] = {}
     ranks: dict[str, tuple[int, ...]] = {}
     alphas: dict[str, tuple[float, ...]] = {}
     for name, where in chosen.items():
-        modules = [module_name(name, i) for i in range(layers)]
+        modules = [module_name(name, i) for i in range(copies[name])]
         ranks[name] = tuple(config.rank_of(m) if i in where else 0 for i, m in enumerate(modules))
         alphas[name] = tuple(config.alpha_of(module) for module in modules)
         # A target's tensors go when they are stacked.
         leaf = _stack(path, name, found.pop(name), ranks[name], parts)
         scales = map(functools.partial(_scale, config.use_rslora), alphas[name], ranks[name])
         leaf["scale"] = np.array(list(scales), np.float32)
-        adapters.setdefault("layers", {}).setdefault(GROUP[name], {})[name] = leaf
+        leaves[name] = leaf
     return Adapter(
-        adapters,
+        lora.tree(leaves),
         config.rank,
         config.alpha,
         config.dropout,
@@ -257,6 +267,7 @@ def save(
     alphas: Mapping[str, Sequence[float]] | None = None,
     base_digest: str | None = None,
     quantization: str = "none",
+    template: str | None = None,
 ) -> None:
     """Write an adapter that PEFT, and whatever reads its format, loads; float32, bit for bit.
 
@@ -268,19 +279,14 @@ def save(
       ranks, alphas: for every target, the true value in each layer, where they differ; a rank of
         0 is a layer without an adapter.
       base_digest: of the base, see `weights.base.digest`; goes into `jax_lora.json`.
-      quantization: of the base's linear layers; goes there too, with the digest.
+      quantization, template: of the base, and `data.template` of the run if it is "chat"; go there.
 
     Raises:
       ValueError: no adapters, something in the tree that is no linear layer, a `scale` that
         contradicts α and r, or a DoRA magnitude in some targets only.
     """
-    leaves = _targets(adapters)
-    found = [n for group in adapters.get("layers", {}).values() for n in group]
-    if not leaves or set(found) != set(leaves):
-        raise ValueError(f"adapters: found {found or 'nothing'}, expected some of {list(LINEAR)}")
-    dora = [name for name in leaves if "m" in leaves[name]]
-    if dora and len(dora) < len(leaves):
-        raise ValueError(f"adapters: found m in {', '.join(dora)} only, expected it in all or none")
+    leaves = _checked(adapters)
+    dora = any("m" in leaf for leaf in leaves.values())
     written: dict[str, np.ndarray] = {}
     targets: list[str] = []
     rank_pattern: dict[str, float] = {}
@@ -307,7 +313,7 @@ def save(
         "lora_alpha": _as_json_number(alpha),
         "lora_dropout": dropout,
         "use_rslora": use_rslora,
-        "use_dora": bool(dora),
+        "use_dora": dora,
         "target_modules": targets,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
@@ -319,11 +325,35 @@ def save(
     }
     folder = Path(folder)
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    more = {} if quantization == "none" else {"quantization": quantization}
-    origin.write(folder, base_name, base_digest, **more)
+    origin.write(folder, base_name, base_digest, **_trained_with(quantization, template))
     with fresh_file(config_path) as partial_config, fresh_file(path) as partial:
         write_json(partial_config, config)
         write_tensors(partial, written)
+
+
+def _trained_with(quantization: str, template: str | None) -> dict[str, str]:
+    """What jax_lora.json names besides the base, see `_setting`."""
+    more = {} if quantization == "none" else {"quantization": quantization}
+    # Other templates teach the tokenizer's end token; and a path would be one of this machine.
+    return more | ({"template": template} if template == "chat" else {})
+
+
+def _checked(adapters: PyTree) -> dict[str, PyTree]:
+    """The adapters by target, which are all that is in the tree."""
+    leaves = lora.by_target(adapters)
+    found = [
+        path[-1].key for path, _ in tree_leaves_with_path(adapters, is_leaf=_is_module) if path
+    ]
+    if not leaves or set(found) != set(leaves):
+        raise ValueError(f"adapters: found {found or 'nothing'}, expected some of {list(TARGETS)}")
+    dora = [name for name in leaves if "m" in leaves[name]]
+    if dora and len(dora) < len(leaves):
+        raise ValueError(f"adapters: found m in {', '.join(dora)} only, expected it in all or none")
+    return leaves
+
+
+def _is_module(node: PyTree) -> bool:
+    return isinstance(node, Mapping) and not any(isinstance(x, Mapping) for x in node.values())
 
 
 def _add_pattern(

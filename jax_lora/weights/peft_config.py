@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from jax_lora.errors import DataError
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import TARGETS
 from jax_lora.patterns import Matcher
 
 # Options that change what an adapter computes, and the values at which they do not.
@@ -30,7 +30,7 @@ _PLAIN = {
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for every family here
-_OUTSIDE = ("lm_head", "model.embed_tokens")  # modules that PEFT can adapt, and this cannot
+_EMBEDDINGS = "model.embed_tokens"  # a module that PEFT can adapt, and this cannot
 # These initialisations change the base weights too, which the adapter does not hold. One that
 # PEFT has converted to plain LoRA says `true` instead, and has twice the rank.
 _LARGEST = 1e9  # rank or α
@@ -84,7 +84,7 @@ class AdapterConfig:
         if self.exclude_modules and self._is_named(self.exclude_modules, module):
             return False
         if self.target_modules == ALL_LINEAR:
-            return module not in _OUTSIDE
+            return module not in ("lm_head", _EMBEDDINGS)  # as PEFT defines it
         if not self._is_named(self.target_modules, module):
             return False
         if self.layers is None:
@@ -167,10 +167,9 @@ def parse_config(raw: object, where: str) -> AdapterConfig:
         alpha_pattern=pattern("alpha_pattern", False),
         matcher=matcher,
     )
-    if outside := [name for name in _OUTSIDE if config.targets(name)]:
+    if config.targets(_EMBEDDINGS):
         raise DataError(
-            f"{where}: target_modules: found {', '.join(outside)}, expected some of "
-            f"{', '.join(LINEAR)}"
+            f"{where}: target_modules: found {_EMBEDDINGS}, expected some of {', '.join(TARGETS)}"
         )
     return config
 

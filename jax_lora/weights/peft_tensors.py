@@ -11,15 +11,18 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from jax_lora.errors import DataError
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import BY_NAME, GROUP, LINEAR, OUTSIDE, TARGETS
 from jax_lora.weights.finite import check_finite
 from jax_lora.weights.peft_config import SELECTION
 from jax_lora.weights.tree import numpy_dtype
 
+_OUTSIDE = "|".join(linear.name for linear in OUTSIDE)
 _KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(0|[1-9][0-9]{0,2})\.(self_attn|mlp)\.(\w+)"
+    rf"base_model\.model\.(?:model\.layers\.(0|[1-9][0-9]{{0,2}})\.(\w+)\.(\w+)|({_OUTSIDE}))"
     r"\.lora_(A\.weight|B\.weight|magnitude_vector(\.weight)?)"
 )
+# The frozen weight of a module outside the blocks, of which PEFT writes a copy.
+_FROZEN = re.compile(rf"base_model\.model\.({_OUTSIDE})\.base_layer\.weight")
 PARTS = {"a": "A", "b": "B", "m": "magnitude"}
 
 # Linear layer → layer → part → tensor
@@ -27,8 +30,9 @@ Tensors = dict[str, dict[int, dict[str, np.ndarray]]]
 
 
 def module_name(name: str, layer: int) -> str:
-    """Of a linear layer, as transformers has it: "model.layers.0.self_attn.q_proj"."""
-    return f"model.layers.{layer}.{GROUP[name]}.{name}"
+    """Of a linear layer, as transformers has it: "model.layers.0.self_attn.q_proj", "lm_head"."""
+    path = ".".join(BY_NAME[name].path)
+    return f"model.layers.{layer}.{path}" if name in GROUP else path
 
 
 def read(path: Path, parts: Sequence[str]) -> Tensors:
@@ -47,6 +51,7 @@ def read(path: Path, parts: Sequence[str]) -> Tensors:
             tensors = {
                 name: check_finite(file.get_tensor(name), name, path)
                 for name in file.keys()  # noqa: SIM118
+                if not _FROZEN.fullmatch(name)
             }
     except SafetensorError as error:
         size = path.stat().st_size
@@ -54,17 +59,19 @@ def read(path: Path, parts: Sequence[str]) -> Tensors:
     found: Tensors = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        part = match[4][0].lower() if match else ""
-        if match is None or GROUP.get(match[3]) != match[2]:
+        name = match[3] or match[4] if match else ""
+        if match is None or GROUP.get(name) != match[2]:
             expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR)}).lora_(A|B).weight"
+            expected += f" or base_model.model.({_OUTSIDE}).lora_(A|B).weight"
             raise DataError(f"{path}: found {key}, expected base_model.model.model.{expected}")
+        part = match[5][0].lower()
         if part not in parts:
             raise DataError(f"{path}: found {key}, expected use_dora: true with it")
         dimensions = 1 if part == "m" else 2
         if tensor.ndim != dimensions or 0 in tensor.shape:
             found_shape = f"found shape {tensor.shape}, expected {dimensions} dimensions"
             raise DataError(f"{path}: {key}: {found_shape}")
-        layer = found.setdefault(match[3], {}).setdefault(int(match[1]), {})
+        layer = found.setdefault(name, {}).setdefault(int(match[1] or 0), {})
         layer[part] = tensor.astype(np.float32, copy=False)
     if not found:
         raise DataError(f"{path}: found no tensors, expected a LoRA adapter's")
@@ -79,7 +86,7 @@ def check_complete(
     Args:
       path: for the message.
       found: see `read`.
-      chosen: linear layer → the layers in which it has an adapter.
+      chosen: linear layer → the layers in which it has an adapter; 0 outside the blocks.
       parts: as for `read`.
 
     Raises:
@@ -90,9 +97,10 @@ def check_complete(
     wanted = {(name, i) for name, layers in chosen.items() for i in layers}
 
     def some(modules: set[tuple[str, int]]) -> str:
-        order = sorted(modules, key=lambda module: (LINEAR.index(module[0]), module[1]))
+        order = sorted(modules, key=lambda module: (TARGETS.index(module[0]), module[1]))
         more = f" and {len(order) - 3} more" if len(order) > 3 else ""
-        return ", ".join(f"{i}.{GROUP[name]}.{name}" for name, i in order[:3]) + more
+        names = (module_name(*module).removeprefix("model.layers.") for module in order[:3])
+        return ", ".join(names) + more
 
     if there - wanted:
         raise DataError(

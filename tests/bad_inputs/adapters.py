@@ -22,7 +22,9 @@ CONFIG = {
     "bias": ("all", 5),
     "modules_to_save": (["lm_head"], 5),
     "fan_in_fan_out": (True,),
-    "target_modules": ("*", 5, [5], ["lm_head"], "(" * 300, "a" * 10_001, ["q"] * 2001, *ENDLESS),
+    "target_modules": (
+        "*", 5, [5], ["embed_tokens"], "(" * 300, "a" * 10_001, ["q"] * 2001, *ENDLESS,
+    ),
     "exclude_modules": ("(", 5, [5], *ENDLESS),
     "rank_pattern": (
         5, {"(": 1}, {"q_proj": 0}, {"q_proj": "x"}, {"q_proj": 10**12},

@@ -20,6 +20,7 @@ ASKED = {
     "an unknown metric": (["--metrics=bleu"], "bleu"),
     "no tokens": (["--max_new_tokens=0"], "max_new_tokens"),
     "devices that do not divide": (["--devices_per_copy=7"], "devices_per_copy"),
+    "products of integers without any": (["--int8_products"], "config.eval.int8_products"),
     "an unknown flag": (["--set=seen"], "set"),
     "tokens without end": ([f"--max_new_tokens={2**21}"], "config.eval.max_new_tokens"),
 }

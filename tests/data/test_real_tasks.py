@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 
+from configs import smollm2 as config_smollm2
 from configs import study_real_cpu, study_smollm2
+from jax_lora.config import RunConfig
 from jax_lora.data.instructions import Checkout, Instance, read_checkout
 from jax_lora.data.tasksets import TaskSet, draw
 from jax_lora.evaluation.baselines import DEMONSTRATION, INPUT, baselines
@@ -82,11 +84,16 @@ def test_the_study_of_real_tasks_tells_diversity_from_amount(checkout):
         assert len(sets["unseen"].examples) > (40 / 1.5) ** 2
 
 
-@pytest.mark.parametrize("made", [study_real_cpu, study_smollm2])
-def test_the_studies_of_real_tasks_have_room_for_every_definition(made, checkout, smollm2):
+@pytest.mark.parametrize("made", [study_real_cpu, study_smollm2, config_smollm2])
+def test_the_configs_of_real_tasks_have_room_for_every_definition(made, checkout, smollm2):
     """Nothing is cut of an instruction: a prompt that is too long without its input is refused."""
-    run = StudyConfig.from_config_dict(made.get_config(f"model={smollm2}")).run
+    found = made.get_config(f"model={smollm2}")
+    if made is config_smollm2:
+        run = RunConfig.from_config_dict(found)
+    else:
+        run = StudyConfig.from_config_dict(found).run
     encoder = inputs.encoder(run)
+    assert run.data.source_length <= max(run.eval.buckets)
     for task in (*checkout.train, *checkout.test):
         row = encoder.training_row(task.example(Instance("1", "", ("yes",))))
         assert len(row.ids) <= max(run.data.buckets), task.name

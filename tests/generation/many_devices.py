@@ -57,7 +57,10 @@ def answered(count):
     ended = scheduler.answers(model, weights, prompts(), groups, **LIMITS)
     answers = dict(itertools.chain.from_iterable(ended))
     greedy.decode = decode
-    programs, stop = decode._cache_size(), lambda prompt, answer: 3 if len(answer) > 2 else None
+    programs, stop = (
+        decode._cache_size(),
+        lambda prompt, answer, looked: 3 if len(answer) > 2 else None,
+    )
     ended = scheduler.answers(model, weights, prompts(), groups, **LIMITS, stop=stop)
     stopped = dict(itertools.chain.from_iterable(ended))
     return {

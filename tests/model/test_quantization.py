@@ -1,5 +1,7 @@
 """Dequantization against numpy by the papers' definitions and against the `gguf` package."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,7 @@ import pytest
 from jax_lora.model import lora
 from jax_lora.model.arch import LINEAR
 from jax_lora.model.quantization import (
+    FORWARD,
     NF4_CODES,
     Int8,
     Residual,
@@ -16,6 +19,7 @@ from jax_lora.model.quantization import (
     is_quantized,
     kernel_shapes,
     product,
+    with_int8_products,
 )
 from jax_lora.model.transformer import Llama
 from jax_lora.weights import quantize
@@ -55,6 +59,44 @@ def test_int8_is_symmetric_with_one_scale_per_output(dtype):
     np.testing.assert_array_equal(compiled(kernel, dtype), expected)
     assert np.abs(expected.astype(np.float32).T - dense).max() <= scale.max() * 0.75
     np.testing.assert_array_equal(expected[:, 5], 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_products_are_of_integers(dtype):
+    kernel = Int8(**quantize.int8(weights()))
+    x = np.random.default_rng(1).normal(size=(2, 5, 192)).astype(dtype)
+    x[1, 2] = 0.0
+    wide = x.astype(np.float32)
+    largest = np.abs(wide).max(-1, keepdims=True)
+    x[2 * np.abs(wide) == largest] = 0.0  # 63.5 steps, which XLA may round either way
+    wide = x.astype(np.float32)
+    levels = np.round(wide * np.float32(127) / np.where(largest, largest, 1)).astype(np.int64)
+    assert np.abs(levels).max() == 127
+    sums = levels @ np.asarray(kernel.values).astype(np.int64)
+    expected = sums.astype(np.float32) * (largest / 127) * np.asarray(kernel.scale)
+
+    def times(kernel, x):
+        return kernel.times(FORWARD, x, "cpu")
+
+    found = np.asarray(jax.jit(times)(with_int8_products(kernel), x))
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(
+        found.astype(np.float32), expected, rtol=1e-6 if dtype == np.float32 else 2**-8
+    )
+    exact = wide @ kernel.dequantize(np.float32)
+    assert 0 < np.abs(expected - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_the_gradient_of_int8_products_is_that_of_int8():
+    kernel = Int8(**quantize.int8(weights()))
+    x, g = (jax.random.normal(jax.random.key(i), (2, 5, n)) for i, n in ((1, 192), (2, 24)))
+
+    def gradient(kernel):
+        run = functools.partial(product, "cpu", lambda x, *_: x, ("embed", "mlp"), kernel=kernel)
+        return jax.vjp(run, x)[1](g)[0]
+
+    found = gradient(with_int8_products({"kernel": kernel})["kernel"])
+    np.testing.assert_array_equal(found, gradient(kernel))
 
 
 def nf4_reference(dense):
@@ -128,8 +170,11 @@ def test_the_gradient_goes_to_the_activations_alone(form):
     x = jax.random.normal(jax.random.key(1), (2, 3, 256))
     dense = kernel.dequantize(jnp.float32)
 
+    def unsharded(x, *axes):
+        return x
+
     def ours(x):
-        return product("cpu", x, kernel)
+        return product("cpu", unsharded, ("embed", "mlp"), x, kernel)
 
     def plain(x):
         return jnp.matmul(x, dense, precision="highest")

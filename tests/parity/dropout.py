@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.data.loader import MicroBatch
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import trainable_mask
@@ -26,16 +26,17 @@ class DropoutMasks:
 
     def __init__(self, config: LlamaConfig, params: Any, rate: float, **options: Any):
         table = jnp.asarray(params["embed_tokens"]["embedding"]).at[0].set(0.0)
-        layers, groups = config.num_hidden_layers, {}
-        for name, (size_in, size_out) in config.linear_shapes().items():
-            groups.setdefault(GROUP[name], {})[name] = {
-                "a": jnp.stack([jnp.eye(size_in)] * layers),
-                "b": jnp.zeros((layers, size_in, size_out)),
-                "scale": jnp.ones(layers),
+        leaves = {
+            name: {
+                "a": jnp.stack([jnp.eye(size_in)] * copies),
+                "b": jnp.zeros((copies, size_in, size_out)),
+                "scale": jnp.ones(copies),
             }
+            for name, (copies, size_in, size_out) in config.stack_shapes().items()
+        }
         self.variables = {
             "params": {**params, "embed_tokens": {"embedding": table}},
-            "lora": {"layers": groups},
+            "lora": lora.tree(leaves),
         }
         model = Llama(config, dtype=jnp.float32)
         self.with_dropout = training.Ours(model, dropout_rate=rate, **options)
@@ -76,5 +77,4 @@ class DropoutMasks:
         examples[row, begin:] = example
         batch = [MicroBatch(tokens, weights, examples)]
         found, _ = ours.gradients(self.variables, trainable_mask.LORA, batch, step)
-        groups = found["lora"]["layers"]
-        return {name: np.asarray(groups[GROUP[name]][name]["b"]) for name in LINEAR}
+        return {name: np.asarray(leaf["b"]) for name, leaf in lora.by_target(found["lora"]).items()}

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import TARGETS
 from tests.parity import training
 from tests.parity.dropout import DropoutMasks
 
@@ -26,7 +26,7 @@ def read(base):
 
 
 def flat(found) -> np.ndarray:
-    return np.concatenate([found[name].ravel() for name in LINEAR])
+    return np.concatenate([found[name].ravel() for name in TARGETS])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,11 @@ def test_masks_are_independent(read, seen, promise):
         promise(text.format(what), training.correlation(np.moveaxis(seen, axis, 0)), 4.5)
     # The first 32 inputs, which all kernels have, of every target and layer.
     found = [read.dropped(example, 2) for example in range(40)]
-    places = [[masks[name][layer, :32] for masks in found] for name in LINEAR for layer in (0, 1)]
+    places = [
+        [masks[name][copy, :32] for masks in found]
+        for name in TARGETS
+        for copy in range(len(found[0][name]))
+    ]
     promise(text.format("targets and layers"), training.correlation(np.asarray(places)), 4.5)
 
 

@@ -1,4 +1,6 @@
-"""LoRA and its variants against PEFT: gradients, and twenty steps of training."""
+"""LoRA and its variants against PEFT: gradients, and twenty steps of training.
+
+On the seven linear layers of a block and on lm_head."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 from jax_lora.config import OptimConfig
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora, variants
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, TARGETS
 from jax_lora.model.transformer import Llama
 from jax_lora.training import trainable_mask
 from jax_lora.training.optimizers import make_optimizer, schedule
@@ -44,8 +46,8 @@ def taken():
 @pytest.fixture(scope="module")
 def trainers(base):
     model = Llama(base.config, dtype=jnp.float32)
-    formed = lora.materialized_targets(base.config, WIDE, LINEAR)
-    assert formed == LINEAR and lora.materialized_targets(base.config, RANK, LINEAR) == ()
+    formed = lora.materialized_targets(base.config, WIDE, TARGETS)
+    assert formed == TARGETS and lora.materialized_targets(base.config, RANK, TARGETS) == ()
     return {False: training.Ours(model), True: training.Ours(model, materialized=formed)}
 
 
@@ -57,7 +59,7 @@ def both(kind: str, base: training.Base, folder, moved: bool = False) -> tuple[A
     scaling = "alpha/sqrt(r)" if kind == "rsLoRA" else "alpha/r"
     alpha = SCALE * (rank**0.5 if kind == "rsLoRA" else rank)
     adapters = lora.init(
-        jax.random.key(5), base.config, rank, alpha=alpha, targets=LINEAR, scaling=scaling
+        jax.random.key(5), base.config, rank, alpha=alpha, targets=TARGETS, scaling=scaling
     )
     if "DoRA" in kind:
         adapters = variants.with_magnitudes(adapters, base.params)
@@ -82,31 +84,29 @@ def _moved(adapters: Any) -> Any:
 def _pissa(base: training.Base) -> tuple[Any, Any]:
     # Singular values far apart, each 0.9 of the one before it: where two are alike, rounding
     # decides which vectors are the first.
-    params = {**base.params, "layers": dict(base.params["layers"])}
-    for group in ("self_attn", "mlp"):
-        params["layers"][group] = {}
-        for name, leaf in base.params["layers"][group].items():
-            left, values, right = np.linalg.svd(leaf["kernel"], full_matrices=False)
-            values = values[:, :1] * 0.9 ** np.arange(values.shape[1], dtype=np.float32)
-            kernel = jnp.asarray((left * values[:, None, :]) @ right)
-            params["layers"][group][name] = {"kernel": kernel}
+    params = base.params
+    for name in TARGETS:
+        left, values, right = np.linalg.svd(lora.kernel(params, name), full_matrices=False)
+        values = values[:, :1] * 0.9 ** np.arange(values.shape[1], dtype=np.float32)
+        kernel = jnp.asarray((left * values[:, None, :]) @ right)
+        params = lora.with_kernel(params, name, kernel)
     model = base.load()
     weights = training.base_tensors(base.config, params)
     model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
     alpha = SCALE * RANK
     settings = peft.LoraConfig(
-        r=RANK, lora_alpha=alpha, target_modules=list(LINEAR), init_lora_weights="pissa"
+        r=RANK, lora_alpha=alpha, target_modules=list(TARGETS), init_lora_weights="pissa"
     )
     model = peft.get_peft_model(model, settings)
-    like = lora.init(jax.random.key(0), base.config, RANK, alpha=alpha, targets=LINEAR)
+    like = lora.init(jax.random.key(0), base.config, RANK, alpha=alpha, targets=TARGETS)
     adapters = variants.pissa(params, base.config, like)
     # A singular vector may be turned round, which a training run follows; take PEFT's side.
     ref = training.torch_tensors(model)
-    for group, members in adapters["layers"].items():
-        for name, leaf in members.items():
-            theirs = [ref[f"layers.{i}.{group}.{name}.lora_A.weight"] for i in range(2)]
-            sign = np.sign(np.einsum("ldr,lrd->lr", leaf["a"], np.stack(theirs)))
-            leaf["a"], leaf["b"] = leaf["a"] * sign[:, None, :], leaf["b"] * sign[:, :, None]
+    for name, leaf in lora.by_target(adapters).items():
+        places = [f"layers.{i}.{GROUP[name]}.{name}" for i in (0, 1)] if name in GROUP else [name]
+        theirs = [ref[f"{place}.lora_A.weight"] for place in places]
+        sign = np.sign(np.einsum("ldr,lrd->lr", leaf["a"], np.stack(theirs)))
+        leaf["a"], leaf["b"] = leaf["a"] * sign[:, None, :], leaf["b"] * sign[:, :, None]
     return {"params": variants.without(params, adapters), "lora": adapters}, model
 
 
@@ -182,7 +182,7 @@ def test_pissa_starts_as_pefts(base, promise):
 
 
 def test_pissa_ends_as_plain_lora(base, tmp_path, promise):
-    like = lora.init(jax.random.key(0), base.config, RANK, alpha=SCALE * RANK, targets=LINEAR)
+    like = lora.init(jax.random.key(0), base.config, RANK, alpha=SCALE * RANK, targets=TARGETS)
     start = variants.pissa(base.params, base.config, like)
     trained, ids = _moved(start), np.arange(24)[None] % 61
     variables = {"params": variants.without(base.params, start), "lora": trained}
@@ -208,7 +208,7 @@ def dropped(base):
     read = DropoutMasks(base.config, base.params, RATE)
     seen = [read.scaled(EXAMPLE, place) for place in range(1, TOKENS)]
     # The first token's cannot be read; it is embedded at zero, where a mask changes nothing.
-    found = {name: np.stack([seen[0][name], *(s[name] for s in seen)], axis=1) for name in LINEAR}
+    found = {name: np.stack([seen[0][name], *(s[name] for s in seen)], axis=1) for name in TARGETS}
     return read.variables["params"], found
 
 
@@ -226,9 +226,10 @@ def test_dropout_acts_where_pefts_does(base, dropped, tmp_path, promise, kind):
 
     variables, model = both(kind, base, tmp_path, moved=True)
     for i, layer in enumerate(model.base_model.model.model.layers):
-        for name in LINEAR:
-            module = getattr(getattr(layer, GROUP[name]), name)
+        for name, group in GROUP.items():
+            module = getattr(getattr(layer, group), name)
             module.lora_dropout["default"] = Fixed(seen[name][i])
+    model.base_model.model.lm_head.lora_dropout["default"] = Fixed(seen["lm_head"][0])
     model.get_input_embeddings().weight.data[0] = 0.0
     ids = np.random.default_rng(1).integers(1, 61, (1, TOKENS)).astype(np.int32)
     ids[0, 0] = 0

@@ -57,7 +57,7 @@ def test_answers_equal_those_of_stop_strings(toy):
             buckets=(48,),
             batch_tokens=1000,
             max_batch=4,  # so that rows that are stopped make room
-            stop=stop_texts.stop_rule(texts, encoder.decode_all),
+            stop=stop_texts.stop_rule(texts, encoder.decode_all, encoder.byte_ids),
         )
         found = dict(itertools.chain.from_iterable(ended))
         return [found[i].tolist() for i in range(len(prompts))]

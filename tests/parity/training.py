@@ -17,7 +17,8 @@ import optax
 import pytest
 
 from jax_lora.data.loader import MicroBatch
-from jax_lora.model.arch import LINEAR
+from jax_lora.model import lora
+from jax_lora.model.arch import GROUP
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
@@ -199,11 +200,11 @@ _PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector
 def adapter_tensors(adapters: Any) -> Tensors:
     """Adapters, or gradients of them, by the ends of PEFT's names."""
     found = {}
-    for group, modules in adapters["layers"].items():
-        for name in (name for name in LINEAR if name in modules):
-            for leaf, end in _PEFT.items():
-                for i, x in enumerate(modules[name].get(leaf, ())):
-                    found[f"layers.{i}.{group}.{name}.{end}"] = np.asarray(x).T
+    for name, module in lora.by_target(adapters).items():
+        for leaf, end in _PEFT.items():
+            for i, x in enumerate(module.get(leaf, ())):
+                at = f"layers.{i}.{GROUP[name]}.{name}" if name in GROUP else name
+                found[f"{at}.{end}"] = np.asarray(x).T
     return found
 
 
@@ -212,7 +213,8 @@ def torch_tensors(model: Any, gradients: bool = False) -> Tensors:
     found = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            name = name.removeprefix("base_model.model.model.").replace(".default", "")
+            if name.startswith(wrapped := "base_model.model."):  # by PEFT
+                name = name.removeprefix(wrapped).removeprefix("model.").replace(".default", "")
             found[name] = (weight.grad if gradients else weight).detach().numpy().copy()
     return found
 

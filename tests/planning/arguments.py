@@ -3,7 +3,8 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.planning.arguments tiny cpu
     python -m tests.planning.arguments tiny a100-80gb
 
-Prints one line of JSON per step and function: its label, the compiler's bytes, the plan's.
+Prints one line of JSON per step and function: its label, the compiler's bytes, the plan's. On the
+CPU, tiny is also the families whose leaves are others than LLaMA's.
 """
 
 import json
@@ -18,19 +19,27 @@ from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import PlannedStep, planned
 from jax_lora.planning.targets import target
+from jax_lora.weights.hf_config import parse_config
+from tests import reference
 
 CONFIG = LlamaConfig(64, 32, 48, 2, 4, 2, 8)
+FAMILIES = [parse_config(reference.config(name)) for name in ("Qwen2", "Qwen3")]
 
 
-def tiny(platform: str, mesh: tuple[int, int, int], **keys: Any) -> PlannedStep:
-    """A step of the tiny model, one row of 8 tokens per device."""
+def tiny(
+    platform: str, mesh: tuple[int, int, int], shape: LlamaConfig = CONFIG, **keys: Any
+) -> PlannedStep:
+    """A step of a tiny model, one row of 8 tokens per device."""
     keys |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
     config = RunConfig().replace(batch_size=8, attention="xla", loss_chunk=8, **keys)
-    return planned(config, CONFIG, platform, math.prod(mesh), rows=1, length=8)
+    return planned(config, shape, platform, math.prod(mesh), rows=1, length=8)
 
 
 STEPS = {
-    ("tiny", "cpu"): [tiny("cpu", (2, 2, 2), **{"lora.rank": 3})],
+    ("tiny", "cpu"): [
+        tiny("cpu", (2, 2, 2), **{"lora.rank": 3}),
+        *(tiny("cpu", (2, 2, 2), shape, **{"lora.rank": 3}) for shape in FAMILIES),
+    ],
     ("tiny", "a100-80gb"): [tiny("cuda", (1, 2, 1), **{"lora.rank": 3})],
     ("llama-7b", "cpu"): [
         tiny("cpu", (1, 8, 1), **{"lora.rank": 40}),
@@ -69,7 +78,7 @@ def main() -> None:
         found = compile_step(step, target(kind)).programs
         for name, bytes_ in by_plan(step).items():
             label = f"{name}, rank {step.resolved.rank}, mesh {step.resolved.mesh_sizes}"
-            label += f", D {step.shape.hidden_size}"
+            label += f", {step.shape.family}, D {step.shape.hidden_size}"
             print(json.dumps([label, found[name].arguments, bytes_]), flush=True)
 
 

@@ -2,9 +2,12 @@
 
 import jax
 import pytest
+from safetensors import safe_open
 
 from jax_lora.model.families import CONFIGS
 from jax_lora.planning.counts import base_shapes, parameter_table
+from jax_lora.weights.hf_config import parse_config
+from tests import reference
 
 TOTALS = {  # what transformers' num_parameters() and the model cards give
     "llama-7b": 6_738_415_616,
@@ -17,6 +20,12 @@ TOTALS = {  # what transformers' num_parameters() and the model cards give
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "smollm2-135m": 134_515_008,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
 }
 # Tables 1 and 2 of the paper, LLaMA-7B; ranks 32 and 1024 are rounded twice there.
 PERCENT = {
@@ -38,6 +47,19 @@ PERCENT = {
 def test_totals_of_known_models(name):
     table = parameter_table(CONFIGS[name], rank=None)
     assert table.trainable.sum() == TOTALS[name] and table.frozen.sum() == 0
+
+
+@pytest.mark.parametrize("case", ["gqa", *reference.FAMILIES])
+def test_the_parameters_of_every_family_are_those_of_its_files(case, tmp_path):
+    """And its adapters those that PEFT has: r · (in + out) per linear layer."""
+    with safe_open(reference.write(tmp_path, case) / "model.safetensors", "np") as file:
+        sizes = [file.get_tensor(name).size for name in file.keys()]  # noqa: SIM118
+    rank, targets = reference.RANK, reference.TARGETS
+    counted = parameter_table(parse_config(reference.config(case)), rank, targets)
+    assert counted.frozen.sum() == sum(sizes)
+    layers = reference.config(case)["num_hidden_layers"]
+    shapes = reference.linear_shapes(case).values()
+    assert counted.trainable.sum() == layers * sum(rank * sum(shape) for shape in shapes)
 
 
 @pytest.mark.parametrize("rank", PERCENT)

@@ -1,11 +1,12 @@
 """What test_many_devices.py runs in processes of its own: a step on many devices and on one.
 
-    python -m tests.training.many_devices FOLDER MESH … [--more] [--coordinator HOST:PORT
-        --processes N --process I]
+    python -m tests.training.many_devices FOLDER MESH … [--more] [--families]
+        [--coordinator HOST:PORT --processes N --process I]
 
 A MESH is such as 2,2,2. FOLDER/I.json gets, for each, how far loss and gradients are from those of
-one device; with --more, what else is asked of 8 devices. With it or in many processes,
-FOLDER/checkpoints and state.npz get the state after the last one's step.
+one device; with --more, what else is asked of 8 devices; with --families, each mesh for the small
+model of every family. With --more or in many processes, FOLDER/checkpoints and state.npz get the
+state after the last one's step.
 """
 
 import argparse
@@ -22,17 +23,22 @@ import optax
 from jax_lora import distributed, sharding
 from jax_lora.config import MeshSizes, OptimConfig
 from jax_lora.data.loader import MicroBatch
-from jax_lora.model.arch import ATTENTION, GROUP
+from jax_lora.model import lora
+from jax_lora.model.arch import ATTENTION
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.optimizers import OPTIMIZERS, make_optimizer
 from jax_lora.training.step import State, make_step
+from jax_lora.weights.hf_config import parse_config
 from jax_lora.weights.tree import leaves
+from tests import reference
 
-CONFIG = LlamaConfig(61, 32, 80, 3, 4, 2, 12, biases=ATTENTION)  # a vocabulary that is odd
-RANKS = dict(q_proj=40, k_proj=8, v_proj=3, down_proj=1)  # 40 is above D, v_proj's a DoRA
+CONFIG = LlamaConfig(62, 32, 80, 3, 4, 2, 12, biases=ATTENTION)  # a vocabulary that 4 does not cut
+RANKS = dict(
+    q_proj=40, k_proj=8, v_proj=3, down_proj=1, lm_head=3
+)  # 40 is above D, v_proj's a DoRA
 CONTRACTED = ("q_proj",)
 # Everything trains at once: one compilation shows the gradient of every kind of leaf.
 EVERYTHING = ((r"params/.*", r"lora/.*/[abm]"), (r"lora/.*/scale",))
@@ -41,26 +47,26 @@ ROWS, TOKENS = 8, 20
 
 
 @functools.cache
-def variables():
+def variables(config=CONFIG):
     """Base and adapters, numpy, no leaf zero."""
     rng = np.random.default_rng(0)
 
     def drawn(*shape):
         return rng.normal(0, 0.2, shape).astype(np.float32)
 
-    params, layers = {}, {}
-    for leaf in leaves(CONFIG):
+    params, adapters = {}, {}
+    for leaf in leaves(config):
         node = params
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
         node[leaf.path[-1]] = drawn(*leaf.leaf_shape)
     for name, rank in RANKS.items():
-        size_in, size_out = CONFIG.linear_shapes()[name]
-        adapter = {"a": drawn(3, size_in, rank), "b": drawn(3, rank, size_out)}
-        adapter["scale"] = np.full(3, 1.5, np.float32)
-        layers.setdefault(GROUP[name], {})[name] = adapter
-    layers["self_attn"]["v_proj"]["m"] = 1 + drawn(3, CONFIG.linear_shapes()["v_proj"][1])
-    return {"params": params, "lora": {"layers": layers}}
+        copies, size_in, size_out = config.stack_shapes()[name]
+        adapters[name] = {"a": drawn(copies, size_in, rank), "b": drawn(copies, rank, size_out)}
+        adapters[name]["scale"] = np.full(copies, 1.5, np.float32)
+    copies, _, size_out = config.stack_shapes()["v_proj"]
+    adapters["v_proj"]["m"] = 1 + drawn(copies, size_out)
+    return {"params": params, "lora": lora.tree(adapters)}
 
 
 def packed_batch(seed, rows=ROWS):
@@ -89,10 +95,10 @@ def cut(batch, rows, parts):
         )
 
 
-def functions_on(mesh, remat):
+def functions_on(mesh, remat, config=CONFIG):
     """The functions of a step; dropout is on, rows are packed."""
     return make_step(
-        Llama(CONFIG, dtype=jnp.float32, remat=remat),
+        Llama(config, dtype=jnp.float32, remat=remat),
         GRADIENT,
         seed=3,
         dropout_rate=0.2,
@@ -103,9 +109,9 @@ def functions_on(mesh, remat):
     )
 
 
-def step_on(mesh, batch=None):
+def step_on(mesh, batch=None, config=CONFIG):
     """Loss, gradients and state after one step of two micro-batches, or of the given ones."""
-    tree = variables()
+    tree = variables(config)
     trainable, frozen = trainable_mask.partition(tree, trainable_mask.mask(tree, *EVERYTHING))
 
     def begin(trainable):
@@ -118,7 +124,7 @@ def step_on(mesh, batch=None):
         state = sharding.init_sharded(begin, mesh, sharding.shard(trainable, mesh))
         frozen = sharding.shard(frozen, mesh)
         place = functools.partial(sharding.shard_batch, mesh=mesh)
-    functions = functions_on(mesh, "none")
+    functions = functions_on(mesh, "none", config)
     batch = batch or [packed_batch(1), packed_batch(2)]
     ((state, report),) = loop.train(state, frozen, [batch], functions, place)
     assert functions.accumulate._cache_size() == 1, "the second micro-batch was compiled again"
@@ -165,6 +171,18 @@ def optimizers_on(mesh):
             ends.append(sharding.gather(trainable))
         apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *ends)
         found[name] = max(jax.tree.leaves(apart))
+    return found
+
+
+def families(meshes):
+    """How far the step of each family's small model on some meshes is from that on one device."""
+    found = {}
+    for case in reference.FAMILIES:
+        config = parse_config(reference.config(case))
+        expected = step_on(None, config=config)
+        found[case] = {
+            name: deviation(step_on(mesh, config=config), expected) for name, mesh in meshes.items()
+        }
     return found
 
 
@@ -231,16 +249,23 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("mesh", nargs="+")
     parser.add_argument("--more", action="store_true")
+    parser.add_argument("--families", action="store_true")
     parser.add_argument("--coordinator", default="")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     given = parser.parse_args()
     distributed.initialize(given.coordinator, given.processes, given.process)
 
+    meshes = {
+        name: sharding.make_mesh(MeshSizes(*map(int, name.split(",")))) for name in given.mesh
+    }
+    if given.families:
+        (given.folder / "0.json").write_text(json.dumps(families(meshes)))
+        return
     expected = step_on(None)
     results, state = {}, None
-    for name in given.mesh:
-        *found, state = step_on(sharding.make_mesh(MeshSizes(*map(int, name.split(",")))))
+    for name, mesh in meshes.items():
+        *found, state = step_on(mesh)
         results[name] = deviation(found, expected)
     if given.more or given.processes > 1:
         results["restored"] = saved_and_restored(state, given.folder)

@@ -18,6 +18,7 @@ from jax_lora import sharding
 from jax_lora.config import MeshSizes
 from jax_lora.model import lora
 from jax_lora.model.arch import LINEAR, LINEARS
+from jax_lora.model.quantization import product, with_int8_products
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.step import State, make_step
@@ -67,6 +68,19 @@ def step_on(mesh, tree):
     return float(report.loss), sharding.gather(state.optimizer[0].trace["lora"]), held
 
 
+def integer_product(mesh=None):
+    """A product of integers, its inputs divided among `tensor`."""
+    stack = quantized.quantized("int8", np.random.default_rng(0).normal(size=(1, 256, 12)))
+    kernel = with_int8_products(jax.tree.map(lambda x: x[0], stack))
+    shard = sharding.Activations(mesh) if mesh else lambda x, *_: x
+
+    @jax.jit
+    def run(x, kernel):
+        return product("cpu", shard, ("mlp", "embed"), shard(x, None, None, "mlp"), kernel)
+
+    return np.asarray(run(jax.random.normal(jax.random.key(1), (8, 3, 256)), kernel))
+
+
 def main():
     form, *meshes = sys.argv[1:]
     tree = jax.tree.map(np.asarray, variables(form))
@@ -79,6 +93,8 @@ def main():
             "planned": sharding.local_bytes(kernels(tree["params"]), mesh),
             "one": expected[2],
         }
+        if form == "int8":
+            found[name]["equal"] = bool(np.array_equal(integer_product(mesh), integer_product()))
     print(json.dumps(found))
 
 

@@ -152,6 +152,21 @@ def test_a_damaged_checkpoint_is_named_and_moved_and_its_step_is_saved_again(sav
     equal(restored(folder), made[4])
 
 
+@pytest.mark.parametrize(
+    "said, is_shown",
+    [  # by Orbax's versions of Python 3.11 and 3.12
+        ("Task exception was never retrieved\nfuture: <Task coro=<_read_array() done>>", False),
+        ("Task exception was never retrieved\nfuture: <Task coro=<async_deserialize()>>", False),
+        ('Future exception was never retrieved: Error opening "zarr" driver: Error', False),
+        ("Task exception was never retrieved\nfuture: <Task coro=<somebody_elses()>>", True),
+    ],
+)
+def test_pages_of_reads_that_were_abandoned_are_not_shown(said, is_shown, caplog):
+    checkpoints_module._hush_abandoned_reads()
+    logging.getLogger("asyncio").error(said)
+    assert (said in caplog.messages) == is_shown
+
+
 def remove(folder):
     shutil.rmtree(folder / "4" / "optimizer")
 

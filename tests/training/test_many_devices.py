@@ -11,6 +11,7 @@ from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints
 from jax_lora.training.optimizers import OPTIMIZERS
 from jax_lora.training.step import State
+from tests import reference
 from tests.processes import finish, start, start_two
 from tests.training import many_devices
 
@@ -51,6 +52,18 @@ def test_a_mesh_equals_one_device(tmp_path, promise):
     equal(promise, WHAT, results["2,2,2"])
     assert {*results["optimizers"]} == {*OPTIMIZERS}
     assert max(results["optimizers"].values()) <= 1e-6
+
+
+@pytest.mark.parametrize("meshes", [["1,2,2"], pytest.param(["1,1,4"], marks=slow)])
+def test_a_mesh_equals_one_device_for_every_family(tmp_path, meshes):
+    """Mistral's heads, Qwen2's biases of q, k and v, Qwen3's norms of the heads of q and k."""
+    finish(start(DRIVER, 4, tmp_path, *meshes, "--families"))
+    results = json.loads((tmp_path / "0.json").read_text())
+    assert {*results} == {*reference.FAMILIES}
+    for case, found in results.items():
+        assert {*found} == {*meshes}
+        for mesh, apart in found.items():
+            assert max(apart.values()) <= 1e-5, (case, mesh, apart)  # as LLaMA's
 
 
 @slow

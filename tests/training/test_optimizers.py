@@ -96,7 +96,8 @@ def test_no_state_is_held_for_frozen_leaves(name):
 
 
 def test_the_config_and_the_table_have_the_same_optimizers():
-    assert [*OPTIMIZERS] == [*OPTIMIZER_KEYS] == [*CHOICES["optim.name"]] == [*REFERENCES]
+    names = {*OPTIMIZERS}
+    assert names == {*OPTIMIZER_KEYS} == {*CHOICES["optim.name"]} == {*REFERENCES}
 
 
 @pytest.mark.parametrize("key", VALUES)

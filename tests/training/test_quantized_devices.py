@@ -23,6 +23,7 @@ def test_a_mesh_equals_one_device_and_shares_the_base(form, promise):
         promise(f"{what}: loss", found["loss"], 1e-5)
         promise(f"{what}: ‖g - g'‖ / ‖g'‖ of A and B", found["gradient"], 1e-5)
         assert found["held"] == found["planned"]
+        assert found.get("equal", True)  # products of integers
         _, fsdp, tensor = map(int, mesh.split(","))
         # But for the constants of groups, and the scales of int8 where inputs are cut.
         assert found["held"] < 1.15 * found["one"] / (fsdp * tensor)

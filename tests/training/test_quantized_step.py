@@ -1,5 +1,7 @@
 """LoRA on a quantized base trains as on the same weights dequantized beforehand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,21 +23,21 @@ from tests.training.test_step import global_batch
 STEPS = 20
 
 
+@functools.cache  # what is dequantized has one form: its step is compiled once
+def functions_of(remat, materialized, dropout):
+    optimizer = make_optimizer(OptimConfig(), optax.constant_schedule(1e-2))
+    model = Llama(TOY, jnp.float32, remat=remat)
+    options = dict(seed=3, dropout_rate=dropout, loss_chunk=8, materialized=materialized)
+    return optimizer, make_step(model, optimizer, **options)
+
+
 def train(params, adapters, *, remat="full", materialized=(), dropout=0.1, steps=STEPS):
     """Losses and what was trained, after AdamW steps."""
     everything = {"params": params, "lora": adapters}
     mask = trainable_mask.mask(everything, *trainable_mask.LORA)
     trainable, frozen = trainable_mask.partition(everything, mask)
     trainable = jax.tree.map(jnp.array, trainable)  # a step donates them
-    optimizer = make_optimizer(OptimConfig(), optax.constant_schedule(1e-2))
-    functions = make_step(
-        Llama(TOY, jnp.float32, remat=remat),
-        optimizer,
-        seed=3,
-        dropout_rate=dropout,
-        loss_chunk=8,
-        materialized=materialized,
-    )
+    optimizer, functions = functions_of(remat, materialized, dropout)
     state = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     taken = list(loop.train(state, frozen, [global_batch(4, 4)] * steps, functions))
     return np.array([float(report.loss) for _, report in taken]), taken[-1][0].trainable["lora"]

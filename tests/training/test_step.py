@@ -9,7 +9,7 @@ import pytest
 from jax_lora.config import OptimConfig
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import TARGETS
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
@@ -35,7 +35,7 @@ def recorded():
 
 def variables():
     params = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    adapters = lora.init(jax.random.key(1), TINY, 4, alpha=8.0, targets=LINEAR)
+    adapters = lora.init(jax.random.key(1), TINY, 4, alpha=8.0, targets=TARGETS)
     return {"params": params, "lora": adapters}
 
 
@@ -81,7 +81,7 @@ def test_optimizer_state_exists_for_trainable_leaves_only():
     moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
     sizes = [x.size for x in jax.tree.leaves(state.trainable)]
     assert sorted(x.size for x in moments) == sorted(sizes * 2)
-    assert len(sizes) == 2 * len(LINEAR)
+    assert len(sizes) == 2 * len(TARGETS)
 
 
 def test_full_fine_tuning_is_the_same_code():
@@ -114,9 +114,8 @@ def test_cutting_the_global_batch_changes_only_rounding(cut):
 def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
     # B is drawn and nothing moves, so losses differ by their masks alone.
     everything = variables()
-    for group in everything["lora"]["layers"].values():
-        for leaf in group.values():
-            leaf["b"] = jax.random.normal(jax.random.key(4), leaf["b"].shape)
+    for leaf in lora.by_target(everything["lora"]).values():
+        leaf["b"] = jax.random.normal(jax.random.key(4), leaf["b"].shape)
     trainable, frozen = trainable_mask.partition(
         everything, trainable_mask.mask(everything, *trainable_mask.LORA)
     )
@@ -188,9 +187,8 @@ def test_the_clip_sees_the_trainable_gradient_alone():
         return loss_sum(MODEL, everything | {"lora": adapters}, micro, chunk=16)
 
     gradients = jax.grad(loss)(everything["lora"])
-    for group in gradients["layers"].values():
-        for leaf in group.values():
-            leaf["scale"] = jnp.zeros(())
+    for leaf in lora.by_target(gradients).values():
+        leaf["scale"] = jnp.zeros(())
     expected = optax.tree.norm(gradients) / reports[0].loss_tokens
     np.testing.assert_allclose(reports[0].gradient_norm, expected, rtol=1e-5)
 
@@ -199,11 +197,10 @@ def gradients(batches, *, materialized=(), packed=False, dropout=0.3, variant="l
     """Loss and gradient of a global batch, B (and m) drawn so that everything matters."""
     everything = variables()
     keys = iter(jax.random.split(jax.random.key(4), 99))
-    for members in everything["lora"]["layers"].values():
-        for leaf in members.values():
-            leaf["b"] = 0.3 * jax.random.normal(next(keys), leaf["b"].shape)
-            if variant == "dora":
-                leaf["m"] = 1 + jax.random.uniform(next(keys), leaf["b"].shape[::2])
+    for leaf in lora.by_target(everything["lora"]).values():
+        leaf["b"] = 0.3 * jax.random.normal(next(keys), leaf["b"].shape)
+        if variant == "dora":
+            leaf["m"] = 1 + jax.random.uniform(next(keys), leaf["b"].shape[::2])
     trainable, frozen = trainable_mask.partition(
         everything, trainable_mask.mask(everything, *trainable_mask.LORA)
     )
@@ -221,7 +218,7 @@ def assert_same(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("materialized", [LINEAR, ("q_proj", "down_proj")])
+@pytest.mark.parametrize("materialized", [TARGETS, ("q_proj", "down_proj")])
 def test_one_formed_product_equals_two(materialized, variant):
     # Gradients of A, B and m, dropout on, over two micro-batches.
     batches = global_batch(4)

@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
+from transformers import GenerationConfig
 
 import convert
+import jax_lora
+from jax_lora import RunConfig
 from jax_lora.model.transformer import Llama
+from jax_lora.run import inputs
 from jax_lora.run.convert import stored_dtype
 from jax_lora.weights import gguf, hf, peft
 from jax_lora.weights.base import digest
 from jax_lora.weights.tokenizers import load_tokenizer
-from tests.weights.builders import CORPUS, D, F, flat, hf_weights, tiny_bpe, write_gguf
+from tests.data import chats
+from tests.weights.builders import CORPUS, D, F, flat, hf_weights, tiny_bpe, write_gguf, write_hf
 
 
 @pytest.fixture
@@ -276,6 +281,75 @@ def test_flags_that_do_not_fit_the_source_are_refused(tmp_path, source, capsys):
     ]:
         assert refused(arguments[0], tmp_path / "out", *arguments[1:])
         assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+# ---------------------------------------------------------------- what ends an answer
+
+
+def chat_run(folder, template="chat", swapped=None):
+    """A base whose tokenizer ends texts with <|endoftext|> and turns with <|im_end|>, and the
+    folder of a run on it; `swapped` exchanges a token's row of the output head with <|im_end|>'s.
+    """
+    tokenizer = chats.tokenizer("qwen2.5")
+    tokenizer.eos_token = "<|endoftext|>"
+    weights = hf_weights(len(tokenizer))
+    if swapped is not None:
+        pair = [swapped, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        weights["lm_head.weight"][pair] = weights["lm_head.weight"][pair[::-1]]
+    folder.mkdir()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    source = write_hf(folder / "base", weights, vocab_size=len(tokenizer), **ids)
+    tokenizer.save_pretrained(source)
+    adapter(folder / "run" / "adapter")
+    config = RunConfig().replace(model=str(source), **{"data.template": template})
+    saved = {"config": config.to_dict(), "base_digest": digest(source)}
+    (folder / "run" / "config.json").write_text(json.dumps(saved))
+    return config, folder / "run", tokenizer
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+@pytest.mark.parametrize("given", ["run", "run/adapter", "exported"])
+def test_a_merged_folder_ends_answers_as_eval_does(tmp_path, template, given):
+    config, run, tokenizer = chat_run(tmp_path / "a", template)
+    source = tmp_path / "a" / given
+    if given == "exported":
+        convert.main([str(run), str(source)])
+    out = tmp_path / "out"
+    convert.main([config.model, str(out), f"--merge={source}"])
+    wanted = list(inputs.end_ids(config))
+    names = ["<|endoftext|>", "<|im_end|>"][: 1 + (template == "chat")]
+    assert tokenizer.convert_ids_to_tokens(wanted) == names
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((out / name).read_text())["eos_token_id"]
+        assert (found if isinstance(found, list) else [found]) == wanted
+    found = GenerationConfig.from_pretrained(out).eos_token_id
+    assert (found if isinstance(found, list) else [found]) == wanted
+    for one in (jax_lora.load(config.model, source), jax_lora.load(out)):
+        assert list(one.end_ids) == wanted
+
+
+@pytest.mark.parity
+def test_against_hf_a_merged_folder_generates_up_to_the_end_of_the_turn(tmp_path):
+    torch = pytest.importorskip("torch")
+    load = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained
+    prompt = "What is the capital of France?"
+
+    def answer(folder, **more):
+        config, run, tokenizer = chat_run(folder, **more)
+        convert.main([config.model, str(folder / "m"), f"--merge={run}", "--dtype=float32"])
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        model = load(folder / "m", dtype=torch.float32)
+        given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+        found = model.generate(ids, max_new_tokens=12, **given)[0, ids.shape[1] :].tolist()
+        ours = jax_lora.load(config.model, run, "float32").generate(prompt, 12)
+        assert ours == [tokenizer.decode(found, skip_special_tokens=True).strip()]
+        return found, tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    free, end = answer(tmp_path / "free")
+    length = next(n for n in range(3, 12) if free[n] not in free[:n])
+    assert len(free) == 12 and end not in free
+    ended, _ = answer(tmp_path / "ended", swapped=free[length])
+    assert ended == [*free[:length], end]
 
 
 # ---------------------------------------------------------------- against transformers and PEFT

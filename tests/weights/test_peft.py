@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_lora.model import lora
+from jax_lora.model.arch import LINEAR
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import peft
 from tests.weights.builders import flat, refusal
@@ -279,11 +280,12 @@ def test_adapters_that_contradict_themselves_are_not_written(tmp_path, tree, mor
         ({"target_modules": "*"}, "target_modules: found '*', expected a regular expression"),
         ({"target_modules": [1]}, "target_modules: found [1], expected names"),
         (
-            {"target_modules": ["q_proj", "lm_head"]},
-            "target_modules: found lm_head, expected some of q_proj, ",
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "target_modules: found model.embed_tokens, expected some of q_proj, ",
         ),
         ({"target_modules": r".*(proj|tokens)"}, "target_modules: found model.embed_tokens, expe"),
         ({"exclude_modules": "("}, "exclude_modules: found '(', expected a regular expression"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "found tensors of 0.self_attn.v_proj, "),
         ({"exclude_modules": ["v_proj"]}, "found tensors of 0.self_attn.v_proj, 1.self_attn.v_pro"),
         ({"exclude_modules": 3}, "exclude_modules: found 3, expected names"),
         ({"layers_to_transform": [1]}, "found tensors of 0.self_attn.q_proj, 0.self_attn.v_proj, "),
@@ -353,7 +355,11 @@ ONE = np.ones((4, 16), np.float32)
         (lambda f: spoil(f, **{KEY.format(0, "mlp.q_proj", "A"): ONE}), "found base_model"),
         (
             lambda f: spoil(f, **{"base_model.model.lm_head.lora_A.weight": ONE}),
-            "found base_model.model.lm_head.lora_A.weight",
+            "found tensors of lm_head, expected none by target_modules, ",
+        ),
+        (
+            lambda f: spoil(f, **{"base_model.model.embed_tokens.lora_A.weight": ONE}),
+            "found base_model.model.embed_tokens.lora_A.weight, expected base_model.model.model.",
         ),
         (
             lambda f: spoil(f, **{KEY.format(3, "self_attn.v_proj", "A"): ONE}),
@@ -430,7 +436,7 @@ def test_layers_that_an_adapter_leaves_out_are_zero_and_stay_out(tmp_path, rows,
 
 
 def test_all_linear_layers_but_the_excluded_ones_must_be_there(tmp_path):
-    names = [n for n in lora.LINEAR if n not in ("q_proj", "down_proj")]
+    names = [n for n in LINEAR if n not in ("q_proj", "down_proj")]
     keys = {"target_modules": "ALL-linear", "exclude_modules": names}
     chosen(tmp_path, {"q_proj": (0, 1), "down_proj": (0, 1)}, **keys)
     assert peft.load(tmp_path).targets == ("q_proj", "down_proj")
