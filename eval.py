@@ -39,6 +39,7 @@ _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "make answers that are the
 _DEVICES_PER_COPY = flags.DEFINE_integer(
     "devices_per_copy", None, "devices of each copy of the weights; see config.eval", 1
 )
+_INT8_PRODUCTS = flags.DEFINE_boolean("int8_products", None, "see config.eval")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "in place of the config's", 1)
 _CHECK = flags.DEFINE_boolean("check", False, "do answers and updates depend on how work is cut?")
 _CHECK_PROMPTS = flags.DEFINE_integer("check_prompts", 64, "of --check; a quarter of them train", 4)
@@ -62,6 +63,7 @@ def main(_):
         given = {
             "max_new_tokens": _MAX_NEW_TOKENS.value,
             "devices_per_copy": _DEVICES_PER_COPY.value,
+            "int8_products": _INT8_PRODUCTS.value,
             "metrics": _METRICS.value,
             "any_base": _ANY_BASE.value or None,
         }

@@ -61,7 +61,7 @@ def main(_):
 
         from jax_lora.run import Run
 
-        with cli.StopRequest(together=distributed.key_value_store() is not None) as stop:
+        with cli.StopRequest() as stop:
             run = Run.open(config, workdir, say=cli.say)
             run.train(verify=_VERIFY.value, asked_to_stop=stop)
 

@@ -79,22 +79,29 @@ class _Plain(logging.Formatter):
 class StopRequest:
     """A signal of STOPS asks for a checkpoint after the running step; a second one ends at once.
 
-    So does the first one as long as there is nothing to save: before the loop first asks.
+    So does the first one as long as there is nothing to save: before the loop first asks. Where
+    several processes train together, all are to stop after the same step.
 
     Args:
-      together: other processes take part, and all are to stop after the same step.
+      goes_on: the script has more to do after this block, such as the next cell of a study: a stop
+        that came after the last question raises Stopped at the end of the block.
     """
 
-    def __init__(self, together: bool = False):
-        self.asked, self._runs = False, together
+    def __init__(self, *, goes_on: bool = False):
+        self.asked, self._runs, self._goes_on = False, False, goes_on
 
     def __enter__(self) -> StopRequest:
+        from jax_lora import distributed
+
+        self._runs = distributed.key_value_store() is not None
         self._before = {number: signal.signal(number, self._ask) for number in heeded()}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.asked and self._goes_on and kind is None:
+            raise Stopped("stopped after the last step; rerun the same command to resume")
 
     def __call__(self) -> bool:
         self._runs = True
@@ -181,15 +188,25 @@ def keep_memory() -> None:
     XLA asks for the temporaries of every call anew. glibc would give back what is as large at
     once, and the kernel would clear every page of it again: a tenth of a step of SmolLM2. The
     process keeps its largest size for good, so this is for training on a CPU: with an accelerator
-    the host's memory is for other things. To be called before the first thread begins, since
-    threads have heaps that cannot be so large.
+    the host's memory is for other things. What a compilation leaves, gigabytes of a program with
+    unrolled layers, is given back. To be called before the first thread begins, since threads have
+    heaps that cannot be so large.
     """
     is_glibc = hasattr(os, "confstr") and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
     if not is_glibc or not only_cpu():
         return
+    import jax
+
+    libc = ctypes.CDLL(None)
     # From malloc.h: no mapping of its own for a large block, no trimming, one heap.
     for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):
-        ctypes.CDLL(None).mallopt(parameter, value)
+        libc.mallopt(parameter, value)
+
+    def trim(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("/backend_compile_duration") and duration_secs > 1:
+            libc.malloc_trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(trim)
 
 
 def set_xla_flags() -> None:

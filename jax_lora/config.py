@@ -70,7 +70,7 @@ class LoraConfig:
     alpha_law: str = "r"  # α grows like r; "sqrt(r)", "constant": as "r" has it at rank 16
     scaling: str = "alpha/r"  # of the update; rsLoRA's is "alpha/sqrt(r)"
     dropout: float = 0.05  # on the input of A, in training only
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # of the blocks; "lm_head"
     init: str = "kaiming"  # as PEFT draws A; "gaussian", "pissa"; or the folder of a PEFT adapter
     variant: str = "lora"  # or "dora"
     materialize_delta: str = "auto"  # form A·B once per step where that is cheaper; or "never"
@@ -142,6 +142,7 @@ class EvalConfig:
     batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
     max_batch: int = 64  # rows per batch on a device
     devices_per_copy: int = 1  # that share one copy of the weights, and its batch
+    int8_products: bool = False  # of a base in int8: activations are rounded to 8 bits, too
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,14 @@ class RunConfig:
             raise ConfigError(
                 f"config.model_quantization: found {self.model_quantization} with method=full, "
                 "which trains the kernels; expected none, or method=lora"
+            )
+        if self.eval.int8_products and (
+            self.model_quantization != "int8" or self.lora.init == "pissa"
+        ):
+            raise ConfigError(
+                f"config.eval.int8_products: found True with model_quantization="
+                f"{self.model_quantization} and lora.init={self.lora.init}, expected False, or "
+                "int8 without pissa, which leaves no integers"
             )
         if "" in self.eval.stop:
             raise ConfigError("config.eval.stop: found an empty text, expected none")

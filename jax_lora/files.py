@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write a JSON file whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_once(path: str | os.PathLike[str], value: object) -> None:
+    """`write_json`, unless there is such a file: of several writers the first one counts."""
+    path = Path(path)
+    partial = _beside(path)
+    try:
+        write_json(partial, value)
+        with suppress(FileExistsError):
+            os.link(partial, path)
+        _flush(path.parent)
+    except OSError as error:
+        _name(error, partial, path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def jsonl_line(row: Mapping[str, object]) -> str:

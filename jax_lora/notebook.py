@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Array, Float, PyTree
 from numpy.typing import ArrayLike
 
+from jax_lora.data.chat import taught_end_ids
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model.arch import ATTENTION
 from jax_lora.model.config import LlamaConfig
@@ -39,7 +40,8 @@ class LoadedModel:
       adapters: the adapter's tree (see `jax_lora.model.lora`), or None.
       tokenizer: a transformers tokenizer; None where the base has none, which `generate` needs.
       dtype: of the arithmetic.
-      end_ids: any of these ends an answer; by default the tokenizer's end token alone.
+      end_ids: any of these ends an answer, as in `eval.py`; by default the tokenizer's end token
+        alone.
     """
 
     config: LlamaConfig
@@ -82,7 +84,8 @@ class LoadedModel:
 
     def generate(self, prompts: Sequence[str] | str, max_new_tokens: int = 128) -> list[str]:
         """Greedy continuations of texts taken as they are: no template is put around them, and a
-        control token such as `</s>` in a text is one.
+        control token such as `</s>` in a text is one. Answers end at `end_ids`; the texts of
+        `eval.stop` are `Run.score`'s.
 
         The first call makes a second copy of the weights, one array per layer in place of stacks
         of all layers, and keeps it with the object: from then on it holds the model twice.
@@ -168,7 +171,9 @@ def load(
     tokenizer, ends = None, ()
     if has_tokenizer(source):
         tokenizer = load_tokenizer(source)
+        template = peft.template(adapter) if adapter is not None else None
         ends = base_end_ids(tokenizer, config.vocab_size, source)
+        ends = tuple(dict.fromkeys((*ends, *taught_end_ids(tokenizer, template))))
     return LoadedModel(config, base, adapters, tokenizer, jnp.dtype(dtype), ends)
 
 

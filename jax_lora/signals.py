@@ -20,6 +20,9 @@ def stop_on_signals() -> None:
     What is open is left by its `finally`s, so that nothing temporary stays. To be called before
     the first import that takes seconds. A signal that is ignored, as under nohup, stays so.
     """
+    # Registered first, so run last. Python then takes its handlers away while it shuts down: a
+    # signal would turn a script that has done all of its work into a failed one.
+    atexit.register(_ignore)
     for number in heeded():
         signal.signal(number, end)
 
@@ -31,8 +34,7 @@ def heeded() -> list[signal.Signals]:
 
 def end(number: int, _: object) -> None:
     """The handler of a signal: end this process."""
-    for each in STOPS:
-        signal.signal(each, signal.SIG_IGN)  # nothing interrupts the `finally`s
+    _ignore()  # nothing interrupts the `finally`s
     name = signal.Signals(number).name
     os.write(2, f"\nstopped by {name}; rerun the same command to resume\n".encode())
     # Raised within a finalizer or a callback of the collector, Python would print it and go on.
@@ -44,6 +46,11 @@ def end(number: int, _: object) -> None:
     last.daemon = True
     last.start()
     raise SystemExit(STOPPED)
+
+
+def _ignore() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave() -> None:

@@ -9,7 +9,7 @@ from importlib import metadata
 import jax
 import pytest
 
-from jax_lora import cli, signals
+from jax_lora import cli, distributed, signals
 from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import write_json
@@ -155,15 +155,51 @@ def test_a_stop_is_a_line_and_an_exit_code(name, body):
     assert done.stdout == ("cleaned up\n" if body == "anywhere" else "")
 
 
-def test_the_loop_is_asked_to_stop_and_processes_that_train_together_always():
+LAST = """
+class Last:
+    def __del__(self, os=os, number=getattr(signal, sys.argv[1])):
+        os.write(1, b"taken down")
+        os.kill(os.getpid(), number)
+last = Last()
+"""
+
+
+@pytest.mark.parametrize("name", [number.name for number in signals.STOPS])
+def test_a_stop_while_python_takes_itself_down_is_no_failure(name):
+    program = STOPPED.format(body=LAST)
+    done = subprocess.run(
+        [sys.executable, "-c", program, name],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "taken down", "")
+
+
+def test_the_loop_is_asked_to_stop_and_processes_that_train_together_always(monkeypatch):
     before = [signal.getsignal(number) for number in signals.STOPS]
-    for together in (False, True):
+    for store in (None, object()):
+        monkeypatch.setattr(distributed, "key_value_store", lambda store=store: store)
         for number in signals.STOPS:
-            with cli.StopRequest(together) as stop:
-                assert together or not stop()
+            with cli.StopRequest() as stop:
+                assert store or not stop()
                 os.kill(os.getpid(), number)
                 assert stop() and stop.asked
     assert [signal.getsignal(number) for number in signals.STOPS] == before
+
+
+@pytest.mark.parametrize("number", signals.STOPS)
+def test_a_stop_after_the_last_question_is_not_lost_on_a_script_that_goes_on(number):
+    with cli.StopRequest() as stop:  # one that ends here has done all of its work
+        stop()
+        os.kill(os.getpid(), number)
+    with pytest.raises(Stopped, match="rerun"), cli.StopRequest(goes_on=True) as stop:
+        stop()
+        os.kill(os.getpid(), number)
+    with pytest.raises(ZeroDivisionError), cli.StopRequest(goes_on=True) as stop:
+        stop()
+        os.kill(os.getpid(), number)
+        raise ZeroDivisionError
 
 
 def test_a_signal_that_is_ignored_stays_so():

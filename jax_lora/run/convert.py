@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jax_lora.data.chat import taught_end_ids
 from jax_lora.files import check_vacant, fresh_folder, read_json
 from jax_lora.run import hub
 from jax_lora.run.model_card import write_card
@@ -55,7 +56,7 @@ def convert(
     # What is small is read first.
     base.check(path)
     tokenizer = tokenizers.load_tokenizer(path)
-    generation = _generation(path, tokenizer)
+    generation = _generation(path, tokenizer, peft.template(adapter) if adapter else None)
     if adapter and not any_base:
         origin.check_base(adapter, peft.base_digest(adapter), path, "--any-base")
 
@@ -72,7 +73,9 @@ def convert(
             put=lambda _, array: array,
             quantization=quantization,
         )
-        params = merge.merge(params, found.adapters) if found else params
+        if found:
+            params = merge.merge(params, found.adapters)
+            config = merge.merged_config(config, params)
 
     with fresh_folder(destination) as partial:
         hf.save(partial, config, params, tokenizer, dtype, generation=generation)
@@ -129,6 +132,7 @@ def convert_adapter(
             alphas=found.alphas,
             base_digest=peft.base_digest(source),
             quantization=peft.base_quantization(source),
+            template=peft.template(source),
         )
         if push_to:
             write_card(partial, push_to, found.base_name, source)
@@ -140,19 +144,24 @@ def is_adapter(source: str) -> bool:
     return (peft.resolve(source) / "adapter_config.json").is_file()
 
 
-def _generation(path: Path, tokenizer: PreTrainedTokenizerFast) -> Mapping[str, object]:
+def _generation(
+    path: Path, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> Mapping[str, object]:
     """The generation settings of a source, with all ids that end its answers wherever it names
-    them."""
+    them, and the one that a merged run of the chat template was taught."""
     file = path / "generation_config.json"
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     known: dict[str, object] = {name: getattr(tokenizer, name) for name in names}
     if path.is_dir() and file.is_file():
         known = read_json(file, dict)
     given = known.get("eos_token_id")
-    ids = tokenizers.base_end_ids(tokenizer, base.read_config(path).vocab_size, path)
+    ids = [
+        *tokenizers.base_end_ids(tokenizer, base.read_config(path).vocab_size, path),
+        *taught_end_ids(tokenizer, template),
+    ]
     named = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
     if any(i not in named for i in ids):
-        known["eos_token_id"] = list(ids)
+        known["eos_token_id"] = list(dict.fromkeys(ids))
     return known
 
 

@@ -22,6 +22,7 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.model import lora, variants
 from jax_lora.model.config import LlamaConfig
+from jax_lora.training import unstacked
 from jax_lora.weights import base as base_weights
 from jax_lora.weights import peft
 
@@ -63,8 +64,14 @@ _CACHED: dict[tuple[str, str, Put | None, str], PyTree] = {}  # the last base, b
 def _frozen_base(source: str, dtype: str, put: Put | None, quantization: str) -> PyTree:
     key = (source, dtype, put, quantization)
     if key not in _CACHED:
+        forms = {None: unstacked.put, unstacked.put: None}  # both are on one device
+        other = (source, dtype, forms[put], quantization) if put in forms else None
+        held = [_CACHED.pop(other)] if other in _CACHED else []
         _CACHED.clear()  # first: a device may not hold two
-        loaded = base_weights.load(source, dtype, put or _put_on_device, quantization)[1]
+        if held:
+            loaded = unstacked.restacked(held)
+        else:
+            loaded = base_weights.load(source, dtype, put or _put_on_device, quantization)[1]
         _CACHED[key] = loaded
     return _CACHED[key]
 
@@ -143,9 +150,8 @@ def new_adapters(
         scaling=scaling,
     )
     if variant == "dora":
-        for members in drawn["layers"].values():
-            for leaf in members.values():
-                leaf["m"] = jnp.zeros((leaf["b"].shape[0], leaf["b"].shape[2]), jnp.float32)
+        for leaf in lora.by_target(drawn).values():
+            leaf["m"] = jnp.zeros((leaf["b"].shape[0], leaf["b"].shape[2]), jnp.float32)
     if init in (*lora.INITS, "pissa"):
         return drawn
     if not Path(init).is_dir():
@@ -205,7 +211,7 @@ def on_base(
     if init != "pissa":
         return adapters, params
     if not (folder / "adapter_config.json").is_file():  # which `save` writes last
-        leaf = next(iter(next(iter(adapters["layers"].values())).values()))
+        leaf = next(iter(lora.by_target(adapters).values()))
         rank, factor = leaf["a"].shape[-1], float(leaf["scale"][0])
         made = variants.pissa(params, config, adapters)
         peft.save(folder, jax.device_get(made), rank=rank, alpha=factor * rank)

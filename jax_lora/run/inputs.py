@@ -188,7 +188,8 @@ def _encoder(
 
 
 def end_ids(config: RunConfig) -> tuple[int, ...]:
-    """Every id that ends an answer: those that the base's files name, and what is taught."""
+    """The stop tokens, ids that end an answer: those that the base's files name, and what is
+    taught."""
     one = encoder(config)
     assert one.vocab_size is not None
     known = base_end_ids(one.tokenizer, one.vocab_size, config.model)

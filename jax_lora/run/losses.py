@@ -62,16 +62,14 @@ class Losses:
         encoder = inputs.encoder(self.config)
         chosen = TaskSet(taskset.name, taskset.tasks, lambda: _first(taskset, per_task))
         found = inputs.fitting(encoder.training_row, chosen, strict=False)
-        masks = [row.loss_mask(answer_only=True)[1:] for _, row in found]
-        losses = self._of_rows([row.ids for _, row in found])
+        answers = [np.flatnonzero(row.loss_mask(answer_only=True)[1:]) for _, row in found]
+        losses = self._of_rows([row.ids for _, row in found], answers)
         return pd.DataFrame(
             {
                 "task": [example.task for example, _ in found],
                 "id": [example.id for example, _ in found],
-                "loss": [
-                    of[mask].mean(dtype=float) for of, mask in zip(losses, masks, strict=True)
-                ],
-                "tokens": [int(mask.sum()) for mask in masks],
+                "loss": [of_row.mean(dtype=float) for of_row in losses],
+                "tokens": [len(of_row) for of_row in losses],
             }
         )
 
@@ -85,17 +83,24 @@ class Losses:
           DataError: a text of fewer than two tokens.
         """
         rows = windows(text, inputs.encoder(self.config), max(self.config.data.buckets))
-        return float(np.concatenate(self._of_rows(rows)).mean(dtype=float))
+        every = [np.arange(len(row) - 1) for row in rows]
+        return float(np.concatenate(self._of_rows(rows, every)).mean(dtype=float))
 
-    def _of_rows(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The losses of tokens 1, 2, … of each row of ids."""
+    def _of_rows(
+        self, rows: Sequence[np.ndarray], chosen: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """For each row of ids the losses of the chosen predictions: t predicts id t + 1."""
         found: list[np.ndarray] = [np.empty(0)] * len(rows)
-        for chosen, tokens in self._batches(rows):
-            losses = _token_losses(
-                self.model, self.variables, sharding.shard_batch(tokens, self.mesh)
-            )
-            for i, row in zip(chosen, np.asarray(losses), strict=False):
-                found[i] = row[: len(rows[i]) - 1]
+        # The product with the vocabulary is of the chosen positions alone, in few shapes.
+        width = -(-max(map(len, chosen), default=0) // 32) * 32
+        for members, tokens in self._batches(rows):
+            positions = np.zeros((len(tokens), width), np.int32)
+            for row, i in zip(positions, members, strict=False):
+                row[: len(chosen[i])] = chosen[i]
+            put = sharding.shard_batch((tokens, positions), self.mesh)
+            losses = np.asarray(_token_losses(self.model, self.variables, *put))
+            for i, row in zip(members, losses, strict=False):
+                found[i] = row[: len(chosen[i])]
         return found
 
     def _batches(self, rows: Sequence[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -159,17 +164,19 @@ def _first(taskset: TaskSet, per_task: int) -> tuple[Example, ...]:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _token_losses(model: Llama, variables: PyTree, tokens: jax.Array) -> jax.Array:
-    """The loss (B, T - 1) of every token of (B, T) but the first of each row.
+def _token_losses(
+    model: Llama, variables: PyTree, tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """The loss (B, N) of predicting the token after each of (B, N) positions of rows (B, T).
 
     The logits of one row exist at a time.
     """
     params = bitcast_bf16(variables["params"], model.platform)
     hidden = model.apply({**variables, "params": params}, tokens, method="hidden")
 
-    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        states, ids = row
-        logits = model.apply(variables, states[None], method="head")[0, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[1:])
+    def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        states, ids, at = row
+        logits = model.apply(variables, states[at][None], method="head")[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[at + 1])
 
-    return jax.lax.map(of_row, (hidden, tokens))
+    return jax.lax.map(of_row, (hidden, tokens, positions))

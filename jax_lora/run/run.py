@@ -9,32 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pandas as pd
 from jaxtyping import PyTree
 
-from jax_lora import distributed, sharding
-from jax_lora.config import MeshSizes, RunConfig
-from jax_lora.data.prompts import Row
+from jax_lora import distributed
+from jax_lora.config import RunConfig
 from jax_lora.evaluation import metrics
 from jax_lora.files import local_path
-from jax_lora.generation import scheduler
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.transformer import Llama
-from jax_lora.model.xla_cpu import reduction_error
 from jax_lora.run import (
+    check,
     folder,
     inputs,
-    invariance,
     losses,
     prepare,
+    programs,
     score_tables,
     scoring,
     training,
 )
 from jax_lora.text import table
-from jax_lora.training import trainable_mask
-from jax_lora.training.resolve import resolve, with_dtype
+from jax_lora.training.resolve import with_dtype
 from jax_lora.weights import merge, origin, peft
 
 logger = logging.getLogger(__name__)
@@ -77,6 +72,7 @@ class Run:
         Raises:
           ConfigError, DataError, OSError: one line, see `jax_lora.errors`.
         """
+        programs.forget_if_many()
         path = local_path(workdir)
         if config is None:
             config, _ = folder.read_saved(path)
@@ -251,77 +247,14 @@ class Run:
           any_base, **eval_options: as for `score`.
 
         Returns:
-          Whether no answer in float32 changes, and no update by more than rounding.
+          Whether no answer in float32 changes, and no update or sum by more than rounding.
 
         Raises:
           ConfigError, DataError, OSError: wrong input, before any compute.
         """
-        config = self._with_eval(eval_options)
         self._check_base(adapter, any_base)
-        meshes = scoring.copies(config)
-        sets, encoder = inputs.examples(config), inputs.encoder(config)
-        # Every so many examples, so that all tasks take part.
-        seen = next(iter(inputs.test_sets(config).values())).examples
-        some = seen[:: -(-len(seen) // prompts)]
-        asked, tasks = [encoder.prompt_row(e) for e in some], [e.task for e in some]
-        train = sets["train"].examples
-        trained = [encoder.training_row(e) for e in train[:: -(-len(train) // (prompts // 4))]]
-        end_ids = inputs.end_ids(config)
-        good, several = True, len(jax.devices()) > 1
-        for dtype in dict.fromkeys((config.dtype, "float32")):
-            config = config.replace(dtype=dtype)
-            scored = scoring.load(self.workdir, config, adapter)
-            model = Llama(scored.shape, dtype=jnp.dtype(dtype))
-            one, *others = scoring.generators(config, model, scored.variables, meshes, end_ids)
-            self._say(f"\n{scored.origin}, {dtype}: answers to {len(asked)} prompts that change")
-            many = scheduler.round_robin([one, *others]) if others else None
-            for name, changed in invariance.answers(one, asked, tasks, config.eval.buckets, many):
-                self._say(f"  {name:<32}{changed:>4}  {100 * changed / len(asked):5.1f}%")
-                good &= dtype != "float32" or changed == 0
-        self._say_what_quantization_changes(config, adapter, scored, asked[:8])
-        if config.method == "lora" and adapter == "last":
-            mask = trainable_mask.mask(scored.variables, config.trainable, config.frozen)
-            any_mesh = config.replace(**{"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1})
-            devices = len(jax.devices())
-            resolved = resolve(any_mesh, scored.shape, jax.default_backend(), devices)
-            materialized = resolved.materialized
-            self._say(f"\nfloat32: a step on {len(trained)} examples at once, and cut otherwise")
-            for name, loss, gradient in invariance.updates(
-                model.clone(remat="full"),
-                scored.variables,
-                mask,
-                trained,
-                dropout_rate=config.lora.dropout,
-                materialized=materialized,
-                mesh=sharding.make_mesh(MeshSizes(fsdp=-1)) if several else None,
-            ):
-                self._say(f"  {name:<32}loss {loss:.1e}  gradient {gradient:.1e}, relative")
-                good &= loss <= 1e-5 and gradient <= 1e-5
-        error = reduction_error()
-        self._say(f"\na sum that XLA is known to get wrong: error {error:.1e}, relative")
-        good &= error <= 1e-5
-        if not several:
-            self._say("\non several devices: one device here, not tried")
-        return bool(good)
-
-    def _say_what_quantization_changes(
-        self, config: RunConfig, adapter: str, scored: scoring.Scored, prompts: Sequence[Row]
-    ) -> None:
-        # `config` and `scored`: in float32, so that nothing but the form of the base differs.
-        form, trained_on = config.model_quantization, config.model_quantization
-        if adapter not in ("last", "none"):
-            trained_on = peft.base_quantization(adapter)
-        other = trained_on if trained_on != form else "none"
-        if other == form:
-            return
-        others = scoring.load(self.workdir, config.replace(model_quantization=other), adapter)
-        moved, largest = invariance.logits_change(
-            Llama(scored.shape, dtype=jnp.float32), scored.variables, others.variables, prompts
-        )
-        self._say(
-            f"\nthe base in {form} moves a logit by up to {moved:.3g} from the base in {other} "
-            f"(logits up to {largest:.3g}; {len(prompts)} prompts)"
-        )
+        given = self._with_eval(eval_options)
+        return check.check(self.workdir, given, adapter, prompts, self._say)
 
     def weights(self, base: str | None = None) -> tuple[LlamaConfig, PyTree]:
         """The shape, and the weights with all that was trained in float32, adapters merged.
@@ -331,10 +264,11 @@ class Run:
         """
         config = self.config.replace(dtype="float32", **({"model": base} if base else {}))
         scored = scoring.load(self.workdir, config, "last")
-        params = scored.variables["params"]
+        shape, params = scored.shape, scored.variables["params"]
         if "lora" in scored.variables:
             params = merge.merge(params, scored.variables["lora"])
-        return scored.shape, params
+            shape = merge.merged_config(shape, params)
+        return shape, params
 
     def _check_base(self, adapter: str, any_base: bool) -> None:
         if adapter not in ("last", "none") and not any_base:

@@ -24,7 +24,7 @@ from jax_lora.files import write_json
 from jax_lora.generation import greedy, scheduler, stop_texts
 from jax_lora.model import lora
 from jax_lora.model.config import LlamaConfig
-from jax_lora.model.quantization import is_quantized
+from jax_lora.model.quantization import is_quantized, with_int8_products
 from jax_lora.model.transformer import Llama
 from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
@@ -70,7 +70,7 @@ def load(
     put: Put | None = None,
     checkpoint: str = "last",
 ) -> Scored:
-    """Load what is to be scored.
+    """Load what is to be scored, as `config.eval` says.
 
     Args:
       workdir: the run's folder.
@@ -84,7 +84,15 @@ def load(
     """
     shape = base_weights.read_config(config.model)
     if adapter == "last":
-        return _load_checkpoint(workdir, config, shape, put, checkpoint)
+        scored = _load_checkpoint(workdir, config, shape, put, checkpoint)
+    else:
+        scored = _load_adapter(config, shape, adapter, put)
+    if config.eval.int8_products:
+        scored.variables["params"] = with_int8_products(scored.variables["params"])
+    return scored
+
+
+def _load_adapter(config: RunConfig, shape: LlamaConfig, adapter: str, put: Put | None) -> Scored:
     frozen = jax.tree.map(lambda _: False, counts.base_shapes(shape))
     variables = {}
     if adapter != "none":
@@ -216,6 +224,22 @@ def _check_what(workdir: Path, config: RunConfig, adapter: str, checkpoint: str)
         step_named(workdir / "checkpoints", checkpoint)
 
 
+def _settings(config: RunConfig, scored: Scored, end_ids: Sequence[int]) -> dict[str, object]:
+    # What answers depend on, besides the data and the base.
+    settings: dict[str, object] = {
+        "origin": scored.origin,
+        "weights_digest": scored.digest,
+        "version": run_folder.package_version(),
+        "config": config.identity(),
+        "max_new_tokens": config.eval.max_new_tokens,
+        "end_ids": list(end_ids),
+        "stop": list(config.eval.stop),
+    }
+    if config.eval.int8_products:
+        settings["int8_products"] = True
+    return settings
+
+
 def score(
     workdir: Path,
     config: RunConfig,
@@ -257,21 +281,13 @@ def score(
         if not rows[name]:
             raise DataError(f"{config.data.path}: found no example of {name}, expected some")
     scored = load(workdir, config, adapter, put, checkpoint)
-    settings = digests | {
-        "origin": scored.origin,
-        "weights_digest": scored.digest,
-        "version": run_folder.package_version(),
-        "config": config.identity(),
-        "max_new_tokens": config.eval.max_new_tokens,
-        "end_ids": list(end_ids),
-        "stop": list(config.eval.stop),
-    }
+    settings = digests | _settings(config, scored, end_ids)
     results = workdir / folder_name(adapter, checkpoint)
     for name in names:
         evaluate.write_examples(results / name, rows[name])
         evaluate.write_labels(results / name, data.answers, sets[name].tasks)
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
-    stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all)
+    stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all, encoder.byte_ids)
     each = generators(config, model, scored.variables, meshes, end_ids, stop)
     generate, scored_origin = scheduler.round_robin(each), scored.origin
     del scored

@@ -294,5 +294,6 @@ def save_adapter(given: Inputs, training: Training, state: State, workdir: Path)
             base_name=config.model,
             base_digest=given.digests["base_digest"],
             quantization=config.model_quantization,
+            template=config.data.template,
             use_rslora=rslora,
         )

@@ -119,7 +119,7 @@ def adapters_in_bfloat16(monkeypatch):
 
 def loss_in_bfloat16(monkeypatch):
     total, head = jnp.sum, Llama.head
-    monkeypatch.setattr(Llama, "head", lambda self, h: rounded(head(self, h)))
+    monkeypatch.setattr(Llama, "head", lambda self, *args: rounded(head(self, *args)))
     monkeypatch.setattr(jnp, "sum", lambda x, *args, **keys: rounded(total(x, *args, **keys)))
     return "loss"
 

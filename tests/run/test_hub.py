@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -16,132 +11,34 @@ from huggingface_hub import constants
 from jax_lora.files import write_json
 from jax_lora.run import hub
 from jax_lora.weights import base, peft
+from tests.run.hub_server import StandIn, serve
 from tests.scripts import run
 from tests.weights.test_convert import adapter
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class StandIn(ThreadingHTTPServer):
-    """The part of the hub that a commit needs: small files in it, large ones by Git LFS.
-
-    Attributes:
-      repositories: name → path → content.
-      objects: what came by LFS, by its sha256; weights come so where `large` says so.
-      token: that is let in.
-      refuses: part of the paths that are answered with 403.
-    """
-
-    def __init__(self):
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.objects: dict[str, bytes] = {}
-        self.token, self.refuses, self.large = "hf_test", "nothing", False
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._answer(b"")
-
-    def do_POST(self) -> None:
-        self._answer(self._body())
-
-    def do_PUT(self) -> None:  # to an address that the batch gave away, without a token
-        content = self._body()
-        self.server.objects[hashlib.sha256(content).hexdigest()] = content
-        self._send(200, {})
-
-    def _body(self) -> bytes:
-        size = int(self.headers.get("Content-Length") or 0)
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while length := int(self.rfile.readline(), 16):
-                body += self.rfile.read(length)
-                self.rfile.readline()
-            self.rfile.readline()
-            return body
-        return self.rfile.read(size)
-
-    def _answer(self, body: bytes) -> None:
-        path, code, found = self.path.split("?")[0], 200, {}
-        parts = path.strip("/").split("/")
-        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
-            code, found = 401, {"error": "Invalid user token."}
-        elif self.server.refuses in path:
-            code, found = 403, {"error": "Forbidden: no write access."}
-        elif path == "/api/whoami-v2":
-            found = {"type": "user", "name": "me", "orgs": []}
-        elif path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
-            self.server.repositories.setdefault(name, {})
-            found = {"url": f"{self.server.address}/{name}", "name": name}
-        elif path == "/api/validate-yaml":
-            found = {"errors": [], "warnings": []}
-        elif "preupload" in parts:
-            files = [file["path"] for file in json.loads(body)["files"]]
-            modes = [self._mode(file) for file in files]
-            found = {
-                "files": [
-                    {"path": file, "uploadMode": mode, "shouldIgnore": False}
-                    for file, mode in zip(files, modes, strict=True)
-                ]
-            }
-        elif path.endswith(".git/info/lfs/objects/batch"):
-            upload = {"upload": {"href": f"{self.server.address}/lfs"}}
-            objects = [one | {"actions": upload} for one in json.loads(body)["objects"]]
-            found = {"transfer": "basic", "objects": objects}
-        elif "commit" in parts:
-            name = "/".join(parts[2:4])
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.repositories[name][line["value"]["path"]] = content
-                if line["key"] == "lfsFile":
-                    content = self.server.objects[line["value"]["oid"]]
-                    assert line["value"]["size"] == len(content)
-                    self.server.repositories[name][line["value"]["path"]] = content
-            url = f"{self.server.address}/{name}/commit/{COMMIT}"
-            found = {"commitUrl": url, "commitOid": COMMIT, "hookOutput": "", "success": True}
-        elif parts[:2] == ["api", "models"]:
-            found = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [], "private": False}
-        self._send(code, found)
-
-    def _mode(self, file: str) -> str:
-        return "lfs" if self.server.large and file.endswith(".safetensors") else "regular"
-
-    def _send(self, code: int, found: dict[str, Any]) -> None:
-        content = json.dumps(found).encode()
-        self.send_response(code)
-        if code >= 400:
-            self.send_header("X-Error-Message", str(found["error"]))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+# The hub's client sends files in a way of its own HTTP library that has a new name.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture
-def standin(monkeypatch) -> Iterator[StandIn]:
-    server = StandIn()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def standin(monkeypatch, tmp_path) -> Iterator[StandIn]:
+    with serve(tmp_path / "storage") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+
+
+@pytest.fixture
+def route(standin, request, monkeypatch) -> str:
+    """The route of large files: a user without hf_xet has the two of Git LFS alone."""
+    standin.route = request.param
+    if standin.route == "xet":
+        hf_xet = pytest.importorskip("hf_xet")
+        if not hasattr(hf_xet, "XetSession"):
+            pytest.skip("an hf_xet that has no sessions")
+    # Where hf_xet is installed, the client takes it without a question.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", standin.route != "xet")
+    return standin.route
 
 
 @pytest.fixture
@@ -174,25 +71,27 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's client's own
-@pytest.mark.parametrize(
-    ("kind", "large"), [("adapter", False), ("merged", False), ("adapter", True), ("merged", True)]
-)
-def test_a_folder_is_sent_whole_with_its_card(
-    standin, trained, tiny_model, tmp_path, monkeypatch, kind, large
-):
-    standin.large = large
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # which has no stand-in
+@pytest.mark.parametrize("route", ["regular", "basic", "multipart", "xet"], indirect=True)
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_folder_is_sent_whole_with_its_card(standin, trained, tiny_model, tmp_path, route, kind):
     flags = [str(trained), str(tmp_path / "out"), "--fold-scale"]
     if kind == "merged":
         flags = [str(tiny_model), str(tmp_path / "out"), f"--merge={trained}"]
     done = run("convert.py", *flags, "--push=me/tuned")
     assert done.returncode == 0, done.stderr
     assert f"sent to {standin.address}/me/tuned\nwrote {tmp_path / 'out'}\n" in done.stdout
-    assert standin.repositories == {"me/tuned": files(tmp_path / "out")}
+    written = files(tmp_path / "out")
+    weights = {"adapter": "adapter_model.safetensors", "merged": "model.safetensors"}[kind]
+    expected = {".gitattributes": b""} | written
+    if route == "xet":  # the commit names it, the bytes are in the other storage
+        expected[weights] = hashlib.sha256(written[weights]).hexdigest().encode()
+        stored = standin.stored(tmp_path / "out" / weights, tmp_path / "back")
+        assert stored == written[weights]
+    assert standin.repositories == {"me/tuned": expected} and len(standin.commits) == 1
+    assert list(standin.objects.values()) == [written[weights]] * (route in ("basic", "multipart"))
+    assert len(standin.parts) > 1 if route == "multipart" else not standin.parts
     sent = standin.repositories["me/tuned"]
     weights = {"adapter": "adapter_model.safetensors", "merged": "model.safetensors"}[kind]
-    assert list(standin.objects.values()) == [sent[weights]] * large
     assert {weights, "README.md", "jax_lora.json"} <= sent.keys()
     card = sent["README.md"].decode()
     for text in (
@@ -235,15 +134,97 @@ def test_a_wrong_token_is_one_line_before_any_work(standin, trained, tmp_path):
     done = run("convert.py", str(trained), str(tmp_path / "out"), "--push=me/tuned")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: --push: found no access to the hub, expected the token")
+    assert f"401 Unauthorized (GET {standin.address}/api/whoami-v2)" in done.stderr
     assert not (tmp_path / "out").exists() and not standin.repositories
 
 
-def test_a_refused_commit_leaves_the_folder_and_says_how_to_send_it(standin, trained, tmp_path):
-    standin.refuses = "/commit/"
+def test_a_token_that_may_only_read_is_one_line_before_any_work(standin, trained, tmp_path):
+    standin.role = "read"
     done = run("convert.py", str(trained), str(tmp_path / "out"), "--push=me/tuned")
-    assert done.returncode == 1
-    assert f"send it with `hf upload me/tuned {tmp_path / 'out'}`" in done.stderr
-    assert peft.load(tmp_path / "out").rank == 3
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --push: found a token that may only read, expected one that may write\n"
+    )
+    assert not (tmp_path / "out").exists() and not standin.repositories
+
+
+# Where it fails, and with what; the routes of large files fail in places of their own.
+REFUSED = [
+    ("basic", "/api/repos/create", 401, "you are not in this organization"),
+    ("basic", "/api/repos/create", 403, "you may not create a model here"),
+    ("basic", "/tree/", 404, "no such repository"),
+    ("basic", "/preupload/", 404, "no such repository"),
+    ("basic", "/objects/batch", 403, "no space left"),
+    ("basic", "/basic", 403, "the address has expired"),
+    ("basic", "/verify", 404, "no such object"),
+    ("multipart", "/part/2", 403, "the address has expired"),
+    ("multipart", "/complete/", 400, "a part is missing"),
+    ("xet", "/xet-write-token/", 403, None),  # the Rust client says it in its own words
+    *(
+        (route, "/commit/", code, "you may not write here")
+        for route in ("regular", "basic", "multipart", "xet")
+        for code in (401, 403, 404)
+    ),
+]
+
+
+@pytest.mark.parametrize(("route", "path", "code", "reason"), REFUSED, indirect=["route"])
+def test_a_failure_halfway_leaves_no_commit_and_says_how_to_go_on(
+    standin, trained, tmp_path, route, path, code, reason
+):
+    standin.refuse(path, code, reason or "no")
+    done = run("convert.py", str(trained), str(tmp_path / "out"), "--push=me/tuned")
+    assert done.returncode == 1 and "sent to" not in done.stdout
+    *_, last = done.stderr.splitlines()  # after the progress bars of the hub's client
+    assert last.startswith("error: --push: me/tuned: ") and done.stderr.count("\nerror: ") <= 1
+    assert last.endswith(f"send it with `hf upload me/tuned {tmp_path / 'out'}`")
+    assert reason is None or f"{code} {reason} (" in last
+    assert str(code) in last
+    assert not standin.commits and peft.load(tmp_path / "out").rank == 3
+
+
+def test_an_object_that_the_batch_refuses_is_named(standin, trained, tmp_path, monkeypatch):
+    standin.route, standin.quota = "basic", 100
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    done = run("convert.py", str(trained), str(tmp_path / "out"), "--push=me/tuned")
+    assert done.returncode == 1 and not standin.commits
+    assert "the quota of 100 bytes" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("route", ["basic", "multipart"], indirect=True)
+def test_what_a_failed_upload_sent_is_not_sent_again(standin, trained, tmp_path, route):
+    standin.refuse("/commit/", 403, "not yet")
+    run("convert.py", str(trained), str(tmp_path / "out"), "--push=me/tuned")
+    standin.refuses = None
+    standin.requests.clear()
+    hub.push(str(tmp_path / "out"), "me/tuned", lambda text: None)
+    assert not [one for one in standin.requests if one.startswith("PUT")]
+    assert standin.repositories["me/tuned"] == {".gitattributes": b""} | files(tmp_path / "out")
+
+
+def test_a_repository_that_exists_becomes_the_folder_and_keeps_other_files(
+    standin, trained, tmp_path
+):
+    """A model whose adapter was merged must not be read with an adapter of an earlier push."""
+    stale = ("model.safetensors", "model-00001-of-00002.safetensors", "config.json")
+    stale += ("model.safetensors.index.json", "tokenizer.json", "chat_template.jinja")
+    others = ("LICENSE", "figures/loss.png", "old/model.safetensors", "q4.gguf", ".gitattributes")
+    old = dict.fromkeys((*stale, *others, "README.md"), b"old")
+    standin.repositories["me/tuned"] = dict(old)
+    done = run("convert.py", str(trained), str(tmp_path / "out"), "--push=me/tuned")
+    assert done.returncode == 0, done.stderr
+    expected = dict.fromkeys(others, b"old") | files(tmp_path / "out")
+    assert standin.repositories["me/tuned"] == expected and len(standin.commits) == 1
+
+
+def test_a_folder_of_many_files_is_one_commit(standin, tmp_path):
+    """Else a failure may leave some shards of a model without the others."""
+    for i in range(300):
+        (tmp_path / "out" / "sub").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "sub" / f"{i}.txt").write_text(str(i))
+    hub.push(str(tmp_path / "out"), "me/many", lambda text: None)
+    assert standin.repositories["me/many"] == {".gitattributes": b""} | files(tmp_path / "out")
+    assert len(standin.commits) == 1
 
 
 def test_nothing_is_sent_without_being_asked():

@@ -7,7 +7,7 @@ import jax_lora
 from jax_lora.errors import Stopped
 from jax_lora.training.optimizers import OPTIMIZERS
 
-RATES = {"adamw": 1e-2, "adam": 1e-2, "sgd": 1.0, "adafactor": 1.0, "lion": 1e-3}
+RATES = {"sgd": 1.0, "adafactor": 1.0, "lion": 1e-3}  # the others: 0.01
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def config(tiny_run):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_run_equals_an_unbroken_one(config, tmp_path, name):
-    changes = {"optim.name": name, "optim.learning_rate": RATES[name]}
+    changes = {"optim.name": name, "optim.learning_rate": RATES.get(name, 1e-2)}
     config = config.replace(max_steps=4, **changes)
     unbroken = jax_lora.Run.open(config, tmp_path / "unbroken").train()
     asked = iter((False, True))

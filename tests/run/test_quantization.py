@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import jax_lora
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import read_json
 from jax_lora.model import lora
-from jax_lora.run import folder, prepare
+from jax_lora.run import folder, prepare, scoring
 from jax_lora.run.convert import convert
 from jax_lora.weights import base, hf, origin, peft
 from tests import quantized
@@ -64,6 +66,7 @@ def test_gguf_blocks_train_as_their_weights(run, config, tmp_path):
         {"model_quantization": "int8", "lora.variant": "dora", "remat": "none"},
         {"model_quantization": "gguf", "lora.init": "pissa", "data.packed": True},
         {"model_quantization": "int8", "trainable": (r"lora/.*/[ab]", r"params/norm/.*")},
+        {"model_quantization": "gguf", "lora.targets": ("q_proj", "lm_head"), "loss_chunk": 64},
     ],
 )
 def test_variants_train_and_are_scored(config, tmp_path, changes):
@@ -73,15 +76,51 @@ def test_variants_train_and_are_scored(config, tmp_path, changes):
     assert len(scores) > 0
 
 
-def test_scores_and_checks(run, caplog):
+def test_scores_and_checks(run, monkeypatch):
     assert len(run.score(["seen"])) > 0
-    said = []
+    said, held, load, read = [], [], scoring.load, base.load
+
+    def loaded(*arguments):
+        scored = load(*arguments)
+        held.append([weakref.ref(x) for x in jax.tree.leaves(scored.variables["params"])])
+        return scored
+
+    def read_alone(*arguments):
+        gc.collect()
+        assert all(leaf() is None for leaves in held for leaf in leaves)  # one base at a time
+        return read(*arguments)
+
+    monkeypatch.setattr(scoring, "load", loaded)
+    monkeypatch.setattr(base, "load", read_alone)
     again = jax_lora.Run.open(None, run.workdir, say=said.append)
     again.check(prompts=8)  # what it returns depends on the compiler's flags, too
     moved = [text for text in said if " gradient " in text]
     assert moved and all(float(text.split()[-2].rstrip(",")) < 1e-5 for text in moved)
     (line,) = [text for text in said if "moves a logit" in text]
-    assert "the base in gguf moves a logit by up to" in line and "from the base in none" in line
+    assert "the base in none in place of gguf moves a logit by up to" in line
+    assert len(held) == 2
+
+
+def test_products_of_integers_are_an_option(config, tmp_path):
+    made = jax_lora.Run.open(config(model_quantization="int8"), tmp_path / "r")
+    made.train()
+    made.score(["seen"])
+    settings = made.workdir / "eval" / "seen" / "settings.json"
+    assert "int8_products" not in read_json(settings)
+    made.score(["seen"], int8_products=True)  # other settings: all answers are made again
+    assert read_json(settings)["int8_products"] is True
+    said = []
+    jax_lora.Run.open(None, made.workdir, say=said.append).check(prompts=8, int8_products=True)
+    moved = [text.strip() for text in said if "moves a logit" in text]
+    assert moved[0].startswith("multiplying integers moves a logit by up to ")
+    assert moved[1].startswith("the base in none in place of int8 moves a logit by up to ")
+    assert all(float(text.split("up to ")[1].split()[0]) > 0 for text in moved)
+    assert sum("answers to 8 prompts that change" in text for text in said) == 2
+    updates = [text for text in said if " gradient " in text]  # training multiplies no integers
+    assert updates and all(float(text.split()[-2].rstrip(",")) < 1e-5 for text in updates)
+    for changes in ({"model_quantization": "nf4"}, {"lora.init": "pissa"}):
+        with pytest.raises(ConfigError, match="eval.int8_products"):
+            config(**{"model_quantization": "int8", "eval.int8_products": True} | changes)
 
 
 def test_the_form_decides_results(run):

@@ -1,11 +1,16 @@
 """A run whose frozen kernels are one array per layer, as on a GPU without remat."""
 
+import jax
 import numpy as np
+import pytest
 
 import jax_lora
+from jax_lora.planning import counts
+from jax_lora.run import initial_weights
 from jax_lora.training import unstacked
 from jax_lora.training.resolve import Resolved
 from jax_lora.training.unstacked import put
+from jax_lora.weights import base as base_weights
 
 
 def test_a_run_trains_and_validates_as_with_stacks(tiny_run, tmp_path, monkeypatch):
@@ -20,8 +25,36 @@ def test_a_run_trains_and_validates_as_with_stacks(tiny_run, tmp_path, monkeypat
     monkeypatch.setattr(unstacked, "put", spied)
     for unstacks in (False, True):
         monkeypatch.setattr(Resolved, "unstacks", unstacks)
+        monkeypatch.setattr(initial_weights, "_CACHED", {})
         run = jax_lora.Run.open(config, tmp_path / str(unstacks))
         metrics.append(run.train())
         assert ("kernel" in loaded) == unstacks
     columns = ["loss", "gradient_norm"]
     np.testing.assert_allclose(metrics[0][columns], metrics[1][columns], rtol=1e-5)
+
+
+@pytest.mark.parametrize("forms", [(put, None, put), (None, put, None)])
+def test_one_read_of_the_base_gives_both_forms(tiny_model, monkeypatch, forms):
+    """Training unstacks it and scoring stacks it: the same arrays as of a base that is read for
+    each, and what somebody holds stays what it was."""
+    load, read = base_weights.load, []
+
+    def counted(*arguments):
+        read.append(arguments)
+        return load(*arguments)
+
+    trains = jax.tree.map(lambda _: False, counts.base_shapes(base_weights.read_config(tiny_model)))
+    whole = []
+    for form in forms:
+        monkeypatch.setattr(initial_weights, "_CACHED", {})
+        whole.append(initial_weights.load_base(str(tiny_model), "bfloat16", trains, form))
+    monkeypatch.setattr(initial_weights, "_CACHED", {})
+    monkeypatch.setattr(base_weights, "load", counted)
+    found = [initial_weights.load_base(str(tiny_model), "bfloat16", trains, form) for form in forms]
+    for one, other in zip(found, whole, strict=True):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        assert [x.dtype for x in jax.tree.leaves(one)] == [x.dtype for x in jax.tree.leaves(other)]
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert len(read) == 1
+    initial_weights.load_base(str(tiny_model), "float32", trains, forms[0])  # another dtype is read
+    assert len(read) == 2
