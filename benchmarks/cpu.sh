@@ -2,7 +2,8 @@
 # Our speed on a CPU beside transformers + PEFT, SmolLM2-135M's shape: bash benchmarks/cpu.sh [PART…]
 # Without parts: training in bfloat16 and float32, scoring in bfloat16; under 5 minutes on two quiet
 # cores. The others: decode32, mix, mix32 (the task mix through `generate`), epoch, epoch32, and
-# noamx, noamx32 (training as on a CPU without bfloat16 products). Results lie in runs/cpu.
+# noamx32 (training as on a CPU without bfloat16 products, where dtype="auto" is float32). Results
+# lie in runs/cpu.
 # PYTHON names an interpreter with the parity extra.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,7 +20,7 @@ measure() { # NAME DTYPE FLAGS…
 }
 
 mix() { # NAME DTYPE
-	"$python" -m benchmarks.decoding --peer=hf --dtype="$2" --repeats=1 \
+	"$python" -m benchmarks.decoding --peer=hf --dtype="$2" --isolate --repeats=3 \
 		--new-tokens=64 --out="$out/$1"
 }
 
@@ -30,13 +31,12 @@ avx2() { # NAME DTYPE FLAGS…: neither side gets other instructions
 }
 
 # Each side in its own process: threads of torch that wait for work would slow the other side.
-decode="--parts=decode --apart --shapes=1x128 --batches=32 --new-tokens=32 --repeats=3"
+decode="--parts=decode --isolate --shapes=1x128 --batches=32 --new-tokens=32 --repeats=3"
 [ $# -gt 0 ] || set -- step step32 decode
 for part in "$@"; do
 	case $part in
 		step) measure step bfloat16 --parts=step ;;
 		step32) measure step32 float32 --parts=step ;;
-		noamx) avx2 noamx bfloat16 --parts=step ;;
 		noamx32) avx2 noamx32 float32 --parts=step ;;
 		epoch) measure epoch bfloat16 --parts=epoch --examples=32 --repeats=1 ;;
 		epoch32) measure epoch32 float32 --parts=epoch --examples=32 --repeats=1 ;;

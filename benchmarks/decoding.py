@@ -6,7 +6,8 @@ The prompts are those of the test tasks of ../shared/data/niv2-slice, through th
 reader and template; an answer ends where the model ends it. (`run.py --parts=decode` measures
 prompts of one length whose answers never end early.) The peer answers its batches sorted by
 length, padded on the left, with its cache and sdpa attention. Sides take turns; the first call of
-each, which compiles, does not count.
+each, which compiles, does not count. With --isolate each has its own process: on a CPU threads of
+torch that wait for work would slow ours.
 Results are in FOLDER/decoding.json and, as a table, in FOLDER/decoding.md.
 """
 
@@ -15,11 +16,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,9 @@ class Work:
     tasks: list[str]
     new_tokens: int
     end: int
+
+
+Side = Callable[[Work], Answers]
 
 
 def mix(
@@ -90,7 +96,7 @@ def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
     return answer
 
 
-def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
+def their_side(model: str, dtype: str, batch: int) -> Side:
     """Answers of transformers' generate."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers
@@ -134,14 +140,35 @@ def their_side(model: str, dtype: str, batch: int) -> Callable[[Work], Answers]:
     return answer
 
 
+_side: Side  # of a process that `isolated` started
+
+
+def isolated(make: Callable[..., Side], *args: Any) -> Side:
+    """The side `make(*args)`, in its own process."""
+    pool = ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(make, *args)
+    )
+    return lambda work: pool.submit(_answer, work).result()
+
+
+def _begin(make: Callable[..., Side], *args: Any) -> None:
+    global _side
+    cli.keep_memory()
+    _side = make(*args)
+
+
+def _answer(work: Work) -> Answers:
+    return _side(work)
+
+
 # ------------------------------------------------------------------ the stopwatch
 
 
 def measure(
-    sides: dict[str, Callable[[Work], Answers]],
+    sides: dict[str, Side],
     work: Work,
     repeats: int,
-    reference: Callable[[Work], Answers] | None = None,
+    reference: Side | None = None,
 ) -> dict:
     """Seconds of every side and call, in turn, and whether the answers are the same.
 
@@ -208,15 +235,21 @@ def main(argv: Sequence[str]) -> None:
     flag("--prompts", type=int, help="most in all")
     flag("--new-tokens", default="64,128", help="most of an answer")
     flag("--repeats", type=int, default=3, help="calls that count, behind one that does not")
+    flag("--isolate", action="store_true", help="each side in its own process")
     flag("--out", type=Path, default=REPOSITORY / "runs" / "benchmark")
     flags = parser.parse_args(argv)
 
     cli.set_xla_flags()
     cli.keep_memory()  # as eval.py does; the peer gains as much
     buckets = tuple(map(int, flags.buckets.split(",")))
-    sides = {"ours": our_side(flags.model, flags.dtype, flags.batch, buckets)}
+
+    def side(make: Callable[..., Side], *more: Any) -> Side:
+        settings = (flags.model, flags.dtype, flags.batch, *more)
+        return isolated(make, *settings) if flags.isolate else make(*settings)
+
+    sides = {"ours": side(our_side, buckets)}
     if flags.peer == "hf":
-        sides["theirs"] = their_side(flags.model, flags.dtype, flags.batch)
+        sides["theirs"] = side(their_side)
     reference = None
     if flags.dtype != "float32":
         reference = our_side(flags.model, "float32", flags.batch, buckets)

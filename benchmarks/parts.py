@@ -63,7 +63,7 @@ def _product(name: str, dtype: str, side: int) -> Record:
 
 def step(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """A training step of every case on both sides."""
-    if flags.apart:
+    if flags.isolate:
         yield from _in_own_processes(flags, sides, flags.cases)
         return
     for case in flags.cases:
@@ -151,7 +151,7 @@ def startup(flags: Namespace, sides: list[str]) -> Iterator[Record]:
 def decode(flags: Namespace, sides: list[str]) -> Iterator[Record]:
     """Greedy continuations of random prompts of one length, which nothing ends early."""
     cases = [replace(case, rows=rows) for case in flags.cases for rows in flags.batches]
-    if flags.apart:
+    if flags.isolate:
         yield from _in_own_processes(flags, sides, cases, flags.new_tokens)
         return
     for case in cases:

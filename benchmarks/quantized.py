@@ -26,6 +26,10 @@ MIB = 2**20
 
 def measure(model: str, form: str, rows: int, length: int, steps: int, dtype: str) -> Any:
     """The measurements of one form, in this process."""
+    from jax_lora import cli
+
+    cli.keep_memory()  # as train.py does, but all is compiled anew, so that peaks compare
+    cli.set_xla_flags()
     import jax
     import jax.numpy as jnp
     import optax

@@ -2,13 +2,13 @@
 
     python benchmarks/run.py                                  ours alone, SmolLM2's shape
     python benchmarks/run.py --peer=hf_peft --parts=step,epoch,startup
-    python benchmarks/run.py --peer=hf_peft --size=7b --dtype=bfloat16 --ranks=8,4096,full --apart
+    python benchmarks/run.py --peer=hf_peft --size=7b --dtype=bfloat16 --ranks=8,4096,full --isolate
 
 Parts: `products` says what plain matrix products reach here; `step` times a training step on
 identical batches (tokens, mask, weights, adapters), the sides taking turns, and says whether their
 losses agree; `epoch` the real task mix with each side's own batching; `startup` fresh processes;
 `curves` time against rank, length, batch, depth and number of examples; `decode` greedy decoding.
-With --apart, for models of which a device holds but one, each side has its own process and random
+With --isolate, for models of which a device holds but one, each side has its own process and random
 weights. Every result is in FOLDER/results.json, and in the tables of FOLDER/results.md, as soon
 as it is there.
 """
@@ -68,8 +68,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--loss-chunk", type=int, default=256, help="positions with logits at a time; ours")
     flag("--layers", type=int, default=0, help="in place of the size's own")
     flag("--repeats", type=int, default=5, help="steps that count, behind two that do not")
-    flag("--apart", action="store_true", help="step, decode: each side in its own process")
-    flag("--profile", action="store_true", help="with --apart: our kernels of one more call")
+    flag("--isolate", action="store_true", help="step, decode: each side in its own process")
+    flag("--profile", action="store_true", help="with --isolate: our kernels of one more call")
     flag("--examples", type=int, default=64, help="epoch: rows of the task mix")
     flag("--batches", default="1,32", help="decode: rows of a batch")
     flag("--new-tokens", type=int, default=64, help="decode: tokens per row")

@@ -7,7 +7,9 @@ Training is a quarter of an hour; a full checkout's tests are 4,380 prompts.
         --workdir=runs/smollm2
 
 Loss on the answers alone, and a learning rate for a model and a budget that are a fiftieth of the
-paper's.
+paper's. `data.source_length` is that of the paper's protocol, 1024, since only inputs are cut: the
+longest definition has a prompt of 913 tokens without an input (task212), 24 of 700 tasks have more
+than 320. It costs little, as the mean row of T100 has 200 tokens; with 320, 190.
 """
 
 from configs import base
@@ -21,13 +23,13 @@ def get_config(arg=None):
     config.data.test_per_task = 20
     config.data.answer_only = True
     config.data.loss_mean = "examples"  # else the labels' two tokens drown among the summaries
-    config.data.source_length = 320
+    config.data.source_length = 1024
     config.data.target_length = 64
-    config.data.buckets = (384,)
+    config.data.buckets = (384, 640, 1088)
     config.data.packed = True
     config.max_steps = 100
     config.batch_size = 16
-    config.micro_tokens = 768
+    config.micro_tokens = 1088
     config.loss_chunk = 128
     config.checkpoint_every = 25
     config.lora.targets = (*config.lora.targets, "gate_proj", "up_proj", "down_proj")
@@ -35,7 +37,7 @@ def get_config(arg=None):
     config.optim.learning_rate = 1.2e-3
     config.optim.warmup_steps = 5
     config.eval.max_new_tokens = 24
-    config.eval.buckets = (128, 192, 320)
+    config.eval.buckets = (128, 192, 320, 512, 1024)
     config.eval.max_batch = 32
     config.eval.batch_tokens = 4096
     return base.override(config, arg, **base.SHORT)

@@ -4,7 +4,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,7 +127,12 @@ def test_the_script_for_cards_asks_for_what_there_is(size, tmp_path):
             check=True,
         )
     commands = [line.split() for line in log.read_text().splitlines()]
-    commands = [command for command in commands if "--report" not in command]
+    studies = [command for command in commands if "study.py" in command]
+    rounds = [0] if size == "tiny" else [0, 1, 2]
+    assert [command[-3:] for command in studies] == [
+        ["--only=round", "==", f"{number}"] for number in rounds
+    ]
+    commands = [command for command in commands if command not in studies[1:]]
     assert [re.search(rf"{tmp_path}/(\w+)", " ".join(c))[1] for c in commands] == parts  # pyright: ignore
     asked = {
         part: run.parse(command[1:])
@@ -140,6 +148,68 @@ def test_the_script_for_cards_asks_for_what_there_is(size, tmp_path):
         assert llama3.shape == CONFIGS["llama-3-8b"] and llama3.config.lora.targets == LINEAR
         assert (llama3.rank, llama3.rows, llama3.length) == (16, 2, 4096)
         assert llama3.config.lora.dropout == 0.1
+
+
+PRETENDS = """#!/bin/sh
+# Writes down what it was asked, and leaves what a study that was stopped leaves.
+echo "$*" >>{log}
+case $* in *--report*) exit 0 ;; esac
+mkdir -p {out}/study/cells/a/checkpoints/3 {out}/study/cells/b
+echo big >{out}/study/cells/a/checkpoints/3/state
+echo done >{out}/study/cells/b/done.json
+echo results >{out}/study/results.parquet
+exit 75
+"""
+
+
+def test_a_study_goes_to_a_machine_in_parts_and_back_to_the_next_one(tmp_path):
+    """Packed here; unpacked, stopped and packed up there; gone on with on a third machine."""
+    data, model = tmp_path / "niv2", tmp_path / "base.gguf"
+    (data / "tasks").mkdir(parents=True)
+    (data / "tasks" / "task1.json").write_text("{}")
+    model.write_bytes(bytes(range(251)) * 11)
+    carried = tmp_path / "carried"
+    settings = {"PACKED": str(carried), "DATA": str(data), "MODEL": str(model)}
+
+    def on_machine(name: str, *parts: str) -> str:
+        out, log, python = (tmp_path / name / x for x in ("out", "log", "python"))
+        out.parent.mkdir()
+        python.write_text(PRETENDS.format(log=log, out=out))
+        python.chmod(0o755)
+        changes = settings | {"PYTHON": str(python), "OUT": str(out), "STUDY": "--config.x=1"}
+        subprocess.run(
+            ["bash", "benchmarks/gpu.sh", *parts],
+            cwd=work.REPOSITORY,
+            env=os.environ | changes,
+            check=True,
+        )
+        return log.read_text() if log.exists() else ""
+
+    on_machine("here", "pack")
+    assert sorted(path.name for path in carried.iterdir()) == ["base.aa", "base.ab", "niv2.tar.xz"]
+    sizes = [(carried / f"base.a{x}").stat().st_size for x in "ab"]
+    assert sum(sizes) == model.stat().st_size and max(sizes) - min(sizes) <= 1
+
+    settings |= {"DATA": str(tmp_path / "none"), "MODEL": str(tmp_path / "there" / "base.gguf")}
+    asked = on_machine("first", "study").splitlines()
+    there = f"model={settings['MODEL']},data={carried / 'niv2'}"
+    assert [line.partition("--only=")[2] for line in asked] == [
+        *(f"round == {i} --config.x=1" for i in range(3)), "",
+    ]  # fmt: skip
+    assert all(f"study_smollm2.py:{there} " in line for line in asked[:3])
+    assert Path(settings["MODEL"]).read_bytes() == model.read_bytes()
+    assert (carried / "niv2" / "tasks" / "task1.json").read_text() == "{}"
+
+    shutil.copy(tmp_path / "first" / "out" / "study.tar.xz", carried)
+    settings["ROUNDS"] = "1"
+    assert on_machine("second", "study").count("--only=round == 1") == 1
+    study = tmp_path / "second" / "out" / "study"
+    assert (study / "cells" / "b" / "done.json").read_text() == "done\n"
+    with tarfile.open(carried / "study.tar.xz") as packed:  # what the second machine began with
+        names = packed.getnames()
+    assert "study/cells/b/done.json" in names and not any("checkpoints" in n for n in names)
+    settings["LIMIT"] = "30"  # no time for a cell and a report
+    assert "--only" not in on_machine("third", "study")
 
 
 # ---------------------------------------------------------------- beside the peer
