@@ -19,7 +19,10 @@ SHELL := /bin/bash
 .PHONY: help quickstart test slow parity oldest exactness lint base clean
 
 PIP := -m pip --disable-pip-version-check --no-input
-PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# One thread of numpy's and torch's libraries per worker: on toys several would wait for each other.
+test parity oldest exactness: export OMP_NUM_THREADS := 1
+# After a crash pytest-xdist would start a worker anew and then wait for it for ever.
+PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15
 
 help:
 	@echo "make quickstart  fine-tune a small model on a toy task: before, training, after"
@@ -55,13 +58,12 @@ test: $(VENV)/test/ready
 slow:
 	@$(MAKE) --no-print-directory test MARKS="slow and not parity"
 
-# One thread per worker: torch's threads on toys would wait for each other.
 parity: $(VENV)/parity/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/3] recorded values, made again"
 	@$(VENV)/parity/bin/python tests/record.py --check
 	@echo "[3/3] parity tests"
-	@OMP_NUM_THREADS=1 $(VENV)/parity/bin/python -m pytest $(TESTS) -m parity $(PYTEST_WORKERS)
+	@$(VENV)/parity/bin/python -m pytest $(TESTS) -m parity $(PYTEST_WORKERS)
 
 oldest: $(VENV)/oldest/ready
 	@echo "[2/2] tests with the oldest versions"
@@ -69,7 +71,7 @@ oldest: $(VENV)/oldest/ready
 		-m "not parity and not slow" $(PYTEST_WORKERS)
 
 exactness: $(VENV)/parity/ready
-	@OMP_NUM_THREADS=1 $(VENV)/parity/bin/python -m pytest tests -m promise $(PYTEST_WORKERS)
+	@$(VENV)/parity/bin/python -m pytest tests -m promise $(PYTEST_WORKERS)
 
 lint: $(VENV)/test/ready
 	@echo "[2/4] ruff check"

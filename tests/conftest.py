@@ -4,6 +4,7 @@ import atexit
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from jax_lora import signals
 from tests.exactness import Ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,12 +36,19 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # 1 is a float too
 )
 
+# A script's job in the background ignores SIGINT, one under nohup SIGHUP, and what they start does.
+for _number in set(signals.STOPS) - set(signals.heeded()):
+    signal.signal(_number, signal.SIG_DFL)
+
 # Scripts leave flags that are set: what runs here and in processes of their own is equal.
 os.environ.setdefault("XLA_FLAGS", "")
+
 
 LEDGER = pytest.StashKey[Ledger]()
 # Files of minutes. They begin first, or one worker would be at the last of them alone.
 LONG = (
+    "test_kills.py",
+    "test_reliability.py",
     "test_killed_runs.py",
     "test_many_devices.py",
     "test_train_on_many.py",
@@ -52,6 +61,15 @@ LONG = (
     "test_benchmarks.py",
     "test_wheel.py",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """A worker holds the compiled programs of one file. Those of all would fill its memory and,
+    on Linux, the number of maps that a process may have, at which XLA dies."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """Try what docs/reliability.md promises, and write that file.
 
-    python tests/reliability.py                # as often as the file says; about an hour
+    python tests/reliability.py                # as often as the file says; about two hours
     python tests/reliability.py --short        # a few tries of each, nothing is written
     python tests/reliability.py damage locks   # some of them; the rows of the others stay
+    python tests/reliability.py fuzz           # an hour, in as many processes as kinds of files
 
 A try that breaks a promise is printed and makes the exit code 1.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -293,36 +295,56 @@ def locks(ground: Ground, tries: int) -> list[Result]:
     return results
 
 
-def signals(ground: Ground, tries: int) -> list[Result]:
-    """Each stop signal at random moments of each script."""
-    out = ground.folder / "converted"
+def stopped_commands(ground: Ground) -> dict[str, tuple[list[str], Path, Path | None]]:
+    """What is stopped: script → its command, the folder that it writes, what that starts as."""
+    at = {name: ground.folder / f"stopped-{name}" for name in ("train", "eval", "study", "convert")}
     study = [f"--config={REPOSITORY}/configs/study_smoke.py", "--config.ranks=(2,)"]
-    workdirs = {name: ground.folder / f"stopped-{name}" for name in ("train", "study")}
+    study += ["--config.sets=('T2',)", "--config.toy.run.epochs=1", f"--workdir={at['study']}"]
     plan = [f"--config={REPOSITORY}/configs/lora_7b_a100.py:rank=2048", "--target=a100-80gb"]
-    shutil.copytree(ground.run, ground.fresh("stopped-eval"))
-    commands = {
-        "train": ground.train(workdirs["train"], 400),
-        "eval": ground.eval(ground.folder / "stopped-eval"),
-        "study": ground.script("study.py", f"--workdir={workdirs['study']}", *study),
-        "convert": ground.script("convert.py", str(ground.model), str(out)),
-        "plan": ground.script("plan.py", *plan),
-    }
+    return {
+        "train": (ground.train(at["train"], 40), at["train"], None),
+        "eval": (ground.eval(at["eval"]), at["eval"], ground.run),
+        "study": (ground.script("study.py", *study), at["study"], None),
+        "convert": (
+            ground.script("convert.py", str(ground.model), str(at["convert"])), at["convert"], None,
+        ),
+        "plan": (ground.script("plan.py", *plan), ground.folder / "nothing", None),
+    }  # fmt: skip
+
+
+def signals(ground: Ground, tries: int) -> list[Result]:
+    """Each stop signal at random moments of each script, of its first half minute.
+
+    Args:
+      tries: per script; a signal that came after the end of a process is not counted.
+    """
     results = []
-    for name, command in commands.items():
-        # How long it takes to its end, or to half a minute.
-        began, process = time.monotonic(), ground.start(command)
+    for number in STOPS:  # what nohup or a shell's background ignores, children would ignore too
+        signal.signal(number, signal.SIG_DFL)
+    for name, (command, workdir, start) in stopped_commands(ground).items():
+
+        def begin(command=command, workdir=workdir, start=start) -> subprocess.Popen[str]:
+            shutil.rmtree(workdir, ignore_errors=True)
+            if start:
+                shutil.copytree(start, workdir)
+            return ground.start(command)
+
+        # How long it takes to its end, or to half a minute; what it compiles is there afterwards.
+        began, process = time.monotonic(), begin()
         try:
             process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
             process.terminate()
             process.communicate()
         length = time.monotonic() - began
-        rng, outcomes, broken, slowest = random.Random(0), Counter(), [], 0.0
-        for number in range(tries):
-            shutil.rmtree(out, ignore_errors=True)
-            process = ground.start(command)
-            time.sleep(rng.uniform(0.05 * length, length))
-            number = STOPS[number % len(STOPS)]
+        rng, outcomes, broken, slowest, count = random.Random(0), Counter(), [], 0.0, 0
+        while count < tries:
+            process, number = begin(), STOPS[count % len(STOPS)]
+            time.sleep(rng.uniform(0.02, 1.0) * length)
+            if process.poll() is not None:
+                process.communicate()
+                continue
+            count += 1
             process.send_signal(number)
             began = time.monotonic()
             _, text = process.communicate(timeout=60)
@@ -336,11 +358,11 @@ def signals(ground: Ground, tries: int) -> list[Result]:
             if not good or "Traceback" in text:
                 broken.append(f"{name}, {number.name}: {process.returncode} {text[-500:]}")
         left = [path.name for path in ground.folder.glob(".*.new")]
-        said = ", ".join(f"{count} × {what}" for what, count in outcomes.items())
+        said = ", ".join(f"{times} × {what}" for what, times in sorted(outcomes.items()))
         results.append(
             Result(
                 "a stop: one line, exit code 75 (0 at the end), nothing temporary left",
-                f"SIGTERM, SIGINT, SIGHUP at random moments of {name}.py",
+                f"SIGTERM, SIGINT, SIGHUP in turn, at random moments of {name}.py",
                 tries,
                 f"{said}; the slowest ended after {slowest:.1f} s",
                 [*broken, *left],
@@ -381,9 +403,49 @@ def bounds(ground: Ground, share: int) -> list[Result]:
     return [Result(promise, how, len(rows), said, [str(row) for row in (*wrong, *over)])]
 
 
+# ---------------------------------------------------------------- damaged files
+
+FUZZED = {
+    "gguf": "GGUF models and tokenizers",
+    "hf": "Hugging Face: config.json, safetensors, their index, tokenizers",
+    "tasks": "tasks, splits, rows, chats, predictions",
+    "peft": "PEFT adapters and parameters.json",
+}
+
+
+def fuzz(ground: Ground, seconds: int) -> list[Result]:
+    """Readers fed with damaged files, see tests/fuzz.py; all kinds of files at the same time."""
+    script = str(REPOSITORY / "tests/fuzz.py")
+    processes = {
+        kind: subprocess.Popen(
+            [sys.executable, script, kind, f"--seconds={seconds}"], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=ground.environment,
+        )
+        for kind in FUZZED
+    }  # fmt: skip
+    results = []
+    for kind, process in processes.items():
+        text, _ = process.communicate()
+        *lines, last = text.splitlines()
+        end = re.fullmatch(rf"{kind}: (\d+) inputs, (\d+) findings", last)
+        if end is None or process.returncode not in (0, 1):
+            raise SystemExit(text)
+        promise = (
+            "a damaged file is read or refused: no other error, no end of the process, 5 s, 1 GB"
+        )
+        how = f"{seconds / 60:g} minutes of random damage to files of {FUZZED[kind]}"
+        said = f"{end[2]} findings"
+        findings = lines if int(end[2]) else []  # else they are warnings of libraries
+        results.append(Result(promise, how, int(end[1]), said, findings))
+    return results
+
+
 # ---------------------------------------------------------------- all of them
 
-TRIES = {damage: (100, 5), kills: (200, 8), locks: (10, 1), signals: (30, 1), bounds: (1, 10)}
+TRIES = {
+    damage: (100, 5), kills: (200, 8), locks: (10, 1), signals: (30, 1), bounds: (1, 10),
+    fuzz: (3600, 2),
+}  # fmt: skip
 
 
 def write(found: dict[str, list[Result]]) -> None:
@@ -405,7 +467,7 @@ def write(found: dict[str, list[Result]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="damage, kills, locks, signals, bounds")
+    parser.add_argument("names", nargs="*", help="damage, kills, locks, signals, bounds, fuzz")
     parser.add_argument("--short", action="store_true", help="a few tries of each")
     given = parser.parse_args()
     found: dict[str, list[Result]] = {}
