@@ -139,7 +139,7 @@ def test_the_script_for_cards_asks_for_what_there_is(size, tmp_path):
         for part, command in zip(parts, commands, strict=True)
         if command[0] == "benchmarks/run.py"
     }
-    assert len(asked) == 6 and all(flags.apart for flags in asked.values())
+    assert len(asked) == 6 and all(flags.isolate for flags in asked.values())
     if size == "7b":
         assert [case.rank for case in asked["ranks"].cases] == [8, 512, 2048, 4096]
         assert {(case.rows, case.length) for case in asked["ranks"].cases} == {(4, 2048)}
