@@ -29,6 +29,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FEW = 8  # tries, of the short form
 
 DOCUMENT = REPOSITORY / "docs" / "reliability.md"
 START, END = "<!-- measured -->\n", "<!-- end -->\n"  # what is between them is written here
@@ -217,11 +218,18 @@ def _damage(folder: Path, kind: str, rng: random.Random) -> None:
 # ---------------------------------------------------------------- kills, locks, signals
 
 
-def killed_commands(
-    ground: Ground,
-) -> dict[str, tuple[str, list[list[str]], Path | None, int]]:
-    """What is killed: name → what is compared, a command per process, the folder that it starts
-    from, and its share of the kills in eighths."""
+class Killed(NamedTuple):
+    """What is killed."""
+
+    kind: str  # what is compared
+    commands: list[list[str]]  # one per process
+    start: Path | None  # the folder that it starts from
+    share: int  # of the kills, in eighths
+    short: bool = False  # the others are killed by test_killed_runs.py and test_study.py
+
+
+def killed_commands(ground: Ground) -> dict[str, Killed]:
+    """What is killed, by name."""
     train = ground.train(Path("{workdir}"), 20, rank=2)[1:]
     packed = ["--config.data.packed=True", "--config.validate_every=3"]
     packed += ["--config.data.validation_per_task=2", "--config.keep=best"]
@@ -232,18 +240,20 @@ def killed_commands(
     study = [f"--config={REPOSITORY}/configs/study_smoke.py", "--config.ranks=(2,)"]
     study += ["--config.sets=('T2',)", "--config.toy.run.epochs=1", "--workdir={workdir}"]
     return {
-        "train.py": ("train", [train], None, 3),
-        "train.py, packed and validating": ("train", [packed], None, 1),
-        "train.py, packed and validating, in two processes": ("train", two, None, 1),
-        "eval.py": ("eval", [score], ground.run, 2),
-        "study.py": ("study", [[str(REPOSITORY / "study.py"), *study]], None, 1),
+        "train.py": Killed("train", [train], None, 3),
+        "train.py, packed and validating": Killed("train", [packed], None, 1),
+        "train.py, packed and validating, in two processes": Killed("train", two, None, 1, True),
+        "eval.py": Killed("eval", [score], ground.run, 2, True),
+        "study.py": Killed("study", [[str(REPOSITORY / "study.py"), *study]], None, 1),
     }
 
 
 def kills(ground: Ground, tries: int) -> list[Result]:
     """SIGKILL scripts again and again, see tests/killed_scripts.py."""
     results = []
-    for name, (kind, commands, start, share) in killed_commands(ground).items():
+    for name, (kind, commands, start, share, short) in killed_commands(ground).items():
+        if tries <= FEW and not short:
+            continue
         folder = ground.fresh("kills")
         folder.mkdir()
         spec = {"kind": kind, "commands": commands, "fresh": start and str(start)}
@@ -330,13 +340,15 @@ def signals(ground: Ground, tries: int) -> list[Result]:
             return ground.start(command)
 
         # How long it takes to its end, or to half a minute; what it compiles is there afterwards.
-        began, process = time.monotonic(), begin()
-        try:
-            process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.communicate()
-        length = time.monotonic() - began
+        length = 8.0  # which few tries are not worth: compiling is stopped as well
+        if tries > FEW:
+            began, process = time.monotonic(), begin()
+            try:
+                process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.communicate()
+            length = time.monotonic() - began
         rng, outcomes, broken, slowest, count = random.Random(0), Counter(), [], 0.0, 0
         while count < tries:
             process, number = begin(), STOPS[count % len(STOPS)]
@@ -443,7 +455,7 @@ def fuzz(ground: Ground, seconds: int) -> list[Result]:
 # ---------------------------------------------------------------- all of them
 
 TRIES = {
-    damage: (100, 5), kills: (200, 8), locks: (10, 1), signals: (30, 1), bounds: (1, 10),
+    damage: (100, 5), kills: (200, FEW), locks: (10, 1), signals: (30, 1), bounds: (1, 10),
     fuzz: (3600, 2),
 }  # fmt: skip
 
