@@ -21,6 +21,9 @@ SHELL := /bin/bash
 PIP := -m pip --disable-pip-version-check --no-input
 # One thread of numpy's and torch's libraries per worker: on toys several would wait for each other.
 test parity oldest exactness: export OMP_NUM_THREADS := 1
+# Most of the tests' time goes into compiling toys, so XLA is told to hurry; `make parity` and the
+# quickstart compile as users do.
+test oldest: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 # After a crash pytest-xdist would start a worker anew and then wait for it for ever.
 PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15
 
@@ -47,13 +50,11 @@ quickstart: $(VENV)/run/ready $(BASE)
 	@$(VENV)/run/bin/python eval.py --workdir=$(RUN)
 	@echo "All of it: $(RUN)"
 
-# The tests that read the small base skip where it cannot be fetched. Most of their time goes into
-# compiling toys, so XLA is told to hurry; `make parity` and the quickstart compile as users do.
+# The tests that read the small base skip where it cannot be fetched.
 test: $(VENV)/test/ready
 	@$(MAKE) --no-print-directory base || echo "No base model: the tests that read it will skip."
 	@echo "[2/2] tests"
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/test/bin/python -m pytest $(TESTS) \
-		-m "$(MARKS)" $(PYTEST_WORKERS)
+	@$(VENV)/test/bin/python -m pytest $(TESTS) -m "$(MARKS)" $(PYTEST_WORKERS)
 
 slow:
 	@$(MAKE) --no-print-directory test MARKS="slow and not parity"
@@ -67,8 +68,8 @@ parity: $(VENV)/parity/ready
 
 oldest: $(VENV)/oldest/ready
 	@echo "[2/2] tests with the oldest versions"
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/oldest/bin/python -m pytest $(OLDEST_TESTS) \
-		-m "not parity and not slow" $(PYTEST_WORKERS)
+	@$(VENV)/oldest/bin/python -m pytest $(OLDEST_TESTS) -m "not parity and not slow" \
+		$(PYTEST_WORKERS)
 
 exactness: $(VENV)/parity/ready
 	@$(VENV)/parity/bin/python -m pytest tests -m promise $(PYTEST_WORKERS)

@@ -19,7 +19,7 @@ from jax_lora.planning.compile import need
 from jax_lora.planning.memory import fewest, largest, memory
 from jax_lora.planning.targets import DEVICES
 from jax_lora.training.optimizers import OPTIMIZERS
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, many_cpus
 
 A100 = DEVICES["a100-80gb"]
 GROUPS = scale.groups()
@@ -165,8 +165,7 @@ def arguments(model, kind, **environment):
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("llama-7b", marks=pytest.mark.slow)])
 def test_arguments_on_eight_devices_are_the_plans_to_the_byte(model):
-    eight = "--xla_force_host_platform_device_count=8"
-    found = arguments(model, "cpu", XLA_FLAGS=eight)
+    found = arguments(model, "cpu", **many_cpus(8))
     for label, compiled, planned in found:
         assert compiled == planned, label
     if model == "tiny":
