@@ -1,12 +1,12 @@
 """What test_many_devices.py runs in processes of its own: a step on many devices and on one.
 
-    python -m tests.training.many_devices FOLDER MESH … [--more] [--families]
+    python -m tests.training.many_devices FOLDER MESH … [--more] [--optimizers] [--families]
         [--coordinator HOST:PORT --processes N --process I]
 
 A MESH is such as 2,2,2. FOLDER/I.json gets, for each, how far loss and gradients are from those of
-one device; with --more, what else is asked of 8 devices; with --families, each mesh for the small
-model of every family. With --more or in many processes, FOLDER/checkpoints and state.npz get the
-state after the last one's step.
+one device; with --more, what else is asked of 8 devices; with --optimizers, how far updates are on
+2,2,2; with --families, each mesh for the small model of every family. With --more or in many
+processes, FOLDER/checkpoints and state.npz get the state after the last one's step.
 """
 
 import argparse
@@ -249,6 +249,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("mesh", nargs="+")
     parser.add_argument("--more", action="store_true")
+    parser.add_argument("--optimizers", action="store_true")
     parser.add_argument("--families", action="store_true")
     parser.add_argument("--coordinator", default="")
     parser.add_argument("--processes", type=int, default=1)
@@ -271,7 +272,7 @@ def main():
         results["restored"] = saved_and_restored(state, given.folder)
         flags = (jax.process_index() == i for i in range(3))
         results["flags"] = [distributed.any_process(flag, state) for flag in flags]
-    if given.processes == 1:
+    if given.optimizers:
         results["optimizers"] = optimizers_on(sharding.make_mesh(MeshSizes(2, 2, 2)))
     if given.more:
         program, planned = compiled(sharding.make_mesh(MeshSizes(2, 2, 2)))
