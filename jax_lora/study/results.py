@@ -126,7 +126,8 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
     """Write cases.jsonl: of every test task the first example that models answer differently.
 
     The models are those of the largest set and the first round, one per method, rank and variant;
-    a task that all of them answer alike has no case.
+    a task that all of them answer alike has no case. Neither has a test set whose prompts are not
+    here, as where the cells' small files came from another machine: the next cell brings them.
 
     Args:
       cells: of the study.
@@ -158,8 +159,10 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
             for name, path in files.items()
         }
         shown: set[str] = set()
-        examples = next(iter(files.values())).with_name("examples.jsonl")
-        for example in read_jsonl(examples, pass_over_damage=True):
+        prompts = [path.with_name("examples.jsonl") for path in files.values()]
+        prompts.append(folder / "examples" / f"{test}-{first}.jsonl")  # of any cell of the round
+        there = [path for path in prompts if path.is_file()]
+        for example in read_jsonl(there[0], pass_over_damage=True) if there else ():
             key = example.get("task"), example.get("id")
             if not all(key in by_id for by_id in answers.values()):
                 continue  # a line of one of them is damaged

@@ -461,6 +461,18 @@ def test_cases_are_what_models_answer_differently(tmp_path, caplog):
     assert found[0]["answers"] == {"rank 4": "yes", "rank 16": "no", "full": "yes"}
     assert f"{damaged}: line 2 is not valid JSON" in caplog.text
 
+    # Cells that came without their prompts have cases once any cell of the round brings them.
+    prompts = [*tmp_path.glob("cells/*-T4-round0/eval/seen/examples.jsonl")]
+    text = prompts[0].read_text()
+    for path in prompts:
+        path.unlink()
+    results.write_cases(CELLS, tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert [case["task"] for case in found] == ["a, unseen: trained on T4, round 0"]
+    write_text(tmp_path / "examples" / "seen-0.jsonl", text)
+    results.write_cases(CELLS, tmp_path)
+    assert len((tmp_path / "cases.jsonl").read_text().splitlines()) == 2
+
 
 def test_a_further_metric_has_a_column(tmp_path):
     example = {"task": "t", "id": "1", "category": "c", "input": "?", "references": ["a b"]}
