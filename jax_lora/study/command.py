@@ -51,17 +51,17 @@ class Command:
         self._config, self._workdir, self._only = config, workdir, only
         self._say, self._train = say, train
 
-    def _check(self) -> tuple[list[grid.Cell], str]:
-        """The cells that are chosen, and the fingerprint of the data."""
+    def _check(self) -> tuple[list[grid.Cell], dict[str, str]]:
+        """The cells that are chosen, and the digests of data and base."""
         config, path = self._config, self._workdir / "study.json"
         cells = grid.cells_of(config)
         chosen = grid.choose(cells, self._only) if self._only else cells
         spec.check_same_study(path, config)
         with spec.inputs_of(config, self._workdir) as folder:
-            fingerprint = spec.check_input(config, folder, chosen)
-        spec.check_same_study(path, config, fingerprint)
+            digests = spec.check_input(config, folder, chosen)
+        spec.check_same_study(path, config, digests)
         choice.Choices.in_folder(config, self._workdir).check_only(chosen)
-        return chosen, fingerprint
+        return chosen, digests
 
     def dry_run(self, target: str | None, tokens_per_second: float | None) -> None:
         """Say what the cells cost, see `costs.dry_run`."""
@@ -97,7 +97,7 @@ class Command:
         """
         store = distributed.key_value_store()
         with Team(store, jax.process_index(), jax.process_count()) if store else Team() as team:
-            cells, fingerprint = self._check()  # one that fails here lets the other processes end
+            cells, digests = self._check()  # one that fails here lets the other processes end
             if not team.leads:  # the leader ends as the script does
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                     signal.signal(number, lambda *_: team.stop())
@@ -105,7 +105,7 @@ class Command:
             if not team.leads:
                 worker.follow()
                 return
-            worker.prepare(fingerprint)
+            worker.prepare(digests)
             with running(lambda _: RESUME):
                 state, failed = worker.run(cells, retry_failed)
         self._say(f"{state}\npython study.py --workdir={self._workdir} --report   # the report")

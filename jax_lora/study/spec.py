@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,16 +99,23 @@ def write_start(config: StudyConfig, workdir: Path, name: str) -> None:
         small.write_base(toy / name, toy / "tasks", template, c.vocabulary, seed, c.shape)
 
 
-def check_same_study(path: Path, config: StudyConfig, data_fingerprint: str = "") -> None:
+# What study.json knows by its digest → the key of its place, which another machine may change.
+DIGESTS = {"data_fingerprint": "config.run.data.path", "base_digest": "config.run.model"}
+
+
+def check_same_study(
+    path: Path, config: StudyConfig, digests: Mapping[str, str] | None = None
+) -> None:
     """Make sure that a study's folder is new or belongs to the same study.
 
-    What changes no result of a run, such as its micro-batch or its mesh, may differ. A key that
-    study.json lacks, because an older version wrote it, has its default there.
+    What changes no result of a run, such as its micro-batch or its mesh, may differ, and so may the
+    places of the base and the data. A key that study.json lacks, because an older version wrote
+    it, has its default there; a digest that it lacks is known by the place.
 
     Args:
       path: of study.json.
       config: of the study.
-      data_fingerprint: of its data, where it is known.
+      digests: of its data and its base by the names of `DIGESTS`, once they are known.
 
     Raises:
       ConfigError: the first key that differs, or one that study.json has under an old name.
@@ -121,9 +128,11 @@ def check_same_study(path: Path, config: StudyConfig, data_fingerprint: str = ""
     except ConfigError as error:
         raise ConfigError(f"{path} belongs to another version: {error}") from None
     found, wanted = dict(_identity(there)), dict(_identity(config))
-    if data_fingerprint:
-        found["data_fingerprint"] = saved.get("data_fingerprint")
-        wanted["data_fingerprint"] = data_fingerprint
+    for name, key in DIGESTS.items():
+        if name in saved:
+            del found[key], wanted[key]
+            if digests is not None:
+                found[name], wanted[name] = saved[name], digests.get(name)
     for key in dict.fromkeys((*wanted, *found)):
         one, other = (
             repr(values[key]) if key in values else "not set" for values in (found, wanted)
@@ -143,8 +152,9 @@ def _identity(config: StudyConfig) -> Iterator[tuple[str, object]]:
             yield f"config.{key}", value
 
 
-def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str:
-    """The fingerprint of the data, where every cell finds its base and its task set.
+def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
+    """The digests of the data and, but for a toy, of the base by the names of `DIGESTS`, where
+    every cell finds its base and its task set.
 
     Raises:
       ConfigError: a cell without a base, data or its task set; or two that would train the same.
@@ -160,7 +170,11 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> str
         sets = [name for name in inputs.task_sets(run) if name not in inputs.TESTS]
         _check_sets([cell.set], sets)
     base_weights.read_config(run.model)
-    return inputs.open_checkout(run.data.path, run.data.categories).fingerprint
+    checkout = inputs.open_checkout(run.data.path, run.data.categories)
+    found = {"data_fingerprint": checkout.fingerprint}
+    if config.run.model:
+        found["base_digest"] = inputs.base_digest(config.run.model)
+    return found
 
 
 def _check_matched(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +47,12 @@ class Worker:
         """Train what the leader of this worker trains, until it ends."""
         self.team.follow(lambda name: self.train(*spec.run_of(self.config, self.workdir, name)))
 
-    def prepare(self, data_fingerprint: str) -> None:
+    def prepare(self, digests: Mapping[str, str]) -> None:
         """Write study.json and, where the study has one, the toy base."""
         self.team.gather()
         if not (self.workdir / "study.json").is_file():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            saved = {"config": self.config.to_dict(), "data_fingerprint": data_fingerprint}
+            saved = {"config": self.config.to_dict(), **digests}
             write_json(self.workdir / "study.json", saved)
         if self.config.toy.instances:
             is_made = (self.workdir / "toy" / "toy-llama").is_dir

@@ -231,25 +231,34 @@ def test_what_is_wrong_is_named(changed, words):
 def test_a_folder_belongs_to_one_study(tmp_path):
     path, config = tmp_path / "study.json", study(run={"seed": 3})
     spec.check_same_study(path, config)  # there is none yet
-    saved = {"config": config.to_dict(), "data_fingerprint": "a"}
+    digests = {"data_fingerprint": "a", "base_digest": "m"}
+    saved = {"config": config.to_dict(), **digests}
     path.write_text(json.dumps(saved))
-    spec.check_same_study(path, study(run={"seed": 3, "micro_tokens": 1, "mesh": {"data": 2}}), "a")
-    for other, fingerprint, words in (
-        (study(run={"seed": 4}), "a", "config.run.seed is 3 there and 4 here"),
-        (study(run={"seed": 3}, rounds=(0,)), "a", "config.rounds is [0, 1, 2] there and [0] here"),
-        (config, "b", "data_fingerprint is 'a' there and 'b' here"),
-        (study(run={"seed": 3}, variants={"x": {"seed": 1}}), "a", "variants.x.seed is not set"),
+    moved = {"model": "elsewhere/base", "data": {"path": "elsewhere/tasks"}}
+    for free in ({"micro_tokens": 1, "mesh": {"data": 2}}, moved):
+        same = study(run={"seed": 3} | free)
+        spec.check_same_study(path, same)
+        spec.check_same_study(path, same, digests)
+    for other, changed, words in (
+        (study(run={"seed": 4}), {}, "config.run.seed is 3 there and 4 here"),
+        (study(run={"seed": 3}, rounds=(0,)), {}, "config.rounds is [0, 1, 2] there and [0] here"),
+        (config, {"data_fingerprint": "b"}, "data_fingerprint is 'a' there and 'b' here"),
+        (config, {"base_digest": "n"}, "base_digest is 'm' there and 'n' here"),
+        (study(run={"seed": 3}, variants={"x": {"seed": 1}}), {}, "variants.x.seed is not set"),
     ):
         with pytest.raises(ConfigError, match=re.escape(words)):
-            spec.check_same_study(path, other, fingerprint)
+            spec.check_same_study(path, other, digests | changed)
 
     del saved["config"]["run"]["eval"]["metrics"]  # an older version wrote it: the default
+    del saved["base_digest"]  # and it knew the base by its place
     path.write_text(json.dumps(saved))
-    spec.check_same_study(path, config, "a")
+    spec.check_same_study(path, config, digests)
+    with pytest.raises(ConfigError, match="config.run.model is"):
+        spec.check_same_study(path, study(run={"seed": 3} | moved), digests)
     saved["config"]["run"]["lora"]["contract"] = "auto"
     path.write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match="run.lora.contract: no such key; it is called"):
-        spec.check_same_study(path, config, "a")
+        spec.check_same_study(path, config, digests)
     assert read_axes(saved["config"]).ranks == config.ranks  # the report needs no more
     del saved["config"]["choose_on"]
     assert read_axes(saved["config"]).choose_on == "each"
