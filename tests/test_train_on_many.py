@@ -129,18 +129,18 @@ def test_two_processes_stop_together_and_one_device_goes_on(
 
 def test_answers_of_eight_devices(one, tmp_path):
     answers = []
-    for devices, share in ((1, 1), (8, 1), (8, 2)):
+    for devices, share in ((1, 1), (8, 2)):  # four copies of the weights
         workdir = tmp_path / f"{devices}-{share}"
         shutil.copytree(one, workdir)
         flags = (f"--workdir={workdir}", "--sets=unseen", f"--devices_per_copy={share}")
         finish(start(command("eval.py", *flags), devices))
         output = (workdir / "eval" / "unseen" / "predictions.jsonl").read_text()
         answers.append(sorted(output.splitlines()))
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
 
 
 def test_nothing_depends_on_how_work_is_cut(one):
-    check = command("eval.py", f"--workdir={one}", "--check", "--check_prompts=16")
+    check = command("eval.py", f"--workdir={one}", "--check", "--check_prompts=8")
     stdout, _ = finish(start(check, devices=8))
     for name in ("the same again", "one at a time", "shuffled", "packed", "4 × 1"):
         assert stdout.count(f"  {name} ") == 1, stdout

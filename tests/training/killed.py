@@ -1,4 +1,4 @@
-"""Train, be killed, go on, ten times over: the driver of test_killed_runs.py.
+"""Train, be killed, go on, several times: the driver of test_killed_runs.py.
 
     python killed.py WORKDIR_UNBROKEN WORKDIR_KILLED KILLS -- flags of train.py
 

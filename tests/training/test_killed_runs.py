@@ -9,7 +9,7 @@ import pytest
 from jax_lora.data.toy import write_checkout
 from tests.conftest import REPOSITORY
 
-KILLS, STEPS = 10, 45
+KILLS, STEPS = 6, 30
 
 
 def curve(workdir):
@@ -19,7 +19,7 @@ def curve(workdir):
 
 
 @pytest.mark.slow  # as long as many other tests together
-def test_ten_kills_leave_no_trace(tiny_model, environment, tmp_path):
+def test_kills_leave_no_trace(tiny_model, environment, tmp_path):
     toy = write_checkout(tmp_path / "toy", instances_per_task=12)
     arguments = [
         f"--config={REPOSITORY}/configs/lora.py:rank=2",
