@@ -140,7 +140,7 @@ def test_answers_of_eight_devices(one, tmp_path):
 
 
 def test_nothing_depends_on_how_work_is_cut(one):
-    check = command("eval.py", f"--workdir={one}", "--check", "--check_prompts=8")
+    check = command("eval.py", f"--workdir={one}", "--check", "--check_prompts=16")
     stdout, _ = finish(start(check, devices=8))
     for name in ("the same again", "one at a time", "shuffled", "packed", "4 × 1"):
         assert stdout.count(f"  {name} ") == 1, stdout

@@ -9,7 +9,7 @@ import pytest
 from jax_lora.data.toy import write_checkout
 from tests.conftest import REPOSITORY
 
-KILLS, STEPS = 6, 30
+KILLS, STEPS = 6, 36
 
 
 def curve(workdir):
