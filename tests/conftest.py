@@ -25,8 +25,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="jax_lora-tests-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Annotations of shapes execute: a module that has some checks what its functions get and return.
 install_import_hook(
@@ -43,11 +43,10 @@ for _number in set(signals.STOPS) - set(signals.heeded()):
     signal.signal(_number, signal.SIG_DFL)
 
 # Code for a core that compiles faster, by a quarter; later versions do not know the flag and abort.
-KNOWN = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
-HURRY = "--xla_cpu_use_fusion_emitters=false" if KNOWN else ""
+_jaxlib = tuple(map(int, version("jaxlib").split(".")[:2]))
+HURRY = "--xla_cpu_use_fusion_emitters=false" if _jaxlib < (0, 11) else ""
 # Scripts leave flags that are set: what runs here and in processes of their own is equal.
-_hurries = "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ
-os.environ.setdefault("XLA_FLAGS", HURRY if _hurries else "")
+os.environ.setdefault("XLA_FLAGS", HURRY if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ else "")
 
 
 LEDGER = pytest.StashKey[Ledger]()
@@ -135,27 +134,16 @@ def many_cpus(count: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """For scripts that are started over and over: every compiled program is kept."""
-    return os.environ | {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-@pytest.fixture(scope="session")
-def smoke_study(environment, tmp_path_factory) -> Path:
+def smoke_study(tmp_path_factory) -> Path:
     """The folder of a study that nothing interrupted, for reading; all workers share it."""
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in environment else root
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     workdir, log = root / "smoke-study", root / "smoke-study.txt"
     with (root / "smoke-study.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker runs it, the others wait
         if not log.is_file():
             command = [sys.executable, "study.py", f"--workdir={workdir}", *SMOKE]
-            done = subprocess.run(
-                command, capture_output=True, text=True, cwd=REPOSITORY, env=environment
-            )
+            done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
             assert done.returncode == 0, done.stderr
             assert "2 of 2 done, 0 failed, 0 running" in done.stdout
             log.write_text(done.stdout)

@@ -29,7 +29,6 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-FEW = 8  # tries, of the short form
 
 DOCUMENT = REPOSITORY / "docs" / "reliability.md"
 START, END = "<!-- measured -->\n", "<!-- end -->\n"  # what is between them is written here
@@ -49,13 +48,13 @@ class Result(NamedTuple):
 
 
 class Ground:
-    """A folder with the tiny model, the toy tasks, and a finished run."""
+    """A folder with the tiny model, the toy tasks, and a finished run; `is_short`: a few tries."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, is_short: bool):
         from jax_lora.data.toy import write_checkout
         from tests.weights import builders
 
-        self.folder, self.model = folder, folder / "tiny.gguf"
+        self.folder, self.model, self.is_short = folder, folder / "tiny.gguf", is_short
         vocabulary = builders.tiny_bpe("gpt-2")
         weights = builders.hf_weights(len(vocabulary["tokens"]))
         small = {k: v if v.ndim == 1 else 0.1 * v for k, v in weights.items()}
@@ -252,7 +251,7 @@ def kills(ground: Ground, tries: int) -> list[Result]:
     """SIGKILL scripts again and again, see tests/killed_scripts.py."""
     results = []
     for name, (kind, commands, start, share, short) in killed_commands(ground).items():
-        if tries <= FEW and not short:
+        if ground.is_short and not short:
             continue
         folder = ground.fresh("kills")
         folder.mkdir()
@@ -341,7 +340,7 @@ def signals(ground: Ground, tries: int) -> list[Result]:
 
         # How long it takes to its end, or to half a minute; what it compiles is there afterwards.
         length = 8.0  # which few tries are not worth: compiling is stopped as well
-        if tries > FEW:
+        if not ground.is_short:
             began, process = time.monotonic(), begin()
             try:
                 process.communicate(timeout=30)
@@ -455,7 +454,7 @@ def fuzz(ground: Ground, seconds: int) -> list[Result]:
 # ---------------------------------------------------------------- all of them
 
 TRIES = {
-    damage: (100, 5), kills: (200, FEW), locks: (10, 1), signals: (30, 1), bounds: (1, 10),
+    damage: (100, 5), kills: (200, 8), locks: (10, 1), signals: (30, 1), bounds: (1, 10),
     fuzz: (3600, 2),
 }  # fmt: skip
 
@@ -484,7 +483,7 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="jax_lora-reliability-") as folder:
-        ground = Ground(Path(folder))
+        ground = Ground(Path(folder), given.short)
         for trial, counts in TRIES.items():
             if given.names and trial.__name__ not in given.names:
                 continue

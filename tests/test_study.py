@@ -28,7 +28,7 @@ def study(workdir: Path, *arguments: str) -> scripts.Finished:
     return scripts.run("study.py", f"--workdir={workdir}", *arguments)
 
 
-def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str]) -> bool:
+def killed_at(arguments: list[str], marks: list[str]) -> bool:
     """Run, and SIGKILL when stderr has shown these marks one after the other; False: too late."""
     with subprocess.Popen(
         arguments,
@@ -36,7 +36,6 @@ def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
-        env=environment,
     ) as process:
         assert process.stderr
         seen = ""
@@ -53,7 +52,7 @@ def killed_at(arguments: list[str], environment: dict[str, str], marks: list[str
 
 @pytest.mark.slow
 def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
-    smoke_study, environment, tmp_path
+    smoke_study, tmp_path
 ):
     workdir = tmp_path / "broken"
     arguments = command(workdir, *SMOKE)
@@ -62,7 +61,7 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
         ["r2-T2-round0 begins", " 14/30"],  # a cell's training
         ["full-T2-round0 begins", " 30/30", "unseen:"],  # its scoring
     ):
-        assert killed_at(arguments, environment, marks), marks
+        assert killed_at(arguments, marks), marks
     done = study(workdir, *SMOKE)
     assert done.returncode == 0, done.stderr
     results = (workdir / "results.parquet").read_bytes()
@@ -77,7 +76,7 @@ def test_a_study_that_was_killed_three_times_has_the_results_of_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promise):
+def test_two_processes_are_one_worker(smoke_study, tmp_path, promise):
     """A cell that fails in both, then one of the smoke study, on 2 × 2 devices."""
     workdir, cell = tmp_path / "s", "r2-T2-round0-lr0.01"
     many = [f"--coordinator={free_address()}", "--processes=2"]
@@ -91,7 +90,7 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
             stderr=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env=environment | many_cpus(2),
+            env=os.environ | many_cpus(2),
         )
         for i in (0, 1)
     ]
@@ -132,7 +131,7 @@ def test_two_processes_are_one_worker(smoke_study, environment, tmp_path, promis
         assert len({tuple(sorted(path.read_text().splitlines())) for path in answers}) == 1
 
 
-def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
+def test_a_process_whose_input_is_wrong_ends_the_others(tmp_path):
     many = [f"--coordinator={free_address()}", "--processes=2"]
     axes = ([], ["--config.sets=('T3',)"])
     both = [
@@ -141,7 +140,7 @@ def test_a_process_whose_input_is_wrong_ends_the_others(environment, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env=environment | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
         for i in (0, 1)
     ]

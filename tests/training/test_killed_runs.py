@@ -19,7 +19,7 @@ def curve(workdir):
 
 
 @pytest.mark.slow  # as long as many other tests together
-def test_kills_leave_no_trace(tiny_model, environment, tmp_path):
+def test_kills_leave_no_trace(tiny_model, tmp_path):
     toy = write_checkout(tmp_path / "toy", instances_per_task=12)
     arguments = [
         f"--config={REPOSITORY}/configs/lora.py:rank=2",
@@ -49,7 +49,6 @@ def test_kills_leave_no_trace(tiny_model, environment, tmp_path):
         text=True,
         timeout=500,
         cwd=REPOSITORY,
-        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     moments = list(map(int, done.stdout.split("\n")[-2].split()))
