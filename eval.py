@@ -58,8 +58,8 @@ def main(_):
         workdir = cli.require("workdir", _WORKDIR.value, "a folder that train.py made")
         cli.log_progress()
 
-        from jax_lora.run import Run
-
+        with cli.fast_imports():
+            from jax_lora.run import Run
         given = {
             "max_new_tokens": _MAX_NEW_TOKENS.value,
             "devices_per_copy": _DEVICES_PER_COPY.value,

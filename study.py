@@ -58,8 +58,8 @@ def main(_):
         else:
             distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         cli.log_progress()
-        from jax_lora.study import command  # what it imports may start the devices
-
+        with cli.fast_imports():
+            from jax_lora.study import command  # what it imports may start the devices
         config = command.StudyConfig.from_config_dict(_CONFIG.value)
         study = command.Command(config, workdir, _ONLY.value, cli.say, train)
         if _LAUNCHER.value:

@@ -59,7 +59,8 @@ def main(_):
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         cli.log_progress()
 
-        from jax_lora.run import Run
+        with cli.fast_imports():
+            from jax_lora.run import Run
 
         with cli.StopRequest() as stop:
             run = Run.open(config, workdir, say=cli.say)

@@ -1,5 +1,6 @@
 """What scripts share that their own tests do not show."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -120,6 +121,22 @@ def test_xla_flags_of_the_user_are_left(monkeypatch):
         monkeypatch.setattr(cli.metadata, "version", lambda _, version=version: version)
         cli.set_xla_flags()
         assert "XLA_FLAGS" not in os.environ
+
+
+def test_imports_collect_no_garbage_and_leave_collections_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in (("whole", "import gc\nis_on = gc.isenabled()\n"), ("broken", "1 / 0\n")):
+        (tmp_path / f"imported_{name}.py").write_text(text)
+    with cli.fast_imports():
+        import imported_whole  # pyright: ignore[reportMissingImports]
+    assert not imported_whole.is_on and gc.isenabled()
+    with pytest.raises(ZeroDivisionError), cli.fast_imports():
+        import imported_broken  # pyright: ignore[reportMissingImports] # noqa: F401
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    with cli.fast_imports():
+        import imported_whole  # noqa: F811 # pyright: ignore[reportMissingImports]
+    assert gc.get_freeze_count() == frozen > 0  # what a caller has made since may become garbage
 
 
 # ---------------------------------------------------------------- stops
