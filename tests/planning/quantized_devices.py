@@ -18,9 +18,9 @@ from jax_lora.training.resolve import resolve
 # outputs they cut instead.
 FORMS = {"none": (), "int8": (), "nf4": (), "Q8_0": ("Q8_0",), "Q4_K": ("Q4_K",)}
 CASES = {
-    "remat none": ({"remat": "none"}, ("none", "nf4", "Q4_K")),
+    "remat none": ({"remat": "none"}, ("none", "nf4")),
     "remat full": ({"remat": "full"}, tuple(FORMS)),
-    "DoRA": ({"remat": "full", "lora.variant": "dora"}, ("none", "nf4", "Q4_K")),
+    "DoRA": ({"remat": "full", "lora.variant": "dora"}, ("none", "Q4_K")),
 }
 FEW, MANY = 2, 6
 

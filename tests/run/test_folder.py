@@ -189,21 +189,21 @@ def test_skipped_steps_change_nothing_and_are_counted(config, monkeypatch, tmp_p
 # ---------------------------------------------------------------- damage in metrics.jsonl
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 3, "lo', b"null", b"\xff", b'{"loss": 1.0}', b'"x"'])
-def test_a_damaged_line_of_metrics_costs_that_line(config, finished, tmp_path, caplog, damage):
+def test_a_damaged_line_of_metrics_costs_that_line(config, finished, tmp_path, caplog):
+    damages = [b'{"step": 3, "lo', b"null", b"\xff", b'{"loss": 1.0}', b'"x"']
     workdir = tmp_path / "r"
     run = jax_lora.Run.open(config, workdir)
     with pytest.raises(Stopped):
         run.train(asked_to_stop=lambda: len(run.metrics()) >= 3)
     path = workdir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")
-    lines[1] = damage
-    path.write_bytes(b"\n".join(lines))
+    path.write_bytes(b"\n".join([lines[0], *damages, *lines[2:]]))
     caplog.clear()
     with caplog.at_level("WARNING", "jax_lora"):
         metrics = run.train()
     assert list(metrics.step) == [1, 3, 4, 5, 6]
-    assert str(path) in caplog.text and "passed over" in caplog.text
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(str(path) in text and "passed over" in text for text in said) == len(damages)
     expected = jax_lora.Run.open(None, finished).metrics().loss.drop(index=1)
     assert metrics.loss.tolist() == expected.tolist()
     assert len(read_jsonl(path)) == 5  # written whole again

@@ -16,11 +16,10 @@ from tests import scripts
 from tests.conftest import REPOSITORY
 
 FLAGS = (
-    "--config.ranks=(4,'full')",
+    "--config.ranks=(4,)",
     "--config.sets=('T4','T12','T*4')",
     "--config.rounds=(0,)",
     "--config.learning_rates.lora=(1e-3,1e-1)",
-    "--config.learning_rates.full=(1e-3,)",
     "--config.choose_on=T4",
     "--config.run.dtype=float32",
     "--config.run.data.sizes=(4,12,581)",
@@ -51,11 +50,11 @@ def test_trials_choices_scores_and_report(base, shared, tmp_path):
     arguments = [f"--workdir={workdir}", config, *FLAGS]
     dry = scripts.run("study.py", *arguments, "--dry-run")
     assert dry.returncode == 0, dry.stderr
-    assert "scoring: 6 cells answer 738 prompts" in dry.stdout  # 119 unseen and 4 seen ones each
+    assert "scoring: 3 cells answer 369 prompts" in dry.stdout  # 119 unseen and 4 seen ones each
     done = scripts.run("study.py", *arguments)
     assert done.returncode == 0, done.stderr
-    # Two trials, a second seed, two carried cells of rank 4, three of full fine-tuning.
-    assert done.stdout.startswith("8 of 8 done, 0 failed, 0 running")
+    # Two trials, a second seed, and the chosen rate on the two larger sets.
+    assert done.stdout.startswith("5 of 5 done, 0 failed, 0 running")
 
     rates = pd.read_parquet(workdir / "rates.parquet")
     losses = rates[rates["repeat"] == 0].set_index("learning_rate")["validation_loss"]
@@ -65,14 +64,14 @@ def test_trials_choices_scores_and_report(base, shared, tmp_path):
     lora = results[results["method"] == "lora"]
     assert set(lora["learning_rate"]) == {losses.idxmin()}
     counts = results[results["test"] == "unseen"].groupby("cell")["task"].nunique()
-    assert len(counts) == 6 and set(counts) == {119}
+    assert len(counts) == 3 and set(counts) == {119}
     examples = results.groupby("set")["train_examples"].first()
     assert examples["T12"] == examples["T*4"] == 3 * examples["T4"]
 
     report = scripts.run("study.py", f"--workdir={workdir}", "--report")
     assert report.returncode == 0, report.stderr
     text = (workdir / "report" / "report.md").read_text()
-    assert "6 of 6 cells are there." in text and "## Learning rates" in text
+    assert "3 of 3 cells are there." in text and "## Learning rates" in text
     assert "**Do more tasks with as many examples of each help, T4 to T12?**" in text
     assert "**Do more tasks with as many examples in all help, T\\*4 to T12?**" in text
     assert "**Do more examples of the same tasks help, T4 to T\\*4?**" in text
