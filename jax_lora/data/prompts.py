@@ -247,12 +247,16 @@ class Encoder:
         # A sentencepiece tokenizer puts a space before the first word of any text. The answer
         # follows the newline of the response header, so it is encoded behind one, which is then
         # removed; for byte-level tokenizers this is the plain encoding.
-        newline, ids = self._text_ids("\n"), self._text_ids("\n" + answer)
+        newline, ids = self._newline, self._text_ids("\n" + answer)
         if ids[: len(newline)] == newline:
             ids = ids[len(newline) :]
         else:  # the newline merged with the answer's own first characters
             ids = self._text_ids(answer)
         return [*ids, self.eos_id]
+
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self._text_ids("\n")
 
     def _text_ids(self, text: str) -> list[int]:
         tok = self.tokenizer

@@ -6,6 +6,7 @@ seconds; this one unpacks them directly and checks every length against the file
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -58,6 +59,16 @@ class Tensor(NamedTuple):
             raise DataError(f"{self.name} is {self.kind.name}, which cannot be read") from None
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies: from byte `first` on, as bytes of shape `bytes`."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    first: int
+    bytes: tuple[int, ...]
+
+
 class GGUFFile(NamedTuple):
     """Metadata by key, and tensors by the names of the file."""
 
@@ -78,12 +89,31 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        version = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        metadata, places = _header(path, version)
+        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    tensors = {}
+    for place in places:
+        bytes_ = content[place.first : place.first + math.prod(place.bytes)].reshape(place.bytes)
+        tensors[place.name] = Tensor(place.name, place.kind, place.shape, bytes_)
+    return GGUFFile(path, dict(metadata), tensors)
+
+
+@functools.lru_cache(maxsize=2)
+def _header(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], list[_Place]]:
+    """The metadata and the tensors' places of a file as it is now, which `version` tells.
+
+    A run asks a file for its config, its tokenizer, its stop tokens and its weights. The vocabulary
+    is most of the time of each.
+    """
+    with path.open("rb") as file:
         magic = file.read(4)
         if magic != b"GGUF":
             raise DataError(f"{path}: not a GGUF file: starts with {magic!r}, expected b'GGUF'")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        found = _parse(path, data)
+        metadata, places = _parse(data)
     except (ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
         # A struct.error is a number that lies past the end of the file.
         early = isinstance(error, struct.error)
@@ -91,15 +121,15 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         if isinstance(error, RecursionError):
             why = "lists nested too deep"
         raise DataError(f"{path}: damaged or cut short at {len(data)} bytes: {why}") from None
-    parts = found.metadata.get("split.count", 1)
+    parts = metadata.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         raise DataError(
             f"{path}: one of {parts!r:.60} parts, expected a file merged with gguf-split"
         )
-    return found
+    return metadata, places
 
 
-def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
+def _parse(data: mmap.mmap) -> tuple[dict[str, Any], list[_Place]]:
     at, entries, end = 4, 0, min(len(data), _MOST_BYTES)
 
     def count(found: int, size: int, what: str) -> int:
@@ -124,12 +154,26 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         at += size
         return data[at - size : at].decode()
 
+    def texts(size: int) -> list[str]:
+        nonlocal at
+        found, unpack, behind = [], struct.Struct("<Q").unpack_from, at
+        for _ in range(size):  # inline: a vocabulary has a hundred thousand
+            start = behind + 8
+            behind = start + unpack(data, behind)[0]
+            if behind > end:
+                raise ValueError(f"a text of {behind - start} bytes at byte {start}")
+            found.append(data[start:behind].decode())
+        at = behind
+        return found
+
     def value(kind: int) -> Any:
         nonlocal at
         if kind == _STRING:
             return text()
         if kind == _ARRAY:
             inner, size = number("I"), number("Q")
+            if inner == _STRING:
+                return texts(count(size, 8, "entries of a list"))
             if inner not in _SCALARS:
                 return [value(inner) for _ in range(count(size, 8, "entries of a list"))]
             dtype = np.dtype("<" + _SCALARS[inner])
@@ -161,8 +205,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment: found {alignment!r}, expected a positive integer")
     start = math.ceil(at / alignment) * alignment
-    content = np.frombuffer(data, np.uint8)
-    tensors, total = {}, 0
+    places, total = {}, 0
     for name, dims, kind, offset in headers:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if not dims or dims[0] % block:
@@ -171,11 +214,10 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         first, total = start + offset, total + size
         if first + size > len(data):
             raise ValueError(f"tensor {name} would end at byte {first + size}")
-        if name in tensors:
+        if name in places:
             raise ValueError(f"tensor {name} is there twice")
         if total > len(data):  # many tensors of the same bytes would be many arrays
             raise ValueError(f"tensors up to {name} have {total} bytes, some of them twice")
-        rows = dims[:0:-1]
-        bytes_ = content[first : first + size].reshape(*rows, dims[0] * block_bytes // block)
-        tensors[name] = Tensor(name, kind, tuple(dims[::-1]), bytes_)
-    return GGUFFile(path, metadata, tensors)
+        bytes_ = *dims[:0:-1], dims[0] * block_bytes // block
+        places[name] = _Place(name, kind, tuple(dims[::-1]), first, bytes_)
+    return metadata, list(places.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
+from jax_lora.errors import DataError
 from jax_lora.model.config import RopeScaling
 from jax_lora.model.families import CONFIGS
 from jax_lora.weights import gguf, hf
@@ -51,6 +53,24 @@ def test_bfloat16_is_asked_for_and_given(tmp_path):
     write_gguf(tmp_path / "m.gguf", hf_weights(), Kind.Q8_0)
     _, base = gguf.load(tmp_path / "m.gguf")
     assert {array.dtype.name for _, array in flat(base)} == {"bfloat16"}
+
+
+# ---------------------------------------------------------------- the header is remembered
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    path = tmp_path / "m.gguf"
+    for theta in (1e4, 2e4, 3e4):  # each in as many bytes as the one before
+        write_gguf(path, hf_weights(), metadata={"llama.rope.freq_base": theta})
+        os.utime(path, ns=(0, int(theta)))
+        assert gguf.read_config(open_gguf(path)).rope_theta == theta
+    first, second = open_gguf(path), open_gguf(path)
+    first.metadata.clear()
+    assert second.metadata and open_gguf(path).metadata == second.metadata
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(0, 30000))
+    with pytest.raises(DataError, match="cut short"):
+        open_gguf(path)
 
 
 # ---------------------------------------------------------------- configuration
