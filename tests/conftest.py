@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -37,6 +38,9 @@ install_import_hook(
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # 1 is a float too
 )
+
+# Tracing makes many objects and hardly any garbage: a look for it now and then is enough.
+gc.set_threshold(100_000, 20, 100)
 
 # A script's job in the background ignores SIGINT, one under nohup SIGHUP, and what they start does.
 for _number in set(signals.STOPS) - set(signals.heeded()):

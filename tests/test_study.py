@@ -83,6 +83,7 @@ def test_two_processes_are_one_worker(smoke_study, tmp_path, promise):
     axes = [flag for flag in SMOKE if "ranks" not in flag]
     axes += ["--config.ranks=(2,)", "--config.learning_rates.lora=(1e30,1e-2)"]
     axes += ["--config.run.validate_every=99", "--config.run.data.validation_per_task=2"]
+    axes += ["--config.run.epochs=3"]  # of 10
     both = [
         subprocess.Popen(
             command(workdir, *axes, *many, f"--process={i}"),
@@ -109,7 +110,10 @@ def test_two_processes_are_one_worker(smoke_study, tmp_path, promise):
     scores = ["exact_match", "rougeL", "out_of_options", "top_answer_share", "answer_entropy"]
     scores += ["exact_match_given_valid", "empty", "copies", "unfinished", *MEASURES]
     assert set(found["cell"]) == {cell}
-    assert found.drop(columns=["cell", *scores]).equals(wanted.drop(columns=["cell", *scores]))
+    costs = ["train_tokens", "train_operations", "base_operations"]  # in proportion to the epochs
+    assert (found[costs] * 10).equals(wanted[costs] * 3)
+    other = ["cell", *scores, *costs]
+    assert found.drop(columns=other).equals(wanted.drop(columns=other))
     rates = pd.read_parquet(workdir / "rates.parquet").set_index("cell")
     assert rates["chosen"].to_dict() == {
         **{"r2-T2-round0-lr1e+30": False, cell: True, f"{cell}-seed1": False}

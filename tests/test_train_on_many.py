@@ -93,10 +93,10 @@ def same(promise, what, workdir, one, start):
     promise(f"train.py {what} instead of 1: ‖θ − θ'‖ / ‖θ' − θ₀‖ of every A and B", worst, 1e-3)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
-def test_eight_devices(train, one, start_of_one, tmp_path, promise, mesh):
+def test_eight_devices(train, one, start_of_one, tmp_path, promise):
+    # All other meshes of eight: training/test_many_devices.py.
+    workdir, mesh = tmp_path / "run", (2, 2, 2)
     axes = zip(("data", "fsdp", "tensor"), mesh, strict=True)
-    workdir = tmp_path / "run"
     finish(start(train(workdir, *(f"--config.mesh.{axis}={n}" for axis, n in axes)), devices=8))
     assert "8 × cpu" in json.loads((workdir / "config.json").read_text())["device"]
     same(promise, f"on 8 devices, mesh {mesh}", workdir, one, start_of_one)

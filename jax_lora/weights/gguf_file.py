@@ -59,7 +59,7 @@ class Tensor(NamedTuple):
             raise DataError(f"{self.name} is {self.kind.name}, which cannot be read") from None
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
     """Where a tensor lies: from byte `first` on, as bytes of shape `bytes`."""
 
     name: str
@@ -91,18 +91,18 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
         version = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        metadata, places = _header(path, version)
+        metadata, spans = _header(path, version)
         content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     tensors = {}
-    for place in places:
-        bytes_ = content[place.first : place.first + math.prod(place.bytes)].reshape(place.bytes)
-        tensors[place.name] = Tensor(place.name, place.kind, place.shape, bytes_)
+    for name, kind, shape, first, bytes_ in spans:
+        data = content[first : first + math.prod(bytes_)].reshape(bytes_)
+        tensors[name] = Tensor(name, kind, shape, data)
     return GGUFFile(path, dict(metadata), tensors)
 
 
 @functools.lru_cache(maxsize=2)
-def _header(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], list[_Place]]:
-    """The metadata and the tensors' places of a file as it is now, which `version` tells.
+def _header(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], list[_Span]]:
+    """The metadata of a file and where its tensors lie; `version` tells whether it changed.
 
     A run asks a file for its config, its tokenizer, its stop tokens and its weights. The vocabulary
     is most of the time of each.
@@ -113,7 +113,7 @@ def _header(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], list[
             raise DataError(f"{path}: not a GGUF file: starts with {magic!r}, expected b'GGUF'")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        metadata, places = _parse(data)
+        metadata, spans = _parse(data)
     except (ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
         # A struct.error is a number that lies past the end of the file.
         early = isinstance(error, struct.error)
@@ -126,86 +126,91 @@ def _header(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], list[
         raise DataError(
             f"{path}: one of {parts!r:.60} parts, expected a file merged with gguf-split"
         )
-    return metadata, places
+    return metadata, spans
 
 
-def _parse(data: mmap.mmap) -> tuple[dict[str, Any], list[_Place]]:
-    at, entries, end = 4, 0, min(len(data), _MOST_BYTES)
+class _Reader:
+    """Reads the header from front to back, and checks every length against the file."""
 
-    def count(found: int, size: int, what: str) -> int:
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at, self.entries = data, len(b"GGUF"), 0
+        self.end = min(len(data), _MOST_BYTES)
+
+    def count(self, found: int, size: int, what: str) -> int:
         """A number of things, each of at least so many bytes, that the header has room for."""
-        nonlocal entries
-        entries += found
-        if found * size > end - at or entries > _MOST_ENTRIES:
-            raise ValueError(f"{found} {what} at byte {at}")
+        self.entries += found
+        if found * size > self.end - self.at or self.entries > _MOST_ENTRIES:
+            raise ValueError(f"{found} {what} at byte {self.at}")
         return found
 
-    def number(code: str) -> Any:
-        nonlocal at
-        (found,) = struct.unpack_from("<" + code, data, at)
-        at += struct.calcsize("<" + code)
+    def number(self, code: str) -> Any:
+        """One scalar of a type of `struct`."""
+        (found,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
         return found
 
-    def text() -> str:
-        nonlocal at
-        size = number("Q")
-        if size > end - at:
-            raise ValueError(f"a text of {size} bytes at byte {at}")
-        at += size
-        return data[at - size : at].decode()
-
-    def texts(size: int) -> list[str]:
-        nonlocal at
-        found, unpack, behind = [], struct.Struct("<Q").unpack_from, at
-        for _ in range(size):  # inline: a vocabulary has a hundred thousand
-            start = behind + 8
-            behind = start + unpack(data, behind)[0]
-            if behind > end:
-                raise ValueError(f"a text of {behind - start} bytes at byte {start}")
-            found.append(data[start:behind].decode())
-        at = behind
+    def texts(self, size: int) -> list[str]:
+        """So many texts; in one loop, since a vocabulary and its merges have 100,000."""
+        found, unpack, at = [], struct.Struct("<Q").unpack_from, self.at
+        for _ in range(size):
+            start = at + 8
+            at = start + unpack(self.data, at)[0]
+            if at > self.end:
+                raise ValueError(f"a text of {at - start} bytes at byte {start}")
+            found.append(self.data[start:at].decode())
+        self.at = at
         return found
 
-    def value(kind: int) -> Any:
-        nonlocal at
+    def text(self) -> str:
+        """One text."""
+        return self.texts(1)[0]
+
+    def value(self, kind: int) -> Any:
+        """A value of the metadata; an array is a list."""
         if kind == _STRING:
-            return text()
+            return self.text()
         if kind == _ARRAY:
-            inner, size = number("I"), number("Q")
+            inner, size = self.number("I"), self.number("Q")
+            if inner in _SCALARS:
+                return self._numbers(np.dtype("<" + _SCALARS[inner]), size)
+            size = self.count(size, 8, "entries of a list")
             if inner == _STRING:
-                return texts(count(size, 8, "entries of a list"))
-            if inner not in _SCALARS:
-                return [value(inner) for _ in range(count(size, 8, "entries of a list"))]
-            dtype = np.dtype("<" + _SCALARS[inner])
-            count(size, dtype.itemsize, "numbers of a list")
-            at += size * dtype.itemsize
-            return np.frombuffer(data, dtype, size, at - size * dtype.itemsize).tolist()
+                return self.texts(size)
+            return [self.value(inner) for _ in range(size)]
         if kind not in _SCALARS:
-            raise ValueError(f"unknown type {kind} at byte {at}")
-        found = number(_SCALARS[kind])
+            raise ValueError(f"unknown type {kind} at byte {self.at}")
+        found = self.number(_SCALARS[kind])
         return float(str(np.float32(found))) if kind == _FLOAT32 else found
 
-    version = number("I")
+    def _numbers(self, dtype: np.dtype, size: int) -> list[Any]:
+        start = self.at
+        self.at += self.count(size, dtype.itemsize, "numbers of a list") * dtype.itemsize
+        return np.frombuffer(self.data, dtype, size, start).tolist()
+
+
+def _parse(data: mmap.mmap) -> tuple[dict[str, Any], list[_Span]]:
+    reader = _Reader(data)
+    version = reader.number("I")
     if version not in (2, 3):
         raise ValueError(f"version: found {version}, expected 2 or 3, little-endian")
-    tensor_count, key_count = number("Q"), number("Q")
+    tensor_count, key_count = reader.number("Q"), reader.number("Q")
     metadata = {}
-    for _ in range(count(key_count, 13, "keys")):
-        key = text()
-        metadata[key] = value(number("I"))
+    for _ in range(reader.count(key_count, 13, "keys")):
+        key = reader.text()
+        metadata[key] = reader.value(reader.number("I"))
     headers = []
-    for _ in range(count(tensor_count, 32, "tensors")):
-        name, dimensions = text(), number("I")
+    for _ in range(reader.count(tensor_count, 32, "tensors")):
+        name, dimensions = reader.text(), reader.number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"tensor {name}: {dimensions} dimensions")
-        dims = [number("Q") for _ in range(dimensions)]
-        headers.append((name, dims, GGMLQuantizationType(number("I")), number("Q")))
+        dims = [reader.number("Q") for _ in range(dimensions)]
+        headers.append((name, dims, GGMLQuantizationType(reader.number("I")), reader.number("Q")))
 
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment: found {alignment!r}, expected a positive integer")
-    start = math.ceil(at / alignment) * alignment
-    places, total = {}, 0
+    start = math.ceil(reader.at / alignment) * alignment
+    spans, total = {}, 0
     for name, dims, kind, offset in headers:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if not dims or dims[0] % block:
@@ -214,10 +219,10 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], list[_Place]]:
         first, total = start + offset, total + size
         if first + size > len(data):
             raise ValueError(f"tensor {name} would end at byte {first + size}")
-        if name in places:
+        if name in spans:
             raise ValueError(f"tensor {name} is there twice")
         if total > len(data):  # many tensors of the same bytes would be many arrays
             raise ValueError(f"tensors up to {name} have {total} bytes, some of them twice")
         bytes_ = *dims[:0:-1], dims[0] * block_bytes // block
-        places[name] = _Place(name, kind, tuple(dims[::-1]), first, bytes_)
-    return metadata, list(places.values())
+        spans[name] = _Span(name, kind, tuple(dims[::-1]), first, bytes_)
+    return metadata, list(spans.values())
