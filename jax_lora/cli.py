@@ -172,7 +172,7 @@ def fast_imports() -> Iterator[None]:
     """Import without garbage collections, which take a quarter of the time and find nothing.
 
     What was imported stays until the process ends, so later collections, of which tracing sets off
-    many, leave it out. This is for scripts, since garbage is the process's.
+    many, leave it out. This is for scripts: a library does not decide that for a process.
     """
     before = len(sys.modules)
     gc.disable()

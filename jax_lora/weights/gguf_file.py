@@ -6,7 +6,6 @@ seconds; this one unpacks them directly and checks every length against the file
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 import os
@@ -69,6 +68,12 @@ class _Span(NamedTuple):
     bytes: tuple[int, ...]
 
 
+_Header = tuple[dict[str, Any], list[_Span]]  # the metadata, and where the tensors lie
+# Of the last two files, as they were. A run asks a file for its config, its tokenizer, its stop
+# tokens and its weights, and the vocabulary is most of the time of each.
+_HEADERS: dict[tuple[int, ...], _Header] = {}
+
+
 class GGUFFile(NamedTuple):
     """Metadata by key, and tensors by the names of the file."""
 
@@ -89,29 +94,25 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        version = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        metadata, spans = _header(path, version)
-        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    tensors = {}
-    for name, kind, shape, first, bytes_ in spans:
-        data = content[first : first + math.prod(bytes_)].reshape(bytes_)
-        tensors[name] = Tensor(name, kind, shape, data)
-    return GGUFFile(path, dict(metadata), tensors)
-
-
-@functools.lru_cache(maxsize=2)
-def _header(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], list[_Span]]:
-    """The metadata of a file and where its tensors lie; `version` tells whether it changed.
-
-    A run asks a file for its config, its tokenizer, its stop tokens and its weights. The vocabulary
-    is most of the time of each.
-    """
-    with path.open("rb") as file:
         magic = file.read(4)
         if magic != b"GGUF":
             raise DataError(f"{path}: not a GGUF file: starts with {magic!r}, expected b'GGUF'")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data, found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(file.fileno())
+    version = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    if version not in _HEADERS:
+        header = _header(path, data)
+        if len(_HEADERS) == 2:
+            del _HEADERS[next(iter(_HEADERS))]
+        _HEADERS[version] = header
+    metadata, spans = _HEADERS[version]
+    content, tensors = np.frombuffer(data, np.uint8), {}
+    for name, kind, shape, first, bytes_ in spans:
+        part = content[first : first + math.prod(bytes_)].reshape(bytes_)
+        tensors[name] = Tensor(name, kind, shape, part)
+    return GGUFFile(path, dict(metadata), tensors)
+
+
+def _header(path: Path, data: mmap.mmap) -> _Header:
     try:
         metadata, spans = _parse(data)
     except (ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
@@ -188,7 +189,7 @@ class _Reader:
         return np.frombuffer(self.data, dtype, size, start).tolist()
 
 
-def _parse(data: mmap.mmap) -> tuple[dict[str, Any], list[_Span]]:
+def _parse(data: mmap.mmap) -> _Header:
     reader = _Reader(data)
     version = reader.number("I")
     if version not in (2, 3):
