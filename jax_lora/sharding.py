@@ -43,18 +43,16 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 # Regular expressions for the last part of a leaf's path, and the PartitionSpec of such a leaf. The
 # last part alone, so that a gradient or a moment of Adam (`1/0/mu/lora/layers/…/q_proj/a`) is
-# sharded as its parameter is. Kernels are (layers, inputs, outputs), A is (layers, inputs, rank),
-# B is (layers, rank, outputs).
+# sharded as its parameter is. What they say of a linear layer, `-` being an axis that is whole:
 #
-#                     column-parallel                           row-parallel, see `model.arch`
-#                     q_proj k_proj v_proj gate_proj up_proj    o_proj down_proj
-#                     lm_head (its adapter; its kernel is not stacked and has a row of its own)
-#   `tensor` cuts     the outputs                               the inputs (both as Megatron does)
-#   `fsdp` cuts       the inputs                                the inputs
+#                                  column-parallel              row-parallel, as in Megatron
+#                                  q k v gate up (lm_head)      o down
+#   kernel (layers, in, out)       -, fsdp, tensor              -, tensor × fsdp, -
+#   A      (layers, in, rank)      -, fsdp × tensor, -          -, tensor × fsdp, -
+#   B      (layers, rank, out)     -, -, tensor × fsdp          -, -, fsdp × tensor
 #
-# `fsdp` never cuts outputs: to gather those XLA would first copy all layers into another order. A
-# is cut along its inputs and B along its outputs, by both axes, the kernel's axis first; the rank
-# is never cut.
+# `fsdp` never cuts a kernel's outputs: to gather those XLA would first copy all layers into another
+# order. The rank is never cut. lm_head is not stacked: its kernel has no axis of layers.
 _ROW_PARALLEL = "|".join(name for name, x in BY_NAME.items() if x.is_row_parallel)
 _COLUMN_PARALLEL = "|".join(name for name, x in BY_NAME.items() if not x.is_row_parallel)
 _NORM = "|".join(("norm", *("/".join(norm.path) for norm in NORMS)))
