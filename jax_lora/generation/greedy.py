@@ -161,7 +161,7 @@ def admit(
         rows.prompt.at[into].set(starts + lengths),
         rows.new.at[into, 0].set(first),
         rows.count.at[into].set(1),
-        rows.running.at[into].set(_is_running(first, jnp.ones_like(first), rows, end_ids)),
+        rows.running.at[into].set(~_has_ended(first, jnp.ones_like(first), rows, end_ids)),
     )
 
 
@@ -191,7 +191,7 @@ def decode(
         # What is generated for a row that has ended is behind its count.
         new = rows.new.at[row_ids, rows.count].set(token)
         count = rows.count + rows.running
-        running = rows.running & _is_running(token, count, rows, end_ids)
+        running = rows.running & ~_has_ended(token, count, rows, end_ids)
         return done + 1, Rows(caches, rows.prompt, new, count, running)
 
     def goes_on(state: tuple[Array, Rows]) -> Array:
@@ -277,7 +277,7 @@ def _argmax_token(model: Llama, weights: Weights, hidden: Array) -> Array:
     return xla_cpu.argmax(logits[:, 0], model.platform)
 
 
-def _is_running(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
+def _has_ended(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
     # A row ends with a stop token, one of `end_ids`, or with its last slot for a new token. Stop
     # texts end rows on the host: `scheduler.pop_finished`.
-    return ~jnp.isin(token, jnp.asarray(end_ids)) & (count < rows.new.shape[1])
+    return jnp.isin(token, jnp.asarray(end_ids)) | (count >= rows.new.shape[1])
