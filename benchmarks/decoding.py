@@ -79,17 +79,16 @@ def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
     module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.unstack_layers({"params": base})
 
     def answer(work: Work) -> Answers:
-        ended = scheduler.answers(
+        parts = scheduler.batches(
             module,
             weights,
-            work.prompts,
-            work.tasks,
             max_new_tokens=work.new_tokens,
             end_ids=(work.end,),
             buckets=buckets,
             batch_tokens=batch * max(buckets),
             max_batch=batch,
         )
+        ended = scheduler.round_robin(parts)(work.prompts, work.tasks)
         ids = dict(itertools.chain.from_iterable(ended))
         return [ids[i].tolist() for i in range(len(work.prompts))]
 

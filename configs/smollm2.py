@@ -38,6 +38,6 @@ def get_config(arg=None):
     config.optim.warmup_steps = 5
     config.eval.max_new_tokens = 24
     config.eval.buckets = (128, 192, 320, 512, 1024)
-    config.eval.max_batch = 32
-    config.eval.batch_tokens = 4096
+    config.eval.max_batch = 64
+    config.eval.batch_tokens = 8192
     return base.override(config, arg, **base.SHORT)

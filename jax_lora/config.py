@@ -139,8 +139,8 @@ class EvalConfig:
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()  # texts that end an answer, besides the end tokens
     buckets: tuple[int, ...] = (128, 256, 384, 512, 768, 1024)  # prompt lengths
-    batch_tokens: int = 16384  # prompt tokens per batch on a device, padding included
-    max_batch: int = 64  # rows per batch on a device
+    batch_tokens: int = 16384  # prompt tokens at a time on a device, padding included
+    max_batch: int = 64  # rows at a time on a device
     devices_per_copy: int = 1  # that share one copy of the weights, and its batch
     int8_products: bool = False  # of a base in int8: activations are rounded to 8 bits, too
 

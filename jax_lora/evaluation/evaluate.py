@@ -15,7 +15,8 @@ import errno
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def predict(
     *,
     end_ids: Sequence[int],
     stop: Stop | None = None,
-) -> Iterator[list[Prediction]]:
+) -> Generator[list[Prediction]]:
     """Answer prompts; those of a task share what they begin with.
 
     Args:
@@ -116,7 +117,7 @@ def write_labels(
 def write_predictions(
     folder: Path,
     rows: Sequence[tuple[Example, Row]],
-    answer: Callable[[Sequence[tuple[Example, Row]]], Iterator[list[Prediction]]],
+    answer: Callable[[Sequence[tuple[Example, Row]]], Generator[list[Prediction]]],
     settings: Mapping[str, object],
     *,
     overwrite: bool = False,
@@ -152,11 +153,13 @@ def write_predictions(
     write_text(partial, "".join(map(jsonl_line, done.values())))  # without a line cut in the middle
     with partial.open("a", encoding="utf-8") as file:
         with tqdm(total=len(rows), initial=len(done), unit="prompt", desc=folder.name) as bar:
-            for batch in answer(missing):
-                with naming(partial):
-                    file.write("".join(jsonl_line(asdict(p)) for p in batch))
-                    file.flush()
-                bar.update(len(batch))
+            # Closed, because threads that answer would go on after an error.
+            with closing(answer(missing)) as answered:
+                for batch in answered:
+                    with naming(partial):
+                        file.write("".join(jsonl_line(asdict(p)) for p in batch))
+                        file.flush()
+                    bar.update(len(batch))
     rename(partial, final)
     return len(done)
 

@@ -8,10 +8,12 @@ prefix of a group, admits prompts and decodes; at the end the batch is halved as
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import NamedTuple
 
 import jax
@@ -28,17 +30,19 @@ SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
 
 class ChunkSizes(NamedTuple):
     """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
-    is the only row of its batch, the fewest rows of a batch (still fewer are no faster), and the
+    is the only row of its batch, the fewest rows of a batch (still fewer are no faster), the
     tokens per row that are decoded before the host looks whether an answer is to be stopped (more
-    are decoded in vain, fewer keep the device waiting)."""
+    are decoded in vain, fewer keep the device waiting), and the batches of a device, see
+    `batches`."""
 
     chunk: int
     prefix_chunk: int
     smallest_batch: int
     stop_chunk: int
+    batches: int
 
 
-CPU, ACCELERATOR = ChunkSizes(32, 64, 8, 8), ChunkSizes(128, 512, 32, 32)
+CPU, ACCELERATOR = ChunkSizes(32, 64, 8, 8, 2), ChunkSizes(128, 512, 32, 32, 1)
 
 
 class Request(NamedTuple):
@@ -115,17 +119,38 @@ def answers(
         yield ended
 
 
-def round_robin(devices: Sequence[Generate]) -> Generate:
-    """`answers` of several devices as one.
+def batches(
+    model: Llama,
+    weights: greedy.Weights,
+    *,
+    max_batch: int,
+    batch_tokens: int,
+    **options: object,
+) -> list[Generate]:
+    """`answers` of one device, all but the prompts and their groups bound, for `round_robin`.
 
-    Every device has all weights and answers its share of the prompts of each group, driven by a
-    thread of its own.
+    On a CPU with several cores two of them, with half of the rows each, where that leaves enough.
+    The operations of decoding are short, and after each the cores wait for one another. Then they
+    compute for the other batch.
+    """
+    sizes = _chunk_sizes(model)
+    count = max(1, min(sizes.batches, _cores(), max_batch // sizes.smallest_batch))
+    limits = {"max_batch": max_batch // count, "batch_tokens": batch_tokens // count}
+    return [partial(answers, model, weights, **limits, **options)] * count
+
+
+def round_robin(parts: Sequence[Generate]) -> Generate:
+    """`answers` of several devices or batches as one.
+
+    Each is driven by a thread of its own and answers a share of the prompts, of about as many
+    tokens as the others'.
 
     Args:
-      devices: `answers`, all but the prompts and their groups bound, the weights of each on one.
+      parts: `answers`, all but the prompts and their groups bound: with weights on a device each,
+        or those of `batches`.
     """
-    if len(devices) == 1:
-        return devices[0]
+    if len(parts) == 1:
+        return parts[0]
 
     def answer_all(
         prompts: Sequence[Ids],
@@ -133,33 +158,62 @@ def round_robin(devices: Sequence[Generate]) -> Generate:
         **options: int | tuple[int, ...],
     ) -> Answers:
         found: SimpleQueue[list[tuple[int, np.ndarray]] | Exception | None] = SimpleQueue()
+        is_closed = Event()
 
         def work(one: Generate, share: Sequence[int]) -> None:
             try:
                 labels = None if groups is None else [groups[i] for i in share]
                 for ended in one([prompts[i] for i in share], labels, **options):
+                    if is_closed.is_set():
+                        return
                     found.put([(share[i], ids) for i, ids in ended])
                 found.put(None)
             except Exception as error:
                 found.put(error)
 
-        parts: dict[Hashable, list[int]] = {}
-        for i in range(len(prompts)):
-            parts.setdefault(None if groups is None else groups[i], []).append(i)
-        order = list(itertools.chain.from_iterable(parts.values()))
-        for k, one in enumerate(devices):
-            Thread(target=work, args=(one, order[k :: len(devices)]), daemon=True).start()
-        at_work = len(devices)
-        while at_work:
-            ended = found.get()
-            if isinstance(ended, Exception):
-                raise ended
-            if ended is None:
-                at_work -= 1
-            else:
-                yield ended
+        for one, share in zip(parts, _shares(prompts, groups, len(parts)), strict=True):
+            Thread(target=work, args=(one, share), daemon=True).start()
+        at_work = len(parts)
+        try:
+            while at_work:
+                ended = found.get()
+                if isinstance(ended, Exception):
+                    raise ended
+                if ended is None:
+                    at_work -= 1
+                else:
+                    yield ended
+        finally:
+            is_closed.set()
 
     return answer_all
+
+
+def _shares(
+    prompts: Sequence[Ids], groups: Sequence[Hashable] | None, count: int
+) -> list[list[int]]:
+    """The prompts of each of `count` parts, as indices.
+
+    Whole groups, so that what their prompts begin with is read once; of a group that is much of a
+    part, each gets as many prompts.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i in range(len(prompts)):
+        members.setdefault(None if groups is None else groups[i], []).append(i)
+
+    def tokens(some: Sequence[int]) -> int:
+        return sum(len(prompts[i]) for i in some)
+
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    most = tokens(range(len(prompts))) / count / 8
+    for some in sorted(members.values(), key=tokens, reverse=True):
+        pieces = [some] if tokens(some) <= most else [some[k::count] for k in range(count)]
+        for piece in pieces:
+            least = loads.index(min(loads))
+            shares[least] += piece
+            loads[least] += tokens(piece)
+    return shares
 
 
 class _Batch:
@@ -172,7 +226,7 @@ class _Batch:
         self.looked: dict[int, int] = {}  # prompt → tokens of its answer that `stop` has seen
         self.bucket = 0
         self.rows: greedy.Rows | None = None
-        self.chunk_sizes = CPU if model.platform == "cpu" else ACCELERATOR
+        self.chunk_sizes = _chunk_sizes(model)
         self.prefix, self.prefix_caches = (), None  # of the last `greedy.prefill_prefix`
 
     @property
@@ -297,6 +351,15 @@ def shared_prefix_length(prompts: Sequence[Ids]) -> int:
     same = (alike == alike[0]).all(axis=0)
     length = most if same.all() else int(same.argmin())
     return length if length >= SHORTEST_PREFIX else 0
+
+
+def _chunk_sizes(model: Llama) -> ChunkSizes:
+    return CPU if model.platform == "cpu" else ACCELERATOR
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bucket_for(length: int, buckets: Sequence[int]) -> int:

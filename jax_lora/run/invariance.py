@@ -44,7 +44,7 @@ def answers(
       rows: prompts.
       tasks: the task of each; prompts of a task share a prefix.
       buckets: prompt lengths that the cache is made for.
-      many: the same on all devices, where there are several.
+      many: the same on all devices, or in several batches on one, where there are several.
 
     Yields:
       An arrangement and the number of rows whose ids differ from those of 8 rows at a time, which
@@ -73,7 +73,8 @@ def answers(
     expected = answer(generate, *arrangements["the same again"])
     ways = [(name, generate, arrangement) for name, arrangement in arrangements.items()]
     if many:
-        ways.append((f"on {jax.device_count()} devices", many, arrangements["the same again"]))
+        several = f"on {n} devices" if (n := jax.device_count()) > 1 else "batches side by side"
+        ways.append((several, many, arrangements["the same again"]))
     for name, way, arrangement in ways:
         found = answer(way, *arrangement)
         yield name, sum(found[i] != expected[i] for i in expected)

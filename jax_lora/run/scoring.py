@@ -185,10 +185,12 @@ def generators(
     end_ids: tuple,
     stop: stop_texts.Stop | None = None,
 ) -> list[Callable[..., PyTree]]:
-    """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound."""
-    return [
-        functools.partial(
-            scheduler.answers,
+    """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound; of a
+    single device `scheduler.batches`."""
+    bound = scheduler.batches if [mesh.size for mesh in meshes] == [1] else _one_batch
+    found = []
+    for mesh in meshes:
+        found += bound(
             model.clone(shard_activation=sharding.Activations(mesh)),
             greedy.unstack_layers(variables, mesh=mesh),
             max_new_tokens=config.eval.max_new_tokens,
@@ -198,8 +200,11 @@ def generators(
             max_batch=config.eval.max_batch,
             stop=stop,
         )
-        for mesh in meshes
-    ]
+    return found
+
+
+def _one_batch(*arguments: PyTree, **options: object) -> list[scheduler.Generate]:
+    return [functools.partial(scheduler.answers, *arguments, **options)]
 
 
 def folder_name(adapter: str, checkpoint: str = "last") -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +208,54 @@ def test_every_prompt_has_a_request():
 )
 def test_what_prompts_share(prompts, shared):
     assert scheduler.shared_prefix_length(prompts) == shared
+
+
+@pytest.mark.parametrize("max_batch, cores, count", [(16, 2, 2), (16, 1, 1), (15, 4, 1)])
+def test_batches_side_by_side_answer_as_one(
+    model, by_definition, monkeypatch, max_batch, cores, count
+):
+    monkeypatch.setattr(scheduler, "_cores", lambda: cores)
+    module, variables = model
+    limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=max_batch)
+    limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,))
+    parts = scheduler.batches(module, greedy.unstack_layers(variables), **limits)
+    assert [part.keywords["max_batch"] for part in parts] == [max_batch // count] * count
+    ended = dict(itertools.chain.from_iterable(scheduler.round_robin(parts)(TEXTS)))
+    assert [ended[i].tolist() for i in range(len(TEXTS))] == [by_definition(t) for t in TEXTS]
+
+
+def test_groups_stay_whole_where_they_are_small():
+    groups = [f"task {i // 3}" for i in range(120)]
+    prompts = [list(range(5 + i % 23)) for i in range(120)]
+    shares = scheduler._shares(prompts, groups, 2)
+    assert sorted(itertools.chain(*shares)) == list(range(120))
+    assert not {groups[i] for i in shares[0]} & {groups[i] for i in shares[1]}
+    sizes = [sum(len(prompts[i]) for i in share) for share in shares]
+    assert max(sizes) <= 1.02 * min(sizes)
+
+
+@pytest.mark.parametrize("groups", [None, [i % 3 for i in range(120)]])
+def test_a_large_group_is_divided(groups):
+    prompts = [list(range(5 + i % 23)) for i in range(120)]
+    shares = scheduler._shares(prompts, groups, 4)
+    assert sorted(itertools.chain(*shares)) == list(range(120))
+    assert {len(share) for share in shares} == {30}
+
+
+def test_who_leaves_early_ends_the_threads():
+    def endless(prompts, groups):
+        while True:
+            yield [(0, np.asarray(prompts[0]))]
+
+    before = set(threading.enumerate())
+    ended = scheduler.round_robin([endless] * 2)([[1], [2]])
+    next(ended)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    ended.close()
+    for thread in started:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_a_prompt_that_fits_no_bucket_is_refused(model):
