@@ -87,21 +87,20 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
     from jax_lora.generation import greedy, scheduler
 
     module = case.planned(jax.default_backend()).resolved.model()
-    parts = greedy.unstack_layers(weights)
+    weights = greedy.unstack_layers(weights)
 
     def generate(prompts: np.ndarray, new: int) -> np.ndarray:
         rows, length = prompts.shape
-        ended = scheduler.answers(
+        batches = scheduler.batches(
             module,
-            parts,
-            prompts,
-            range(rows),
+            weights,
             max_new_tokens=new,
             end_ids=(case.shape.vocab_size,),
             buckets=(length,),
             batch_tokens=rows * length,
             max_batch=rows,
         )
+        ended = scheduler.round_robin(batches)(prompts, range(rows))
         ids = dict(itertools.chain.from_iterable(ended))
         return np.stack([ids[i] for i in range(rows)])
 
