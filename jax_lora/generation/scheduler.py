@@ -11,9 +11,10 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import NamedTuple
 
 import jax
@@ -66,6 +67,7 @@ def answers(
     batch_tokens: int,
     max_batch: int,
     stop: Stop | None = None,
+    dispatch: AbstractContextManager[object] | None = None,
 ) -> Answers:
     """Greedy answers, as they end.
 
@@ -83,6 +85,7 @@ def answers(
       stop: says of a prompt, its answer so far and how many tokens of it were looked at before how
         many tokens of it are left, None where it goes on; the same of an answer however much of
         it is there yet. Rows that it stops make room like others that have ended.
+      dispatch: entered while programs are compiled and sent to the device, not while it computes.
 
     Yields:
       Pairs of a prompt's index and its answer's ids, a few at a time, every prompt once.
@@ -105,13 +108,14 @@ def answers(
         smallest = batch.chunk_sizes.smallest_batch
         while size > smallest and size // 2 >= left:
             size //= 2
-        batch.fit(size, bucket)
-        at_once = min(batch.at_once, len(queue))
-        while queue and len(batch.free_rows) >= at_once:
-            batch.admit([queue.popleft() for _ in range(at_once)])
+        with dispatch or nullcontext():
+            batch.fit(size, bucket)
             at_once = min(batch.at_once, len(queue))
-        max_running = size - at_once if queue else size // 2 if size > smallest else 0
-        batch.decode(max_running)
+            while queue and len(batch.free_rows) >= at_once:
+                batch.admit([queue.popleft() for _ in range(at_once)])
+                at_once = min(batch.at_once, len(queue))
+            max_running = size - at_once if queue else size // 2 if size > smallest else 0
+            batch.decode(max_running)
         if ended:
             yield ended  # while the device goes on
         ended = batch.pop_finished()
@@ -136,7 +140,8 @@ def batches(
     sizes = _chunk_sizes(model)
     count = max(1, min(sizes.batches, _cores(), max_batch // sizes.smallest_batch))
     limits = {"max_batch": max_batch // count, "batch_tokens": batch_tokens // count}
-    return [partial(answers, model, weights, **limits, **options)] * count
+    # Two threads would compile each program twice.
+    return [partial(answers, model, weights, **limits, dispatch=Lock(), **options)] * count
 
 
 def round_robin(parts: Sequence[Generate]) -> Generate:

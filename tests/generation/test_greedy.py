@@ -224,6 +224,30 @@ def test_batches_side_by_side_answer_as_one(
     assert [ended[i].tolist() for i in range(len(TEXTS))] == [by_definition(t) for t in TEXTS]
 
 
+def test_one_batch_at_a_time_has_its_programs_compiled(model, monkeypatch):
+    # Two threads that call a new program at the same time compile it twice.
+    monkeypatch.setattr(scheduler, "_cores", lambda: 2)
+    module, variables = model
+    limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=16)
+    limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,))
+    one, other = scheduler.batches(module, greedy.unstack_layers(variables), **limits)
+    lock = one.keywords["dispatch"]
+    assert other.keywords["dispatch"] is lock
+    held = []
+
+    def watched(program):
+        def call(*args, **options):
+            held.append(lock.locked())
+            return program(*args, **options)
+
+        return call
+
+    for name in ("empty_rows", "prefill_prefix", "copy_prefix", "admit", "decode"):
+        monkeypatch.setattr(greedy, name, watched(getattr(greedy, name)))
+    list(scheduler.round_robin([one, other])(TEXTS))
+    assert all(held) and len(held) > 8
+
+
 def test_groups_stay_whole_where_they_are_small():
     groups = [f"task {i // 3}" for i in range(120)]
     prompts = [list(range(5 + i % 23)) for i in range(120)]
