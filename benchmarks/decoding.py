@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
     module, weights = Llama(config, dtype=jnp.dtype(dtype)), greedy.unstack_layers({"params": base})
 
     def answer(work: Work) -> Answers:
-        parts = scheduler.batches(
+        one = partial(
+            scheduler.answers,
             module,
             weights,
             max_new_tokens=work.new_tokens,
@@ -88,7 +90,7 @@ def our_side(model: str, dtype: str, batch: int, buckets: tuple[int, ...]):
             batch_tokens=batch * max(buckets),
             max_batch=batch,
         )
-        ended = scheduler.round_robin(parts)(work.prompts, work.tasks)
+        ended = scheduler.round_robin(scheduler.batches(one))(work.prompts, work.tasks)
         ids = dict(itertools.chain.from_iterable(ended))
         return [ids[i].tolist() for i in range(len(work.prompts))]
 

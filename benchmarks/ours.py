@@ -91,7 +91,8 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
 
     def generate(prompts: np.ndarray, new: int) -> np.ndarray:
         rows, length = prompts.shape
-        batches = scheduler.batches(
+        one = partial(
+            scheduler.answers,
             module,
             weights,
             max_new_tokens=new,
@@ -100,7 +101,7 @@ def generator(case: Case, weights: Any) -> Callable[[np.ndarray, int], np.ndarra
             batch_tokens=rows * length,
             max_batch=rows,
         )
-        ended = scheduler.round_robin(batches)(prompts, range(rows))
+        ended = scheduler.round_robin(scheduler.batches(one))(prompts, range(rows))
         ids = dict(itertools.chain.from_iterable(ended))
         return np.stack([ids[i] for i in range(rows)])
 

@@ -123,25 +123,17 @@ def answers(
         yield ended
 
 
-def batches(
-    model: Llama,
-    weights: greedy.Weights,
-    *,
-    max_batch: int,
-    batch_tokens: int,
-    **options: object,
-) -> list[Generate]:
-    """`answers` of one device, all but the prompts and their groups bound, for `round_robin`.
+def batches(one: partial[Answers]) -> list[Generate]:
+    """`answers` of one device, bound as for `round_robin`, as several of fewer rows each.
 
-    On a CPU with several cores two of them, with half of the rows each, where that leaves enough.
-    The operations of decoding are short, and after each the cores wait for one another. Then they
-    compute for the other batch.
+    On a CPU with several cores two, where half of the rows are enough. The operations of decoding
+    are short, and after each the cores wait for one another: they then compute for the other batch.
     """
-    sizes = _chunk_sizes(model)
-    count = max(1, min(sizes.batches, _cores(), max_batch // sizes.smallest_batch))
-    limits = {"max_batch": max_batch // count, "batch_tokens": batch_tokens // count}
+    sizes, limits = _chunk_sizes(one.args[0]), one.keywords
+    count = max(1, min(sizes.batches, _cores(), limits["max_batch"] // sizes.smallest_batch))
+    fewer = {name: limits[name] // count for name in ("max_batch", "batch_tokens")}
     # Two threads would compile each program twice.
-    return [partial(answers, model, weights, **limits, dispatch=Lock(), **options)] * count
+    return [partial(one, **fewer, dispatch=Lock())] * count
 
 
 def round_robin(parts: Sequence[Generate]) -> Generate:

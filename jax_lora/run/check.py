@@ -109,13 +109,13 @@ def _in_float32(
 def _answers(config: RunConfig, scored: scoring.Scored, rows: Rows, say: Say) -> int:
     # The most answers that an arrangement changes.
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
-    one, *others = scoring.generators(
-        config, model, scored.variables, scoring.copies(config), inputs.end_ids(config)
-    )
-    many = scheduler.round_robin([one, *others]) if others else None
+    meshes = scoring.copies(config)
+    each = scoring.generators(config, model, scored.variables, meshes, inputs.end_ids(config))
+    several = scoring.side_by_side(each, meshes)
+    many = scheduler.round_robin(several) if len(several) > 1 else None
     prompts, most = rows.prompts, 0
     say(f"\n{scored.origin}, {config.dtype}: answers to {len(prompts)} prompts that change")
-    arranged = invariance.answers(one, prompts, rows.tasks, config.eval.buckets, many)
+    arranged = invariance.answers(each[0], prompts, rows.tasks, config.eval.buckets, many)
     for name, changed in arranged:
         say(f"  {name:<32}{changed:>4}  {100 * changed / len(prompts):5.1f}%")
         most = max(most, changed)

@@ -184,13 +184,11 @@ def generators(
     meshes: Sequence[Mesh],
     end_ids: tuple,
     stop: stop_texts.Stop | None = None,
-) -> list[Callable[..., PyTree]]:
-    """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound; of a
-    single device `scheduler.batches`."""
-    bound = scheduler.batches if [mesh.size for mesh in meshes] == [1] else _one_batch
-    found = []
-    for mesh in meshes:
-        found += bound(
+) -> list[functools.partial[scheduler.Answers]]:
+    """`scheduler.answers` on each copy's devices, all but the prompts and their groups bound."""
+    return [
+        functools.partial(
+            scheduler.answers,
             model.clone(shard_activation=sharding.Activations(mesh)),
             greedy.unstack_layers(variables, mesh=mesh),
             max_new_tokens=config.eval.max_new_tokens,
@@ -200,11 +198,15 @@ def generators(
             max_batch=config.eval.max_batch,
             stop=stop,
         )
-    return found
+        for mesh in meshes
+    ]
 
 
-def _one_batch(*arguments: PyTree, **options: object) -> list[scheduler.Generate]:
-    return [functools.partial(scheduler.answers, *arguments, **options)]
+def side_by_side(
+    each: list[functools.partial[scheduler.Answers]], meshes: Sequence[Mesh]
+) -> Sequence[scheduler.Generate]:
+    """The `generators` of several copies as they are; that of a single device as batches."""
+    return scheduler.batches(each[0]) if [mesh.size for mesh in meshes] == [1] else each
 
 
 def folder_name(adapter: str, checkpoint: str = "last") -> str:
@@ -294,7 +296,8 @@ def score(
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
     stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all, encoder.byte_ids)
     each = generators(config, model, scored.variables, meshes, end_ids, stop)
-    generate, scored_origin = scheduler.round_robin(each), scored.origin
+    generate = scheduler.round_robin(side_by_side(each, meshes))
+    scored_origin = scored.origin
     del scored
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids, stop=stop)
 

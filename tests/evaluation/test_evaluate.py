@@ -68,6 +68,26 @@ def test_wrong_answers_are_out_of_options(setting, tmp_path):
     assert scores["metrics"]["exact_match"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_nobody_answers_on_after_an_error(setting, tmp_path, monkeypatch):
+    _, _, encoder, rows = setting
+    left = []
+
+    def generate(prompts, tasks):
+        try:
+            yield [(0, np.asarray(prompts[0]))]
+        finally:
+            left.append(True)
+
+    def full(line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "jsonl_line", full)
+    answer = functools.partial(evaluate.predict, generate, encoder, end_ids=(0,))
+    with pytest.raises(OSError, match="No space left"):
+        evaluate.write_predictions(tmp_path, rows, answer, {})
+    assert left == [True]
+
+
 def test_an_interrupted_file_is_completed(setting, tmp_path):
     _, _, encoder, rows = setting
     answer, settings = oracle(encoder, rows), {"model": "oracle"}

@@ -218,7 +218,8 @@ def test_batches_side_by_side_answer_as_one(
     module, variables = model
     limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=max_batch)
     limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,))
-    parts = scheduler.batches(module, greedy.unstack_layers(variables), **limits)
+    weights = greedy.unstack_layers(variables)
+    parts = scheduler.batches(functools.partial(scheduler.answers, module, weights, **limits))
     assert [part.keywords["max_batch"] for part in parts] == [max_batch // count] * count
     ended = dict(itertools.chain.from_iterable(scheduler.round_robin(parts)(TEXTS)))
     assert [ended[i].tolist() for i in range(len(TEXTS))] == [by_definition(t) for t in TEXTS]
@@ -230,7 +231,8 @@ def test_one_batch_at_a_time_has_its_programs_compiled(model, monkeypatch):
     module, variables = model
     limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=16)
     limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,))
-    one, other = scheduler.batches(module, greedy.unstack_layers(variables), **limits)
+    weights = greedy.unstack_layers(variables)
+    one, other = scheduler.batches(functools.partial(scheduler.answers, module, weights, **limits))
     lock = one.keywords["dispatch"]
     assert other.keywords["dispatch"] is lock
     held = []
