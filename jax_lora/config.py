@@ -308,11 +308,15 @@ SPEED = (
     "unroll",
     "attention",
     "loss_chunk",
+    "tracker",
+    "eval.buckets",
+    "eval.batch_tokens",
+    "eval.max_batch",
 )
 # The content of data files is known by its digest.
 DATA_FILES = ("data.path", "data.format", "data.validation_path", "data.test_path")
 # A run that stopped over a step that is not finite may be resumed to skip it.
-FREE = (*SPEED, "tracker", "keep", "on_nonfinite", "model", "data.categories", *DATA_FILES)
+FREE = (*SPEED, "keep", "on_nonfinite", "model", "data.categories", *DATA_FILES)
 # Optimizer → the keys of `optim` that it reads, besides those that all of them do.
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),

@@ -235,7 +235,13 @@ def test_a_folder_belongs_to_one_study(tmp_path):
     saved = {"config": config.to_dict(), **digests}
     path.write_text(json.dumps(saved))
     moved = {"model": "elsewhere/base", "data": {"path": "elsewhere/tasks"}}
-    for free in ({"micro_tokens": 1, "mesh": {"data": 2}}, moved):
+    faster = {
+        "micro_tokens": 1,
+        "mesh": {"data": 2},
+        "tracker": "none",
+        "eval": {"buckets": (2048,), "batch_tokens": 4096, "max_batch": 2},
+    }
+    for free in (faster, moved):
         same = study(run={"seed": 3} | free)
         spec.check_same_study(path, same)
         spec.check_same_study(path, same, digests)
