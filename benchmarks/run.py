@@ -44,7 +44,7 @@ PARTS = {
 REMAT = ("none", "full", "products")
 KERNELS = ("auto", "xla", "cudnn", "flash")
 SHAPES = {"tiny": "2x32", "smollm2": "8x128,4x256", "7b": "4x2048", "8b": "2x4096"}
-TARGETS = {"attention": arch.ATTENTION, "all": arch.LINEAR}
+TARGETS = {"attention": arch.ATTENTION, "all": arch.LINEAR_NAMES}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -30,7 +30,7 @@ import jax
 from jax_lora.cli import exit_codes
 from jax_lora.config import RunConfig
 from jax_lora.files import write_json
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.planning.compile import compile_step
 from jax_lora.planning.memory import MOST_DEVICES, fewest, memory
 from jax_lora.planning.steps import PlannedStep, planned
@@ -111,7 +111,7 @@ def wanted() -> Iterator[dict[str, Any]]:
         {"remat": "none", "dropout": 0.0},
         {"remat": "products", "dropout": 0.0},
         {"variant": "dora"},
-        {"targets": tuple(LINEAR)},
+        {"targets": tuple(LINEAR_NAMES)},
     ):
         yield seven | {"rank": 16} | fields
 
@@ -135,7 +135,7 @@ def held_out() -> Iterator[dict[str, Any]]:
         ("llama-3-8b", {"rank": 64, "rows": 2, "length": 2048}),
         ("llama-3-8b", {"rank": 512, "rows": 8, "length": 512, "remat": "products"}),
         ("llama-3-8b", {"rank": None, "rows": 2, "length": 2048, "mesh": (1, 8, 1)}),
-        ("llama-3.2-1b", {"rank": 32, "rows": 16, "length": 512, "targets": tuple(LINEAR)}),
+        ("llama-3.2-1b", {"rank": 32, "rows": 16, "length": 512, "targets": tuple(LINEAR_NAMES)}),
         ("llama-13b", {"rank": 64, "rows": 2, "length": 768, "mesh": (1, 2, 2)}),
         ("llama-65b", {"rank": 128, "rows": 2, "length": 512, "mesh": (2, 4, 1)}),
     ):

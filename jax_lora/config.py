@@ -317,7 +317,8 @@ SPEED = (
 DATA_FILES = ("data.path", "data.format", "data.validation_path", "data.test_path")
 # A run that stopped over a step that is not finite may be resumed to skip it.
 FREE = (*SPEED, "keep", "on_nonfinite", "model", "data.categories", *DATA_FILES)
-# Optimizer → the keys of `optim` that it reads, besides those that all of them do.
+# Optimizer of `training.optimizers.OPTIMIZERS` → the keys of `optim` that it reads, besides those
+# that all of them do. What is not listed has optax's default.
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "eps", "weight_decay"),
     "adam": ("b1", "b2", "eps"),

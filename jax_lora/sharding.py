@@ -46,7 +46,8 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 # sharded as its parameter is. What they say of a linear layer, `-` being an axis that is whole:
 #
 #                                  column-parallel              row-parallel, as in Megatron
-#                                  q k v gate up (lm_head)      o down
+#                                  q_proj k_proj v_proj         o_proj down_proj
+#                                  gate_proj up_proj (lm_head)
 #   kernel (layers, in, out)       -, fsdp, tensor              -, tensor × fsdp, -
 #   A      (layers, in, rank)      -, fsdp × tensor, -          -, tensor × fsdp, -
 #   B      (layers, rank, out)     -, -, tensor × fsdp          -, -, fsdp × tensor

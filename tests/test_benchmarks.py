@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import curves, decoding, epoch, parts, report, run, work
 from jax_lora.data.toy import write_checkout
-from jax_lora.model.arch import ATTENTION, LINEAR
+from jax_lora.model.arch import ATTENTION, LINEAR_NAMES
 from jax_lora.model.families import CONFIGS
 
 slow = pytest.mark.slow  # the fixture takes half a minute
@@ -145,7 +145,7 @@ def test_the_script_for_cards_asks_for_what_there_is(size, tmp_path):
         assert {(case.rows, case.length) for case in asked["ranks"].cases} == {(4, 2048)}
         assert None in [case.rank for case in asked["large"].cases]
         llama3 = asked["llama3"].cases[0]
-        assert llama3.shape == CONFIGS["llama-3-8b"] and llama3.config.lora.targets == LINEAR
+        assert llama3.shape == CONFIGS["llama-3-8b"] and llama3.config.lora.targets == LINEAR_NAMES
         assert (llama3.rank, llama3.rows, llama3.length) == (16, 2, 4096)
         assert llama3.config.lora.dropout == 0.1
 
@@ -217,7 +217,9 @@ def test_a_study_goes_to_a_machine_in_parts_and_back_to_the_next_one(tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("rank", "targets"), [(2, ATTENTION), (2, LINEAR), (None, ATTENTION)])
+@pytest.mark.parametrize(
+    ("rank", "targets"), [(2, ATTENTION), (2, LINEAR_NAMES), (None, ATTENTION)]
+)
 def test_both_sides_do_the_same_work(rank, targets):
     pytest.importorskip("peft")
     from benchmarks import measure

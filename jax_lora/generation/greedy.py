@@ -115,7 +115,7 @@ def prefill_prefix(
 
 @partial(jax.jit, donate_argnames=("rows",))
 def copy_prefix(rows: Rows, prefix: Caches, into: Int[Array, " A"]) -> Rows:
-    """Copy the caches of `prefill_prefix` into those of the rows `into`; B and more are dropped."""
+    """Copy the caches of `prefill_prefix` into the rows `into`; ids of B and more are padding."""
     put = jax.tree.map(
         lambda rows, prefix: rows.at[into].set(prefix, unique_indices=True), rows.caches, prefix
     )
@@ -141,12 +141,12 @@ def admit(
       model: the module.
       weights: see `unstack_layers`.
       rows: donated.
-      into: the rows, no two the same, which spares a GPU atomic operations; B and more, behind
-        the last, are for prompts that only fill the shape.
+      into: row ids, no two the same, which spares a GPU atomic operations. Ids of B and more are
+        padding: what is computed for them is dropped.
       starts: tokens of each prompt that `copy_prefix` has put into its row, or 0.
       tokens: those that follow, right-padded.
       lengths: true lengths of these, at least 1.
-      end_ids: any of these ends an answer, and is its last token.
+      end_ids: the stop tokens (EOS): any of these ends an answer, and is its last token.
       chunk: tokens per row that are prefilled at a time, until all are done; divides P.
     """
     caches = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
@@ -176,11 +176,15 @@ def decode(
     end_ids: tuple[int, ...],
 ) -> Rows:
     """Decode until at most `max_running` rows are running, or for `max_steps` tokens per row;
-    `rows` are donated."""
+    `rows` are donated.
+
+    Every step computes all B rows. What it generates for a row that has ended is dropped; the host
+    gives the row to another prompt, or makes the batch smaller, once this returns.
+    """
     row_ids = jnp.arange(len(rows.new))
 
     def step(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
-        done, rows = state
+        steps, rows = state
         token = rows.new[row_ids, rows.count - 1]
         positions = (rows.prompt + rows.count - 1)[:, None]
         rope = rope_tables(model.config, positions)
@@ -192,18 +196,19 @@ def decode(
         new = rows.new.at[row_ids, rows.count].set(token)
         count = rows.count + rows.running
         running = rows.running & ~_has_ended(token, count, rows, end_ids)
-        return done + 1, Rows(caches, rows.prompt, new, count, running)
+        return steps + 1, Rows(caches, rows.prompt, new, count, running)
 
     def goes_on(state: tuple[Array, Rows]) -> Array:
-        done, rows = state
-        return (done < max_steps) & (rows.running.sum() > max_running)
+        steps, rows = state
+        return (steps < max_steps) & (rows.running.sum() > max_running)
 
     return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), rows))[1]
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
 def gather_rows(model: Llama, rows: Rows, chosen: Int[Array, " C"], slots: int) -> Rows:
-    """The rows `chosen`, B standing for a free one, with `slots` slots each, which are no more."""
+    """The rows `chosen`, where B stands for a free one, with `slots` slots each, no more than they
+    had."""
     rows = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0, mode="fill", fill_value=0), rows)
     caches = tuple(kv_cache.shortened(arrays, slots, model.platform) for arrays in rows.caches)
     return rows._replace(caches=caches, count=jnp.maximum(rows.count, 1))
@@ -235,15 +240,15 @@ def _prefill(
     rope = rope_tables(model.config, starts[:, None] + within)
 
     def step(state: tuple) -> tuple:
-        done, last, caches = state
+        offset, last, caches = state
         text, cos, sin = (
-            jax.lax.dynamic_slice_in_dim(x, done, chunk, axis=1) for x in (tokens, *rope)
+            jax.lax.dynamic_slice_in_dim(x, offset, chunk, axis=1) for x in (tokens, *rope)
         )
-        hidden, caches = _forward(model, weights, caches, starts + done, (cos, sin), text)
-        at = lengths - 1 - done
+        hidden, caches = _forward(model, weights, caches, starts + offset, (cos, sin), text)
+        at = lengths - 1 - offset
         here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
         last = jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)
-        return done + chunk, last, caches
+        return offset + chunk, last, caches
 
     last = jnp.zeros((len(tokens), 1, model.config.hidden_size), model.dtype)
     return jax.lax.while_loop(

@@ -78,13 +78,13 @@ def answers(
       groups: one label per prompt; those of a label are expected to begin alike. By default all
         prompts are one group.
       max_new_tokens: where to stop an answer that does not end.
-      end_ids: any of these ends an answer, and is its last token.
+      end_ids: the stop tokens (EOS): any of these ends an answer, and is its last token.
       buckets: prompt lengths that the cache is made for.
       batch_tokens: prompt tokens of a batch, padding included.
       max_batch: most rows of a batch.
-      stop: says of a prompt, its answer so far and how many tokens of it were looked at before how
-        many tokens of it are left, None where it goes on; the same of an answer however much of
-        it is there yet. Rows that it stops make room like others that have ended.
+      stop: (ids of a prompt, ids of its answer so far, how many of these it was asked about
+        before) → the length that the answer is cut to, or None where it goes on. The length must
+        not depend on how far the answer has been generated. See `stop_texts.StopRule`.
       dispatch: entered while programs are compiled and sent to the device, not while it computes.
 
     Yields:

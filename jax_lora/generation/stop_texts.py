@@ -30,7 +30,7 @@ def stop_rule(texts: Sequence[str], decode: Decode, byte_ids: Collection[int] = 
 
 
 class StopRule:
-    """Where the texts end an answer.
+    """Finds the token at which the first of several texts is complete, and the answer ends.
 
     Args:
       texts: none of them empty.

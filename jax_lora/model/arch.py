@@ -77,7 +77,7 @@ NORMS = (
 
 # What is derived from them. The order of TARGETS, those that may have an adapter, numbers them for
 # random keys: a new one goes last.
-LINEAR = tuple(linear.name for linear in LINEARS)
+LINEAR_NAMES = tuple(linear.name for linear in LINEARS)
 ATTENTION = tuple(linear.name for linear in LINEARS if linear.group == "self_attn")
 MLP = tuple(linear.name for linear in LINEARS if linear.group == "mlp")
 GROUP = {linear.name: linear.group for linear in LINEARS}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from jax_lora.errors import ConfigError
-from jax_lora.model.arch import BY_NAME, LINEAR, LINEARS, NORMS, Norm
+from jax_lora.model.arch import BY_NAME, LINEAR_NAMES, LINEARS, NORMS, Norm
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 # More than any model has, and so little that no count of parameters is beyond 64 bits.
@@ -100,8 +100,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim: found {self.head_dim}, expected an even number")
-        if unknown := [name for name in self.biases if name not in LINEAR]:
-            raise ConfigError(f"biases: found {unknown[0]}, expected some of {', '.join(LINEAR)}")
+        if unknown := [name for name in self.biases if name not in LINEAR_NAMES]:
+            raise ConfigError(
+                f"biases: found {unknown[0]}, expected some of {', '.join(LINEAR_NAMES)}"
+            )
 
     def size(self, axis: str) -> int:
         """The size of a logical axis of `arch`."""

@@ -17,7 +17,14 @@ RESOLUTION = 2**16  # a rate is rounded to a multiple of 1/RESOLUTION
 @partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["rate"])
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout on the input of A. `keys`: (B, T), one key per token; `rate`: in [0, 1)."""
+    """Dropout on the input of A.
+
+    Attributes:
+      keys: one per token. In training they are the seed's, into which the step, the number of the
+        example in the global batch and the position in the example are folded
+        (`step._dropout_keys`); `drop` folds in the linear layer.
+      rate: in [0, 1).
+    """
 
     keys: Key[Array, "B T"]
     rate: float

@@ -69,8 +69,8 @@ class _Linear(nn.Module):
     with g = m / ‖W + s A B‖, one norm per output, taken as a constant; like PEFT, the correction
     (g - 1) x W goes through the same dropout and the bias stays outside.
 
-    `target`: its name in `arch`. `transposed`: the kernel is stored (out, in), see
-    `matmul_transposed`. A quantized one never is.
+    `target`: its name in `arch`. `transposed`: the kernel is stored (out, in), which is faster when
+    decoding on a CPU, see `matmul_transposed`. A quantized one never is.
     """
 
     target: str
@@ -86,11 +86,11 @@ class _Linear(nn.Module):
         self, y: Array, x: Array, kernel: PyTree, layer: Array | int, dropout: Dropout | None
     ) -> Array:
         """y = x W, a bias left out, with the update. `kernel`: W (in, out), however it is stored;
-        `layer`: of this linear layer, the number of layers behind them."""
+        `layer`: the index of the block, or the number of blocks for lm_head, which has none."""
         *_, in_axis, out_axis, _ = arch.BY_NAME[self.target]
         base = y
         if dropout is not None:
-            linear_index = layer * len(arch.LINEAR) + arch.TARGETS.index(self.target)
+            linear_index = layer * len(arch.LINEAR_NAMES) + arch.TARGETS.index(self.target)
             x = drop(x, dropout, linear_index)
             x = self.shard_activation(x, "batch", None, in_axis)
         update, delta = self._update(x, out_axis, y.dtype)

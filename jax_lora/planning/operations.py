@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR_NAMES
 from jax_lora.model.quantization import is_quantized
 from jax_lora.planning.steps import PlannedStep, variables
 from jax_lora.planning.targets import Device
@@ -49,12 +49,12 @@ def operations(step: PlannedStep) -> dict[str, Work]:
     everything, nothing = remat == "full", remat == "none"
 
     parts = {}
-    products = [2.0 * layers * linear[name][0] * linear[name][1] for name in LINEAR]
+    products = [2.0 * layers * linear[name][0] * linear[name][1] for name in LINEAR_NAMES]
     backward = sum(
         product * (2 if trained["layers"][GROUP[name]][name]["kernel"] else 1)
-        for name, product in zip(LINEAR, products, strict=True)
+        for name, product in zip(LINEAR_NAMES, products, strict=True)
     )
-    recomputed = sum(products) - products[LINEAR.index("down_proj")] if everything else 0.0
+    recomputed = sum(products) - products[LINEAR_NAMES.index("down_proj")] if everything else 0.0
     parts["layers"] = Work(sum(products), backward, recomputed)
 
     pairs = 2.0 * layers * step.length * c.num_attention_heads * c.head_dim * _squares(step)

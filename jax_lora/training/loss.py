@@ -25,6 +25,8 @@ def loss_sum(
 ) -> Float[Array, ""]:
     """Sum of loss weight · cross-entropy over a micro-batch, float32.
 
+    It is not normalized here: `step._Loss` has divided the weights by `loop.total_loss_weight`.
+
     Args:
       model: the forward pass.
       variables: {"params": …, "lora": …}.

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import Json
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.model.config import LARGEST_INT, ROPE_TYPES, LlamaConfig, RopeScaling
 from jax_lora.model.families import FAMILIES, Family
 
@@ -131,7 +131,7 @@ def _another_way(quantized: object) -> str:
 def _biases(family: Family, given: Iterable[str]) -> tuple[str, ...]:
     # The linear layers with a bias, where these of the family's keys are true.
     names = {*family.biases, *(name for key in given for name in family.bias_keys[key])}
-    return tuple(name for name in LINEAR if name in names)
+    return tuple(name for name in LINEAR_NAMES if name in names)
 
 
 def _window(raw: Json, where: str, family: Family) -> int | None:

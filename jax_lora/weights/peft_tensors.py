@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from jax_lora.errors import DataError
-from jax_lora.model.arch import BY_NAME, GROUP, LINEAR, OUTSIDE, TARGETS
+from jax_lora.model.arch import BY_NAME, GROUP, LINEAR_NAMES, OUTSIDE, TARGETS
 from jax_lora.weights.finite import check_finite
 from jax_lora.weights.peft_config import SELECTION
 from jax_lora.weights.tree import numpy_dtype
@@ -61,7 +61,7 @@ def read(path: Path, parts: Sequence[str]) -> Tensors:
         match = _KEY.fullmatch(key)
         name = match[3] or match[4] if match else ""
         if match is None or GROUP.get(name) != match[2]:
-            expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR)}).lora_(A|B).weight"
+            expected = f"layers.N.(self_attn|mlp).({'|'.join(LINEAR_NAMES)}).lora_(A|B).weight"
             expected += f" or base_model.model.({_OUTSIDE}).lora_(A|B).weight"
             raise DataError(f"{path}: found {key}, expected base_model.model.model.{expected}")
         part = match[5][0].lower()

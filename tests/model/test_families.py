@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 from jax_lora.data.loader import MicroBatch
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.generation import greedy
-from jax_lora.model.arch import LINEAR, LINEARS
+from jax_lora.model.arch import LINEAR_NAMES, LINEARS
 from jax_lora.model.families import FAMILIES
 from jax_lora.model.transformer import Llama
 from jax_lora.training.loss import loss_sum
@@ -175,4 +175,4 @@ def test_a_gguf_file_without_its_familys_biases_is_refused(tmp_path):
 def test_every_row_names_only_layers_that_exist():
     for family in FAMILIES.values():
         named = {*family.biases, *(n for names in family.bias_keys.values() for n in names)}
-        assert named <= set(LINEAR)
+        assert named <= set(LINEAR_NAMES)

@@ -11,7 +11,7 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError
 from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
-from jax_lora.model.arch import BY_NAME, LINEAR, TARGETS
+from jax_lora.model.arch import BY_NAME, LINEAR_NAMES, TARGETS
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.model.transformer import Llama
@@ -57,7 +57,7 @@ def test_the_update_is_added_to_the_logits(config, transposed):
 def test_the_other_targets_are_drawn_as_without_it():
     with_head, without = (
         lora.init(jax.random.key(1), TINY, 4, alpha=8.0, targets=targets)
-        for targets in (TARGETS, LINEAR)
+        for targets in (TARGETS, LINEAR_NAMES)
     )
     assert with_head.pop("lm_head")["a"].shape == (1, 32, 4)
     jax.tree.map(np.testing.assert_array_equal, with_head, without)

@@ -7,7 +7,7 @@ import pytest
 
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR_NAMES
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.families import CONFIGS
 from jax_lora.model.transformer import Llama
@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_peft(base, recorded):
 
     value, gradients = jax.value_and_grad(loss)(reference.adapters())
     np.testing.assert_allclose(value, recorded["lora/loss"], rtol=1e-5)
-    for name in LINEAR:
+    for name in LINEAR_NAMES:
         for layer in range(2):
             ours = gradients["layers"][GROUP[name]][name]
             place = f"lora/gradient/layers.{layer}.{GROUP[name]}.{name}"
@@ -61,7 +61,7 @@ def test_loss_and_gradients_equal_peft(base, recorded):
 @pytest.mark.parametrize("rank", [1, 4, 40])  # 40 is above the smaller side of every kernel
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_adapters_leave_the_logits_bit_equal(base, rank, dtype):
-    adapters = lora.init(jax.random.key(0), TINY, rank, alpha=2.0 * rank, targets=LINEAR)
+    adapters = lora.init(jax.random.key(0), TINY, rank, alpha=2.0 * rank, targets=LINEAR_NAMES)
     model = Llama(TINY, dtype=jnp.dtype(dtype))
     plain = model.apply({"params": base}, reference.tokens())
     adapted = model.apply({"params": base, "lora": adapters}, reference.tokens())

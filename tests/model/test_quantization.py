@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_lora.model import lora
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.model.quantization import (
     FORWARD,
     NF4_CODES,
@@ -205,5 +205,5 @@ def test_a_tree_shows_kernels_by_their_shapes():
     shapes = kernel_shapes(params)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, dense)
     kernels = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
-    assert len(kernels) == len(LINEAR)
+    assert len(kernels) == len(LINEAR_NAMES)
     assert lora.init(jax.random.key(0), TOY, 2, alpha=4.0)  # adapters know nothing of it

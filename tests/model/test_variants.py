@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_lora.model import lora, variants
-from jax_lora.model.arch import ATTENTION, LINEAR
+from jax_lora.model.arch import ATTENTION, LINEAR_NAMES
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
 from jax_lora.run import initial_weights
@@ -16,7 +16,13 @@ from tests import reference
 TINY = LlamaConfig(61, 32, 48, 2, 4, 2, 8)
 MODEL = Llama(TINY, dtype=jnp.float32)
 OPTIONS = dict(
-    seed=0, rank=3, alpha=6.0, targets=LINEAR, scaling="alpha/r", init="kaiming", variant="lora"
+    seed=0,
+    rank=3,
+    alpha=6.0,
+    targets=LINEAR_NAMES,
+    scaling="alpha/r",
+    init="kaiming",
+    variant="lora",
 )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_lora.config import RunConfig
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.run import Run
 from jax_lora.study import update
 from tests import reference
@@ -36,8 +36,8 @@ def test_peft_counts_as_many(tmp_path, size):
     said = re.compile(r"layers\.(\d+)\.\w+\.(\w+): (?:Intruders: (\d+)|No intruders)")
     for found in filter(None, map(said.search, lines)):
         theirs[found[2], int(found[1])] = int(found[3] or 0)
-    assert len(theirs) == len(LINEAR) * base.config.num_hidden_layers
-    config = RunConfig().replace(**{"model": str(tmp_path / "model"), "lora.targets": LINEAR})
+    assert len(theirs) == len(LINEAR_NAMES) * base.config.num_hidden_layers
+    config = RunConfig().replace(**{"model": str(tmp_path / "model"), "lora.targets": LINEAR_NAMES})
     ours = (
         update.measure(Run.open(config, tmp_path))
         .set_index(["module", "layer"])["intruder_dimensions"]

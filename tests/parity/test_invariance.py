@@ -11,7 +11,7 @@ import pytest
 from jax_lora.config import OptimConfig
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model import lora
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.model.transformer import Llama
 from jax_lora.training import trainable_mask
 from jax_lora.training.optimizers import make_optimizer, schedule
@@ -32,7 +32,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def variables(base):
-    adapters = lora.init(jax.random.key(5), base.config, 4, alpha=16.0, targets=LINEAR)
+    adapters = lora.init(jax.random.key(5), base.config, 4, alpha=16.0, targets=LINEAR_NAMES)
     return {"params": base.params, "lora": adapters}
 
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from jax_lora.model import lora
-from jax_lora.model.arch import GROUP, LINEAR
+from jax_lora.model.arch import GROUP, LINEAR_NAMES
 from jax_lora.model.transformer import Llama
 from jax_lora.weights import peft as our_peft
 from tests import reference
@@ -61,9 +61,9 @@ def drawn(request, base):
     """A of down_proj in the first layer (draws, in, r), ours and PEFT's; and all of ours."""
 
     def draw(key):
-        return lora.init(key, base.config, RANK, alpha=8.0, targets=LINEAR, a_init=request.param)[
-            "layers"
-        ]
+        return lora.init(
+            key, base.config, RANK, alpha=8.0, targets=LINEAR_NAMES, a_init=request.param
+        )["layers"]
 
     ours = jax.vmap(draw)(jax.random.split(jax.random.key(0), DRAWS))
     start = {"kaiming": True, "gaussian": "gaussian"}[request.param]
@@ -98,7 +98,7 @@ def test_how_a_is_drawn(drawn, promise):
 
 def test_draws_are_independent_and_b_is_zero(drawn, promise):
     # The first 32 entries of every layer's A, which all kernels have.
-    leaves = [drawn.ours[GROUP[name]][name] for name in LINEAR]
+    leaves = [drawn.ours[GROUP[name]][name] for name in LINEAR_NAMES]
     places = np.stack([leaf["a"][:, i, :32] for leaf in leaves for i in range(2)])
     what = f"A over {DRAWS:,} draws, {drawn.name}"
     promise(

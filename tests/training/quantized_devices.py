@@ -17,7 +17,7 @@ import numpy as np
 from jax_lora import sharding
 from jax_lora.config import MeshSizes
 from jax_lora.model import lora
-from jax_lora.model.arch import LINEAR, LINEARS
+from jax_lora.model.arch import LINEAR_NAMES, LINEARS
 from jax_lora.model.quantization import product, with_int8_products
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
@@ -28,7 +28,7 @@ from tests.training.many_devices import GRADIENT, cut, deviation, packed_batch
 
 def variables(form):
     params, _ = quantized.base(form)
-    adapters = lora.init(jax.random.key(1), quantized.TOY, 3, alpha=6.0, targets=LINEAR)
+    adapters = lora.init(jax.random.key(1), quantized.TOY, 3, alpha=6.0, targets=LINEAR_NAMES)
     for members in adapters["layers"].values():
         for leaf in members.values():
             leaf["b"] = 0.1 * jax.random.normal(jax.random.key(2), leaf["b"].shape)

@@ -11,7 +11,7 @@ import pytest
 from jax_lora.config import OptimConfig
 from jax_lora.errors import ConfigError
 from jax_lora.model import lora, variants
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.model.transformer import Llama
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.optimizers import make_optimizer
@@ -44,7 +44,7 @@ def train(params, adapters, *, remat="full", materialized=(), dropout=0.1, steps
 
 
 def drawn(rank=4):
-    return lora.init(jax.random.key(1), TOY, rank, alpha=8.0, targets=LINEAR)
+    return lora.init(jax.random.key(1), TOY, rank, alpha=8.0, targets=LINEAR_NAMES)
 
 
 def assert_equal(promise, what, one, other):
@@ -68,7 +68,7 @@ def test_twenty_steps_equal_those_on_dequantized_weights(form, promise):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(remat="none"), dict(remat="products"), dict(materialized=LINEAR), dict(dora=True)],
+    [dict(remat="none"), dict(remat="products"), dict(materialized=LINEAR_NAMES), dict(dora=True)],
 )
 def test_remat_materialized_deltas_and_dora_do_too(options, promise):
     params, dense = quantized.base("nf4")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_lora.model import lora
-from jax_lora.model.arch import LINEAR
+from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import peft
 from tests.weights.builders import flat, refusal
@@ -436,7 +436,7 @@ def test_layers_that_an_adapter_leaves_out_are_zero_and_stay_out(tmp_path, rows,
 
 
 def test_all_linear_layers_but_the_excluded_ones_must_be_there(tmp_path):
-    names = [n for n in LINEAR if n not in ("q_proj", "down_proj")]
+    names = [n for n in LINEAR_NAMES if n not in ("q_proj", "down_proj")]
     keys = {"target_modules": "ALL-linear", "exclude_modules": names}
     chosen(tmp_path, {"q_proj": (0, 1), "down_proj": (0, 1)}, **keys)
     assert peft.load(tmp_path).targets == ("q_proj", "down_proj")
