@@ -128,26 +128,27 @@ def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     for expression, axes in PARTITION_RULES:
         if re.fullmatch(rf"(.*/)?{expression}", name):
             if _BLOCKS.fullmatch(name):
-                return _dividing(_moved(axes, shape, mesh), shape, mesh)
-            return P() if _FACTORED.fullmatch(name) else _dividing(axes, shape, mesh)
+                return _divisible(_cut_outputs(axes, shape, mesh), shape, mesh)
+            return P() if _FACTORED.fullmatch(name) else _divisible(axes, shape, mesh)
     raise ValueError(f"sharding: no expression of the table covers the leaf {name}, {shape}")
 
 
-def _moved(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    # The axes that do not divide their dimension moved to the last one.
+def _cut_outputs(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    # The mesh axes that do not divide their dimension, moved to the last one.
     sides: list[tuple[str, ...]] = [
         (axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec
     ]
     sides += [()] * (len(shape) - len(sides))
-    divided = _dividing(spec, shape, mesh)
+    divided = _divisible(spec, shape, mesh)
     used = {name for axes in divided for name in ((axes,) if isinstance(axes, str) else axes or ())}
     left = tuple(name for axes in sides[:-1] for name in axes if name not in used)
     return P(*(tuple(n for n in axes if n in used) for axes in sides[:-1]), (*sides[-1], *left))
 
 
-def _dividing(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    # In the form in which compiled functions return it, without axes of size 1 and Nones at the
-    # end: for an equal sharding in another form the function would be compiled once more.
+def _divisible(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    # Without the mesh axes that do not divide their dimension; in the form in which compiled
+    # functions return it, without axes of size 1 and Nones at the end: for an equal sharding in
+    # another form the function would be compiled once more.
     found: list[str | tuple[str, ...] | None] = []
     for axes, size in zip(spec, shape, strict=False):
         dividing = []
@@ -281,7 +282,7 @@ def gather_embeddings(variables: PyTree, mesh: Mesh) -> PyTree:
     """
     params = dict(variables["params"])
     table = params["embed_tokens"]["embedding"]
-    where = NamedSharding(mesh, _dividing(P("tensor", None), table.shape, mesh))
+    where = NamedSharding(mesh, _divisible(P("tensor", None), table.shape, mesh))
     params["embed_tokens"] = {"embedding": jax.lax.with_sharding_constraint(table, where)}
     return {**variables, "params": params}
 
@@ -300,7 +301,7 @@ class Activations:
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """`axes`: of the dimensions of x, keys of `LOGICAL_AXES` or None; the rest is None."""
         spec = P(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes))
-        sharding = NamedSharding(self.mesh, _dividing(spec, x.shape, self.mesh))
+        sharding = NamedSharding(self.mesh, _divisible(spec, x.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x, sharding)
 
 
@@ -318,7 +319,7 @@ class LocalAttention:
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
     ) -> jax.Array:
-        heads = _dividing(P(("data", "fsdp"), "tensor"), k.shape, self.mesh)
+        heads = _divisible(P(("data", "fsdp"), "tensor"), k.shape, self.mesh)
         rows = P(*heads[:1])
         run = jax.shard_map(
             self.kernel,

@@ -26,9 +26,10 @@ Caches = tuple[kv_cache.Arrays, ...]  # of every layer
 
 
 class Weights(NamedTuple):
-    """The variables as `unstack_layers` returns them: those of no layer, and those of each."""
+    """The variables as `unstack_layers` returns them: those outside the blocks (embedding, last
+    norm, head), and those of each block."""
 
-    non_layer: PyTree
+    outside: PyTree
     layers: tuple[PyTree, ...]
 
 
@@ -65,7 +66,7 @@ def unstack_layers(
     """
     transpose = partial(_transpose_kernels, platform=platform or jax.default_backend())
     stacks = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
-    non_layer = {
+    outside = {
         name: {key: value for key, value in tree.items() if key != "layers"}
         for name, tree in variables.items()
     }
@@ -73,9 +74,9 @@ def unstack_layers(
     # With an Ellipsis a number is an array of numpy's too.
     layers = (jax.tree.map(operator.itemgetter((i, ...)), stacks) for i in range(depth))
     if mesh is not None:
-        non_layer = sharding.shard(non_layer, mesh)
+        outside = sharding.shard(outside, mesh)
         layers = (sharding.shard_layer(layer, mesh) for layer in layers)
-    return Weights(transpose(non_layer), tuple(map(transpose, layers)))
+    return Weights(transpose(outside), tuple(map(transpose, layers)))
 
 
 @partial(jax.jit, static_argnames="platform")
@@ -198,11 +199,11 @@ def decode(
         running = rows.running & ~_has_ended(token, count, rows, end_ids)
         return steps + 1, Rows(caches, rows.prompt, new, count, running)
 
-    def goes_on(state: tuple[Array, Rows]) -> Array:
+    def is_decoding(state: tuple[Array, Rows]) -> Array:
         steps, rows = state
         return (steps < max_steps) & (rows.running.sum() > max_running)
 
-    return jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), rows))[1]
+    return jax.lax.while_loop(is_decoding, step, (jnp.zeros((), jnp.int32), rows))[1]
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
@@ -268,7 +269,7 @@ def _forward(
     positions = Positions(rope, None)
     transposed = model.platform == "cpu"
     block = Block(model.config, model.attention, model.shard_activation, transposed, model.platform)
-    x, updated = model.apply(weights.non_layer, tokens, method="embed"), []
+    x, updated = model.apply(weights.outside, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
         x, kv = block.apply(weights.layers[i], x, i, positions, kv_cache.Cache(k, v, starts), None)
         updated.append(kv)
@@ -277,7 +278,7 @@ def _forward(
 
 def _argmax_token(model: Llama, weights: Weights, hidden: Array) -> Array:
     logits = model.clone(transposed=model.platform == "cpu").apply(
-        weights.non_layer, hidden, method="head"
+        weights.outside, hidden, method="head"
     )
     return xla_cpu.argmax(logits[:, 0], model.platform)
 

@@ -110,11 +110,11 @@ def answers(
             size //= 2
         with dispatch or nullcontext():
             batch.fit(size, bucket)
-            at_once = min(batch.at_once, len(queue))
-            while queue and len(batch.free_rows) >= at_once:
-                batch.admit([queue.popleft() for _ in range(at_once)])
-                at_once = min(batch.at_once, len(queue))
-            max_running = size - at_once if queue else size // 2 if size > smallest else 0
+            admit_size = min(batch.admit_size, len(queue))
+            while queue and len(batch.free_rows) >= admit_size:
+                batch.admit([queue.popleft() for _ in range(admit_size)])
+                admit_size = min(batch.admit_size, len(queue))
+            max_running = size - admit_size if queue else size // 2 if size > smallest else 0
             batch.decode(max_running)
         if ended:
             yield ended  # while the device goes on
@@ -220,7 +220,7 @@ class _Batch:
         self.model, self.weights, self.prompts = model, weights, prompts
         self.max_new_tokens, self.end_ids, self.stop = max_new_tokens, end_ids, stop
         self.requests: list[Request | None] = []
-        self.looked: dict[int, int] = {}  # prompt → tokens of its answer that `stop` has seen
+        self.checked: dict[int, int] = {}  # prompt → tokens of its answer that `stop` has seen
         self.bucket = 0
         self.rows: greedy.Rows | None = None
         self.chunk_sizes = _chunk_sizes(model)
@@ -235,7 +235,7 @@ class _Batch:
         return [row for row, request in enumerate(self.requests) if not request]
 
     @property
-    def at_once(self) -> int:
+    def admit_size(self) -> int:
         """Prompts to admit together: many are faster, few leave fewer rows idle."""
         return max(1, len(self.requests) // 4)
 
@@ -249,7 +249,7 @@ class _Batch:
             return
         self.bucket, self.prefix = bucket, ()
         if busy := self.busy:
-            chosen = _fill(busy, size, len(self.requests))
+            chosen = _pad_to(busy, size, len(self.requests))
             self.rows = greedy.gather_rows(self.model, self.rows, chosen, self.slots)
         else:
             self.rows = greedy.empty_rows(self.model, size, self.slots, self.max_new_tokens)
@@ -257,7 +257,7 @@ class _Batch:
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Prefill prompts into free rows: what they share first, once, then the rest of each."""
-        count, size = self.at_once, len(self.requests)
+        count, size = self.admit_size, len(self.requests)
         into = self.free_rows[: len(requests)]
         for row, request in zip(into, requests, strict=True):
             self.requests[row] = request
@@ -281,7 +281,7 @@ class _Batch:
             self.weights,
             self.rows,
             _row_ids(into, count, size),
-            _fill([request.shared for request in requests], count, 0),
+            _pad_to([request.shared for request in requests], count, 0),
             *_padded(texts, count, self.bucket, chunk),
             end_ids=self.end_ids,
             chunk=chunk,
@@ -289,7 +289,7 @@ class _Batch:
 
     def decode(self, max_running: int) -> None:
         """Start decoding until at most `max_running` answers are running or, where answers can be
-        stopped, are to be looked at; does not wait."""
+        stopped, are to be checked; does not wait."""
         max_steps = self.chunk_sizes.stop_chunk if self.stop else self.max_new_tokens
         self.rows = greedy.decode(
             self.model, self.weights, self.rows, max_running, max_steps, end_ids=self.end_ids
@@ -316,9 +316,9 @@ class _Batch:
     def _stopped(self, prompt: int, answer: np.ndarray) -> int | None:
         if not self.stop:
             return None
-        length = self.stop(self.prompts[prompt], answer, self.looked.pop(prompt, 0))
+        length = self.stop(self.prompts[prompt], answer, self.checked.pop(prompt, 0))
         if length is None:
-            self.looked[prompt] = len(answer)
+            self.checked[prompt] = len(answer)
         return length
 
 
@@ -374,12 +374,12 @@ def _padded(
     tokens = np.zeros((rows, -(-bucket // chunk) * chunk), np.int32)
     for row, text in zip(tokens, texts, strict=False):
         row[: len(text)] = text
-    return tokens, _fill([len(text) for text in texts], rows, 1)
+    return tokens, _pad_to([len(text) for text in texts], rows, 1)
 
 
-def _fill(numbers: Sequence[int], size: int, filling: int) -> np.ndarray:
-    """`numbers` and as often `filling` as it takes to make them `size`."""
-    return np.asarray([*numbers, *[filling] * (size - len(numbers))], np.int32)
+def _pad_to(numbers: Sequence[int], size: int, filler: int) -> np.ndarray:
+    """`numbers` and as often `filler` as it takes to make them `size`."""
+    return np.asarray([*numbers, *[filler] * (size - len(numbers))], np.int32)
 
 
 def _row_ids(rows: Sequence[int], count: int, size: int) -> np.ndarray:

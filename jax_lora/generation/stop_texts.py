@@ -20,7 +20,7 @@ import numpy as np
 Ids = Sequence[int] | np.ndarray
 Decode = Callable[[list[int]], str]
 Stop = Callable[[Ids, Ids, int], int | None]  # see `StopRule.__call__`
-STRIDE = 32  # tokens that are looked at together
+STRIDE = 32  # tokens that are checked at together
 _BROKEN = "\ufffd"  # what decoders write for bytes that are no character
 
 
@@ -41,15 +41,15 @@ class StopRule:
     def __init__(self, texts: Sequence[str], decode: Decode, byte_ids: Collection[int] = ()):
         self.texts, self.decode, self.byte_ids = tuple(texts), decode, byte_ids
         self.longest = max(map(len, texts))
-        self.are_whole = not any(_BROKEN in one for one in texts)
+        self.has_whole_texts = not any(_BROKEN in one for one in texts)
         self._known: dict[int, bool] = {}
 
-    def __call__(self, prompt: Ids, answer: Ids, looked: int = 0, /) -> int | None:
+    def __call__(self, prompt: Ids, answer: Ids, checked: int = 0, /) -> int | None:
         """How many tokens of an answer there are up to the first one whose text completes one.
 
         Args:
           prompt, answer: ids.
-          looked: so many tokens of the answer are known to complete none.
+          checked: so many tokens of the answer are known to complete none.
 
         Returns:
           None where no token does.
@@ -57,13 +57,13 @@ class StopRule:
         # What ends in the prompt ended before the answer began; a token has a character or more.
         before = np.asarray(prompt[-self.longest :], np.int64)
         ids, first = np.concatenate([before, np.asarray(answer, np.int64)]), len(before)
-        for start in range(first + looked, len(ids), STRIDE):
+        for start in range(first + checked, len(ids), STRIDE):
             stop = min(start + STRIDE, len(ids))
             cut = self._cut(ids, first, start)
             offset = 0 if cut else len(self.decode(before.tolist()))
             text = self.decode(ids[cut:stop].tolist())
             # Where all characters are whole, texts that were there before still are.
-            if not self._has(text, offset) and _BROKEN not in text and self.are_whole:
+            if not self._has(text, offset) and _BROKEN not in text and self.has_whole_texts:
                 continue
             for end in range(start + 1, stop + 1):
                 if self._has(self.decode(ids[cut:end].tolist()), offset):

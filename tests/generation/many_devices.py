@@ -59,7 +59,7 @@ def answered(count):
     greedy.decode = decode
     programs, stop = (
         decode._cache_size(),
-        lambda prompt, answer, looked: 3 if len(answer) > 2 else None,
+        lambda prompt, answer, checked: 3 if len(answer) > 2 else None,
     )
     ended = scheduler.answers(model, weights, prompts(), groups, **LIMITS, stop=stop)
     stopped = dict(itertools.chain.from_iterable(ended))

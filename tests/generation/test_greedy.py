@@ -124,8 +124,8 @@ def test_a_row_that_is_stopped_makes_room(model, by_definition, monkeypatch):
         steps.append(int((np.asarray(rows.count) - before).max()))  # some row ran to the end
         return rows
 
-    def stop(prompt, answer, looked=0):
-        assert all(i % 5 for i in answer[:looked])
+    def stop(prompt, answer, checked=0):
+        assert all(i % 5 for i in answer[:checked])
         return next((n for n, i in enumerate(answer, 1) if i % 5 == 0), None)
 
     def decoded(rows, **options):

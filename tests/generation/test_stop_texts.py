@@ -87,10 +87,10 @@ def check(encoder, prompt, answer, texts, every):
     rule = stop_rule(texts, encoder.decode_all, encoder.byte_ids)
     assert rule is not None
     assert rule(prompt, np.asarray(answer, np.int32), 0) == expected
-    found, looked = None, 0
-    while found is None and looked < len(answer):
-        shown = answer[: looked + every]
-        found, looked = rule(prompt, shown, looked), len(shown)
+    found, checked = None, 0
+    while found is None and checked < len(answer):
+        shown = answer[: checked + every]
+        found, checked = rule(prompt, shown, checked), len(shown)
     assert found == expected
     return expected
 
