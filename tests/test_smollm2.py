@@ -9,7 +9,7 @@ from jax_lora.data.prompts import Encoder
 from jax_lora.generation import greedy, scheduler
 from jax_lora.weights import gguf
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def test_logits_equal_transformers(ours, theirs, prompts):
     for ids in prompts[:6]:
         with torch.no_grad():
             expected = theirs(torch.tensor(ids[None].astype(np.int64))).logits.numpy()
-        worst = max(worst, float(np.abs(ours.logits(ids[None]) - expected).max()))
+        padded = np.pad(ids, (0, 256 - len(ids)))  # compiled once; a token sees none behind it
+        found = ours.logits(padded[None])[:, : len(ids)]
+        worst = max(worst, float(np.abs(found - expected).max()))
     print(f"worst difference of a logit {worst:.1e}")
     assert worst < 1e-3
 
@@ -88,7 +90,7 @@ def test_greedy_answers_equal_transformers(ours, theirs, prompts):
         prompts,
         max_new_tokens=NEW_TOKENS,
         end_ids=(end,),
-        buckets=(128, 256),
+        buckets=(256,),
         batch_tokens=2048,
         max_batch=8,
     )

@@ -8,7 +8,7 @@ import json
 
 from jax_lora.config import RunConfig
 from jax_lora.model.config import LlamaConfig
-from jax_lora.planning.compile import compile_step
+from jax_lora.planning.compile import lower_step
 from jax_lora.planning.memory import memory
 from jax_lora.planning.steps import steps_of
 from jax_lora.planning.targets import target
@@ -45,8 +45,8 @@ def main():
     for case, (keys, forms) in CASES.items():
         for form in forms:
             few, many = (step(form, layers, **keys) for layers in (FEW, MANY))
-            found = [compile_step(one, target("cpu")).programs for one in (few, many)]
-            needs = [programs["accumulate"].temporary for programs in found]
+            lowered = [lower_step(one, target("cpu"))["accumulate"] for one in (few, many)]
+            needs = [one.compile().memory_analysis().temp_size_in_bytes for one in lowered]
             temporary[case][form] = (needs[1] - needs[0]) / (MANY - FEW)
             stored[form] = (memory(many).base - memory(few).base) / (MANY - FEW)
     print(json.dumps([temporary, stored]))

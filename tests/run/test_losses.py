@@ -1,5 +1,8 @@
 """Losses per token against numpy's of the whole rows, one at a time; a text's windows."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,11 +34,22 @@ def run(request, tiny_run, tmp_path_factory):
     return made
 
 
-def by_numpy(run: jax_lora.Run, adapter: str, ids: np.ndarray) -> np.ndarray:
-    """The losses of tokens 1, 2, … of one row, without padding, in float64 from the logits on."""
+@functools.cache
+def model_of(run: jax_lora.Run, adapter: str):
+    """One row of ids, padded → its logits; compiled once, since no token sees one behind it."""
     scored = scoring.load(run.workdir, run.config, adapter)
-    model = Llama(scored.shape, dtype=jnp.float32)
-    logits = np.asarray(model.apply(scored.variables, ids[None]), float)[0, :-1]
+    apply = jax.jit(Llama(scored.shape, dtype=jnp.float32).apply)
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        padded = np.pad(ids, (0, max(run.config.data.buckets) - len(ids)))
+        return np.asarray(apply(scored.variables, padded[None]), float)[0, : len(ids)]
+
+    return logits
+
+
+def by_numpy(run: jax_lora.Run, adapter: str, ids: np.ndarray) -> np.ndarray:
+    """The losses of tokens 1, 2, … of one row, in float64 from the logits on."""
+    logits = model_of(run, adapter)(ids)[:-1]
     highest = logits.max(-1, keepdims=True)
     log_sum = highest[:, 0] + np.log(np.exp(logits - highest).sum(-1))
     return log_sum - logits[np.arange(len(logits)), ids[1:]]

@@ -222,8 +222,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("method", ["save", "_finish"])
-@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize(("method", "number"), [("save", 1), ("save", 4), ("_finish", 2)])
 def test_killed_between_a_validation_and_its_checkpoint(
     run, config, tmp_path, monkeypatch, method, number
 ):

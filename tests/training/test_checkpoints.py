@@ -11,18 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jax_lora.config import OptimConfig
 from jax_lora.errors import DataError
 from jax_lora.training import checkpoints as checkpoints_module
 from jax_lora.training import loop, trainable_mask
 from jax_lora.training.checkpoints import ITEMS, Checkpoints, best_at, best_in, steps_in
 from jax_lora.training.digests import examine
-from jax_lora.training.optimizers import make_optimizer
-from jax_lora.training.step import State, make_step
-from tests.training.test_step import MODEL, global_batch, variables
+from jax_lora.training.step import State
+from tests.training.test_step import adamw, compiled_step, global_batch, variables
 
 
 def begin():
@@ -30,8 +27,8 @@ def begin():
     trainable, frozen = trainable_mask.partition(
         everything, trainable_mask.mask(everything, *trainable_mask.LORA)
     )
-    optimizer = make_optimizer(OptimConfig(), optax.constant_schedule(1e-2))
-    functions = make_step(MODEL, optimizer, seed=3, dropout_rate=0.1)
+    optimizer = adamw(1e-2)
+    functions = compiled_step(optimizer, dropout_rate=0.1)
     return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable)), frozen, functions
 
 

@@ -1,5 +1,7 @@
 """A step: what it changes, what it leaves, and that cutting the batch does not matter."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ KEEP = optax.GradientTransformation(
     lambda weights: jax.tree.map(jnp.zeros_like, weights),
     lambda gradients, state, weights=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
 )
+SGD = optax.sgd(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +36,28 @@ def recorded():
         return dict(file)
 
 
-def variables():
+@functools.cache
+def _drawn():
     params = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     adapters = lora.init(jax.random.key(1), TINY, 4, alpha=8.0, targets=TARGETS)
-    return {"params": params, "lora": adapters}
+    return jax.device_get({"params": params, "lora": adapters})
+
+
+def variables():
+    """New buffers, as a step donates those of what trains."""
+    return jax.tree.map(jnp.array, _drawn())
+
+
+@functools.cache
+def adamw(rate):
+    """One for all tests of a rate, so that they share a `compiled_step`."""
+    return make_optimizer(OptimConfig(), optax.constant_schedule(rate))
+
+
+@functools.cache
+def compiled_step(optimizer, **options):
+    """`make_step` with a seed of 3: tests with the same options trace and compile it once."""
+    return make_step(MODEL, optimizer, seed=3, **options)
 
 
 def global_batch(cut: int, examples: int = 8):
@@ -57,8 +78,8 @@ def run(rules, batches, steps=2, dropout=0.1, rate=1e-2, optimizer=None):
     trainable, frozen = trainable_mask.partition(
         everything, trainable_mask.mask(everything, *rules)
     )
-    optimizer = optimizer or make_optimizer(OptimConfig(), optax.constant_schedule(rate))
-    functions = make_step(MODEL, optimizer, seed=3, dropout_rate=dropout, loss_chunk=8)
+    optimizer = optimizer or adamw(rate)
+    functions = compiled_step(optimizer, dropout_rate=dropout, loss_chunk=8)
     start = State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     steps_taken = list(loop.train(start, frozen, [batches] * steps, functions))
     return before, steps_taken[-1][0], frozen, [report for _, report in steps_taken]
@@ -98,9 +119,8 @@ def test_full_fine_tuning_is_the_same_code():
 def test_cutting_the_global_batch_changes_only_rounding(cut):
     # 1 × 8, 2 × 4 and 8 × 1, dropout on: the same loss and the same update (plain SGD: Adam turns
     # rounding of near-zero gradients into whole steps).
-    sgd = optax.sgd(0.1)
     whole, parts = (
-        run(trainable_mask.LORA, global_batch(n), steps=2, dropout=0.5, optimizer=sgd)
+        run(trainable_mask.LORA, global_batch(n), steps=2, dropout=0.5, optimizer=SGD)
         for n in (8, cut)
     )
     for one, other in zip(whole[3], parts[3], strict=True):
@@ -122,7 +142,7 @@ def test_dropout_is_fresh_every_step_and_off_at_rate_zero():
 
     def losses(rate):
         still = optax.sgd(0.0)
-        functions = make_step(MODEL, still, seed=3, dropout_rate=rate)
+        functions = compiled_step(still, dropout_rate=rate)
         state = State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), still.init(None))
         taken = loop.train(state, frozen, [global_batch(8)] * 3, functions)
         return [float(report.loss) for _, report in taken]
@@ -144,9 +164,9 @@ def test_chunks_equal_the_plain_loss():
     for chunk in (5, 16, 1000):
         ours = lambda v, chunk=chunk: loss_sum(MODEL, v, micro, chunk=chunk)  # noqa: E731
         (value, grads), (expected, reference_grads) = (
-            jax.value_and_grad(f)(params) for f in (ours, plain)
+            jax.jit(jax.value_and_grad(f))(params) for f in (ours, plain)
         )
-        np.testing.assert_allclose([value, ours(params)], expected, rtol=1e-5)
+        np.testing.assert_allclose([value, jax.jit(ours)(params)], expected, rtol=1e-5)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), grads, reference_grads
         )
@@ -186,7 +206,7 @@ def test_the_clip_sees_the_trainable_gradient_alone():
     def loss(adapters):
         return loss_sum(MODEL, everything | {"lora": adapters}, micro, chunk=16)
 
-    gradients = jax.grad(loss)(everything["lora"])
+    gradients = jax.jit(jax.grad(loss))(everything["lora"])
     for leaf in lora.by_target(gradients).values():
         leaf["scale"] = jnp.zeros(())
     expected = optax.tree.norm(gradients) / reports[0].loss_tokens
@@ -205,8 +225,8 @@ def gradients(batches, *, materialized=(), packed=False, dropout=0.3, variant="l
     trainable, frozen = trainable_mask.partition(
         everything, trainable_mask.mask(everything, *trainable_mask.LORA)
     )
-    options = dict(seed=3, dropout_rate=dropout, loss_chunk=8)
-    functions = make_step(MODEL, KEEP, materialized=materialized, packed=packed, **options)
+    options = dict(dropout_rate=dropout, loss_chunk=8)
+    functions = compiled_step(KEEP, materialized=materialized, packed=packed, **options)
     state = State(jnp.zeros((), jnp.int32), trainable, KEEP.init(trainable))
     ((after, report),) = loop.train(state, frozen, [batches], functions)
     return float(report.loss), after.optimizer
@@ -258,9 +278,12 @@ def test_groups_of_positions_change_only_the_order():
     (batch,) = global_batch(8)
     micro = jax.tree.map(jnp.asarray, batch)
     params = {"params": variables()["params"]}
+
+    def loss(variables, groups):
+        return loss_sum(MODEL, variables, micro, chunk=8, groups=groups)
+
     one, four = (
-        jax.value_and_grad(lambda v, n=n: loss_sum(MODEL, v, micro, chunk=8, groups=n))(params)
-        for n in (1, 4)
+        jax.jit(jax.value_and_grad(functools.partial(loss, groups=n)))(params) for n in (1, 4)
     )
     assert_same(four, one)
 
