@@ -115,7 +115,7 @@ def tiny_model(tmp_path_factory) -> Path:
 # The smoke study at a third of its cells, behind a base that hardly trained.
 SMOKE = [
     f"--config={REPOSITORY}/configs/study_smoke.py",
-    "--config.toy.run.epochs=2",
+    "--config.toy.run.epochs=1",
     "--config.ranks=(2,'full')",
     "--config.sets=('T2',)",
 ]

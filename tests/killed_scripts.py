@@ -26,6 +26,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from rouge_score import rouge_scorer  # noqa: E402, F401
 from transformers import PreTrainedTokenizerFast  # noqa: E402, F401
 
 from jax_lora.run import Run  # noqa: E402, F401

@@ -229,7 +229,7 @@ class Killed(NamedTuple):
 
 def killed_commands(ground: Ground) -> dict[str, Killed]:
     """What is killed, by name."""
-    train = ground.train(Path("{workdir}"), 20, rank=2)[1:]
+    train = ground.train(Path("{workdir}"), 8 if ground.is_short else 20, rank=2)[1:]
     packed = ["--config.data.packed=True", "--config.validate_every=3"]
     packed += ["--config.data.validation_per_task=2", "--config.keep=best"]
     packed = [flag for flag in train if "batch_size" not in flag] + packed

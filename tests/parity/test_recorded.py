@@ -1,12 +1,13 @@
-"""DoRA against PEFT's values as recorded by tests/record.py, so that no torch is needed."""
+"""The recorded values: DoRA against PEFT's, without torch; and all of them, made again with it."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_lora.data.loader import MicroBatch
 from jax_lora.model.transformer import Llama
 from jax_lora.training import trainable_mask
-from tests import reference
+from tests import record, reference
 from tests.parity import training
 
 
@@ -31,3 +32,9 @@ def test_dora(tmp_path, promise):
     ref = {name: recorded[f"dora/gradient/{name.removesuffix('.weight')}"] for name in ours}
     error = training.worst_error(ours, ref)
     promise("DoRA, recorded: ‖g − g_ref‖ / ‖g_ref‖ of every A, B and m", error, 1e-5)
+
+
+@pytest.mark.parity
+def test_the_references_still_say_what_is_recorded(tmp_path):
+    record.write(tmp_path)
+    record.check(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
+from jax_lora.study import plotting, svg
 from jax_lora.weights import hf
 from jax_lora.weights.tokenizers import load_tokenizer
 from tests import scripts
@@ -41,7 +42,7 @@ def base(smollm2, tmp_path):
 
 
 @pytest.mark.slow
-def test_trials_choices_scores_and_report(base, shared, tmp_path):
+def test_trials_choices_scores_and_report(base, shared, tmp_path, monkeypatch):
     data = shared / "data" / "niv2"
     if not data.is_dir():
         pytest.skip("the real tasks in ../shared/data/niv2 are not here")
@@ -68,6 +69,9 @@ def test_trials_choices_scores_and_report(base, shared, tmp_path):
     examples = results.groupby("set")["train_examples"].first()
     assert examples["T12"] == examples["T*4"] == 3 * examples["T4"]
 
+    # Its text; figures are written in tests of the report.
+    monkeypatch.setattr(plotting, "save", lambda figure, path: None)
+    monkeypatch.setattr(svg, "element", lambda figure, name: "<svg></svg>")
     report = scripts.run("study.py", f"--workdir={workdir}", "--report")
     assert report.returncode == 0, report.stderr
     text = (workdir / "report" / "report.md").read_text()

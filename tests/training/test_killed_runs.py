@@ -9,7 +9,7 @@ import pytest
 from jax_lora.data.toy import write_checkout
 from tests.conftest import REPOSITORY
 
-KILLS, STEPS = 6, 36
+KILLS, STEPS = 4, 24
 
 
 def curve(workdir):
@@ -52,7 +52,7 @@ def test_kills_leave_no_trace(tiny_model, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     moments = list(map(int, done.stdout.split("\n")[-2].split()))
-    assert len(moments) == KILLS and len(set(moments)) > 3, moments
+    assert len(moments) == KILLS and len(set(moments)) > 2, moments
     assert curve(killed) == curve(whole) and len(curve(whole)) == STEPS
     name = "adapter/adapter_model.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
