@@ -294,7 +294,7 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 HEAD = """# How many devices
 
 Written by `python -m benchmarks.scale`: the fewest devices, a power of two, on which a step fits
-by the formula of `jax_lora/planning/memory.py`. Everything is cut by `mesh.fsdp`, a micro-batch is
+by the formula of `jax_lora/planning/memory.py`. `mesh.fsdp` shards everything, a micro-batch is
 one row of 1,024 tokens on each device, frozen weights are bfloat16, what trains and Adam's moments
 float32, layers are computed again in the backward pass (`remat="full"`); LoRA is on q, k, v and o,
 with A·B formed once per step where that is cheaper. A card counts with 95% of its memory; a v5p is
@@ -305,7 +305,7 @@ COMPILED = """
 ## What the compilers say
 
 GiB on one device at the worst moment of a step: by formula, and of the same step compiled ahead of
-time for the device, without owning one (`--compile`; `tests/recorded/aot.json`). Micro-batches are
+time for the device, without having one (`--compile`; `tests/recorded/aot.json`). Micro-batches are
 4 rows of 1,024 tokens on each device unless a cell says otherwise. For a card it is the peak of the
 compiled program. A TPU's compiler lays the memory out and says what it needs; code is not made.
 
