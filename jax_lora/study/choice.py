@@ -147,12 +147,14 @@ class Choices:
                     f"among the cells, too: {', '.join(missing)}"
                 )
 
-    def forget_failures(self, workdir: Path) -> None:
-        """Forget which trials failed where no choice is made: they are to be tried once more, and
-        none is to be chosen before all are over."""
+    def forget_failures(self, workdir: Path, cells: Iterable[Cell]) -> None:
+        """Forget which trials among `cells` failed where no choice is made: they are to be tried
+        once more, and none is to be chosen before all are over."""
+        there = {cell.id for cell in cells}
         for trials in self._trials.values():
             for trial in trials if self._rate(trials[0]) is None else ():
-                (cell_folder(workdir, trial) / "failed.json").unlink(missing_ok=True)
+                if trial.id in there:
+                    (cell_folder(workdir, trial) / "failed.json").unlink(missing_ok=True)
 
     def blocked(self, workdir: Path) -> list[str]:
         """A line per choice that no trial can decide any more: why, and what to do."""

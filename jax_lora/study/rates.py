@@ -172,7 +172,7 @@ def rank_or_rate(rates: Frame) -> Finding:
 def _rank_or_rate(rates: Frame) -> str:
     """How the loss changes with LoRA's rank, at one rate for all ranks and at the chosen ones."""
     plain = rates[(rates["method"] == "lora") & (rates["variant"] == "")]
-    trials, again = plain[plain["repeat"] == 0], plain[plain["repeat"] > 0]
+    trials = plain[plain["repeat"] == 0]
     ranks, made = sorted(trials["rank"].unique()), trials[trials["chosen"]].set_index("rank")
     if len(ranks) < 2:
         return ""
@@ -181,7 +181,9 @@ def _rank_or_rate(rates: Frame) -> str:
     low, high = ranks[0], ranks[-1]
     best = made["validation_loss"]
     change = float(best[high] - best[low])
-    moved = again.set_index("rank")["validation_loss"] - best
+    again = plain[plain["repeat"] > 0].set_index("rank")
+    again = again[again["learning_rate"] == again.index.map(made["learning_rate"])]
+    moved = again["validation_loss"] - best
     seed = float(moved.abs().max())
     common = trials.pivot(index="rank", columns="learning_rate", values="validation_loss")
     common = common.dropna(axis="columns")

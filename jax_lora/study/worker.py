@@ -13,7 +13,7 @@ from shutil import rmtree
 from jax_lora import locks, study
 from jax_lora.config import RunConfig
 from jax_lora.errors import DataError
-from jax_lora.files import fresh_file, read_json, write_json
+from jax_lora.files import fresh_file, read_json, write_json_once
 from jax_lora.run import Run
 from jax_lora.run import folder as run_folder
 from jax_lora.study import choice, costs, grid, measures, results, runner, spec, view
@@ -50,10 +50,12 @@ class Worker:
     def prepare(self, digests: Mapping[str, str]) -> None:
         """Write study.json and, where the study has one, the toy base."""
         self.team.gather()
-        if not (self.workdir / "study.json").is_file():
+        path = self.workdir / "study.json"
+        if not path.is_file():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            saved = {"config": self.config.to_dict(), **digests}
-            write_json(self.workdir / "study.json", saved)
+            write_json_once(path, {"config": self.config.to_dict(), **digests})
+            # Another worker may have begun another study here since this one looked.
+            spec.check_same_study(path, self.config, digests)
         if self.config.toy.instances:
             is_made = (self.workdir / "toy" / "toy-llama").is_dir
             runner.once(self.workdir, spec.TOY, is_made, self._make_base)
@@ -64,10 +66,10 @@ class Worker:
         Returns:
           How far the study is, and a line per cell that failed and per choice that cannot be made.
         """
-        workdir, cells = self.workdir, grid.cells_of(self.config)
+        workdir = self.workdir
         choices = choice.Choices.in_folder(self.config, workdir)
         if retry_failed:
-            choices.forget_failures(workdir)
+            choices.forget_failures(workdir, chosen)
         runs = {cell.id: spec.run_config(self.config, workdir, cell) for cell in chosen}
         operations = {name: costs.estimate(run) for name, run in runs.items()}
         ordered = grid.cheap_first(chosen, operations)
@@ -81,7 +83,7 @@ class Worker:
         def on_change(cell: Cell, what: str) -> None:
             if what in (runner.DONE, runner.TRIED):
                 choices.write_table(workdir)
-                results.gather(cells, workdir)
+                results.gather(choices.scored(), workdir)
             if not live:
                 self.say(f"{look()[0]} | {cell.id} {what}")
             if self.team.disagreement:
@@ -97,8 +99,8 @@ class Worker:
                 on_change=on_change,
             )
             choices.write_table(workdir)
-            results.gather(cells, workdir)
-            results.write_cases(cells, workdir)
+            results.gather(choices.scored(), workdir)
+            results.write_cases(choices.scored(), workdir)
         failed = [runner.cell_folder(workdir, cell) / "failed.json" for cell in chosen]
         lines = [f"{path}: {read_json(path)['reason']}" for path in failed if path.is_file()]
         return look()[0], [*lines, *choices.blocked(workdir)]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,10 +54,10 @@ class Fakes:
         cells = grid.cells_of(self.config)
         options = {"sleep": never} | options
         if options.get("retry_failed"):
-            self.choices.forget_failures(self.folder)
+            self.choices.forget_failures(self.folder, cells)
         runner.run_cells(cells, self.folder, self.one, stage=self.choices.stage, **options)
         self.choices.write_table(self.folder)
-        results.gather(cells, self.folder)
+        results.gather(self.choices.scored(), self.folder)
         return [line.replace(":", " ") for line in ran(self.folder)]
 
     def one(self, cell: grid.Cell, folder: Path) -> dict:
@@ -96,6 +97,35 @@ def test_one_set_chooses_for_all_and_only_the_chosen_rate_is_scored(tmp_path):
     last = max(order[f"{name} tried"] for name in TRIALS if name.startswith("r4"))
     assert all(order[f"{name} done"] > last for name in CARRIED if name.startswith("r4"))
     assert fakes.run() == happened  # nothing is left
+
+
+def test_what_was_scored_before_the_grid_grew_is_not_in_the_results(tmp_path):
+    # A rate beyond those of an unfinished study is the better one: of the cells that were scored
+    # at the other rate the report knows nothing.
+    few = study(ranks=(4,), learning_rates={"lora": (1e-4, 1e-3), "full": (1e-5,)})
+    before = Fakes(few, tmp_path)
+    before.run()
+    old = {f"r4-{s}-round{r}-lr0.001" for s in ("T2", "T4") for r in (3, 5)}
+    assert before.ends("done") == old
+    shutil.rmtree(tmp_path / "choices")
+    after = Fakes(study(ranks=(4,)), tmp_path)
+    after.run()
+    wanted = {name for name in CARRIED if name.startswith("r4")}
+    assert after.ends("done") == old | wanted
+    for table in ("results", "timings"):
+        assert set(pd.read_parquet(tmp_path / f"{table}.parquet")["cell"]) == wanted
+    found = pd.read_parquet(tmp_path / "rates.parquet")
+    assert {c.id for c in Choices.in_table(after.config, found).scored()} == wanted
+
+
+def test_only_the_failures_among_the_cells_are_forgotten(tmp_path):
+    names = ["r4-T2-round3-lr0.001", "r16-T2-round3-lr0.001"]
+    fakes = Fakes(study(), tmp_path, broken=names)
+    fakes.run()
+    assert fakes.ends("failed") == set(names)
+    chosen = [cell for cell in grid.cells_of(fakes.config) if cell.rank == 4]
+    fakes.choices.forget_failures(tmp_path, chosen)
+    assert fakes.ends("failed") == {names[1]}
 
 
 def test_the_status_counts_the_cells_that_are_to_be_run(tmp_path):

@@ -102,6 +102,11 @@ def test_is_it_the_rank_or_the_learning_rate():
         "up to 0.0625, which is all that is known of chance here. A better rate may lie beyond "
         "those tried for rank 4."
     )
+    # A repeat of a rate that was chosen before the grid grew says nothing of chance.
+    found = trials(losses, {4: 2.0625})
+    repeat = found[found["repeat"] > 0].assign(learning_rate=1e-3, validation_loss=9.0)
+    one, both = (rates.rank_or_rate(t).answers[0] for t in (found, pd.concat([found, repeat])))
+    assert one == both and "by up to 0.0625, which" in one
     assert rank_or_rate(losses, 0.1875).startswith("T2: the learning rate: where each rank has its")
     assert rank_or_rate(losses, 0.5).startswith("T2: undecided, ranks differ no more than seeds do")
     assert rank_or_rate(losses, None).startswith("T2: undecided, no second seed is there")
