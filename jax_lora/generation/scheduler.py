@@ -126,11 +126,13 @@ def answers(
 def batches(one: partial[Answers]) -> list[Generate]:
     """`answers` of one device, bound as for `round_robin`, as several of fewer rows each.
 
-    On a CPU with several cores two, where half of the rows are enough. The operations of decoding
-    are short, and after each the cores wait for one another: they then compute for the other batch.
+    On a CPU with several cores two, where each may have enough rows. The operations of decoding are
+    short, and after each the cores wait for one another: they then compute for the other batch.
     """
     sizes, limits = _chunk_sizes(one.args[0]), one.keywords
-    count = max(1, min(sizes.batches, _cores(), limits["max_batch"] // sizes.smallest_batch))
+    longest = limits["batch_tokens"] // max(limits["buckets"])  # rows of the longest bucket
+    most = min(limits["max_batch"] // sizes.smallest_batch, longest)
+    count = max(1, min(sizes.batches, _cores(), most))
     fewer = {name: limits[name] // count for name in ("max_batch", "batch_tokens")}
     # Two threads would compile each program twice.
     return [partial(one, **fewer, dispatch=Lock())] * count
@@ -154,7 +156,7 @@ def round_robin(parts: Sequence[Generate]) -> Generate:
         groups: Sequence[Hashable] | None = None,
         **options: int | tuple[int, ...],
     ) -> Answers:
-        found: SimpleQueue[list[tuple[int, np.ndarray]] | Exception | None] = SimpleQueue()
+        found: SimpleQueue[list[tuple[int, np.ndarray]] | BaseException | None] = SimpleQueue()
         is_closed = Event()
 
         def work(one: Generate, share: Sequence[int]) -> None:
@@ -165,16 +167,20 @@ def round_robin(parts: Sequence[Generate]) -> Generate:
                         return
                     found.put([(share[i], ids) for i, ids in ended])
                 found.put(None)
-            except Exception as error:
+            except BaseException as error:
                 found.put(error)
 
-        for one, share in zip(parts, _shares(prompts, groups, len(parts)), strict=True):
-            Thread(target=work, args=(one, share), daemon=True).start()
+        shares = _shares(prompts, groups, len(parts))
+        threads = [
+            Thread(target=work, args=pair, daemon=True) for pair in zip(parts, shares, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
         at_work = len(parts)
         try:
             while at_work:
                 ended = found.get()
-                if isinstance(ended, Exception):
+                if isinstance(ended, BaseException):
                     raise ended
                 if ended is None:
                     at_work -= 1
@@ -182,6 +188,9 @@ def round_robin(parts: Sequence[Generate]) -> Generate:
                     yield ended
         finally:
             is_closed.set()
+            # JAX cannot be taken down while a thread computes, nor its memory be used again.
+            for thread in threads:
+                thread.join()
 
     return answer_all
 

@@ -20,7 +20,7 @@ import numpy as np
 Ids = Sequence[int] | np.ndarray
 Decode = Callable[[list[int]], str]
 Stop = Callable[[Ids, Ids, int], int | None]  # see `StopRule.__call__`
-STRIDE = 32  # tokens that are checked at together
+STRIDE = 32  # tokens that are checked together
 _BROKEN = "\ufffd"  # what decoders write for bytes that are no character
 
 

@@ -210,13 +210,16 @@ def test_what_prompts_share(prompts, shared):
     assert scheduler.shared_prefix_length(prompts) == shared
 
 
-@pytest.mark.parametrize("max_batch, cores, count", [(16, 2, 2), (16, 1, 1), (15, 4, 1)])
+@pytest.mark.parametrize(
+    "max_batch, batch_tokens, cores, count",
+    [(16, 10_000, 2, 2), (16, 96, 2, 2), (16, 95, 2, 1), (16, 10_000, 1, 1), (15, 10_000, 4, 1)],
+)
 def test_batches_side_by_side_answer_as_one(
-    model, by_definition, monkeypatch, max_batch, cores, count
+    model, by_definition, monkeypatch, max_batch, batch_tokens, cores, count
 ):
     monkeypatch.setattr(scheduler, "_cores", lambda: cores)
     module, variables = model
-    limits = dict(buckets=(48,), batch_tokens=10_000, max_batch=max_batch)
+    limits = dict(buckets=(48,), batch_tokens=batch_tokens, max_batch=max_batch)
     limits |= dict(max_new_tokens=reference.NEW_TOKENS, end_ids=(reference.END,))
     weights = greedy.unstack_layers(variables)
     parts = scheduler.batches(functools.partial(scheduler.answers, module, weights, **limits))
@@ -279,9 +282,16 @@ def test_who_leaves_early_ends_the_threads():
     started = set(threading.enumerate()) - before
     assert len(started) == 2
     ended.close()
-    for thread in started:
-        thread.join(60)
-        assert not thread.is_alive()
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_what_ends_a_thread_is_raised():
+    def leaving(prompts, groups):
+        raise SystemExit(3)
+        yield
+
+    with pytest.raises(SystemExit, match="3"):
+        list(scheduler.round_robin([leaving] * 2)([[1], [2]]))
 
 
 def test_a_prompt_that_fits_no_bucket_is_refused(model):
