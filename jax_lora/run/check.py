@@ -13,7 +13,8 @@ import numpy as np
 from jax_lora import sharding
 from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.data.prompts import Row
-from jax_lora.generation import scheduler
+from jax_lora.errors import DataError
+from jax_lora.generation import scheduler, stop_texts
 from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import reduction_error
 from jax_lora.run import inputs, invariance, scoring
@@ -44,7 +45,8 @@ def check(workdir: Path, config: RunConfig, adapter: str, count: int, say: Say) 
       say: gets a line per comparison.
 
     Returns:
-      Whether no answer in float32 changes, and no update or sum by more than rounding.
+      Whether no answer in float32 changes, and no update or sum by more than rounding. Updates are
+      those of the run's own adapter; of others, and of full fine-tuning, there are none to compare.
 
     Raises:
       ConfigError, DataError, OSError: wrong input, before any compute.
@@ -72,13 +74,18 @@ def check(workdir: Path, config: RunConfig, adapter: str, count: int, say: Say) 
 def _rows(config: RunConfig, count: int) -> Rows:
     # Every so many examples, so that all tasks take part.
     sets, encoder = inputs.examples(config), inputs.encoder(config)
-    seen = next(iter(inputs.test_sets(config).values())).examples
-    some, train = seen[:: -(-len(seen) // count)], sets["train"].examples
-    trained = train[:: -(-len(train) // (count // 4))]
+    is_strict, test = inputs.is_strict(config), next(iter(inputs.test_sets(config).values()))
+    seen = inputs.prompt_rows(encoder, test, is_strict)
+    train = inputs.fitting(encoder.training_row, sets["train"], is_strict)
+    for what, rows in ((test.name, seen), ("train", train)):
+        if not rows:
+            raise DataError(f"{config.data.path}: found no example of {what}, expected some")
+    some = seen[:: -(-len(seen) // count)]
+    trained = train[:: -(-len(train) // max(1, count // 4))]
     return Rows(
-        [encoder.prompt_row(e) for e in some],
-        [e.task for e in some],
-        [encoder.training_row(e) for e in trained],
+        [row for _, row in some],
+        [example.task for example, _ in some],
+        [row for _, row in trained],
     )
 
 
@@ -103,6 +110,8 @@ def _in_float32(
     good = _answers(config, scored, rows, say) == 0
     if config.method == "lora" and adapter == "last":
         good &= _updates(config, scored, rows, say)
+    else:
+        say("\nupdates: of the run's own adapter alone, not tried")
     return good, _logits(scored, rows)
 
 
@@ -110,7 +119,9 @@ def _answers(config: RunConfig, scored: scoring.Scored, rows: Rows, say: Say) ->
     # The most answers that an arrangement changes.
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
     meshes = scoring.copies(config)
-    each = scoring.generators(config, model, scored.variables, meshes, inputs.end_ids(config))
+    encoder, end_ids = inputs.encoder(config), inputs.end_ids(config)
+    stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all, encoder.byte_ids)
+    each = scoring.generators(config, model, scored.variables, meshes, end_ids, stop)
     several = scoring.side_by_side(each, meshes)
     many = scheduler.round_robin(several) if len(several) > 1 else None
     prompts, most = rows.prompts, 0
