@@ -309,7 +309,6 @@ SPEED = (
     "attention",
     "loss_chunk",
     "tracker",
-    "eval.buckets",
     "eval.batch_tokens",
     "eval.max_batch",
 )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jax_lora.config import RunConfig, flatten, read_typed, to_plain
+from jax_lora.config import SPEED, RunConfig, flatten, read_typed, to_plain
 from jax_lora.data.toy_pairs import CODEBOOKS
 from jax_lora.errors import ConfigError
 from jax_lora.evaluation import metrics
@@ -146,10 +146,15 @@ class StudyConfig:
         changes |= {f"variants.{name}": change for name, change in self.variants.items()}
         for key, change in {"run": {}, **changes}.items():
             try:
-                self.run_with(self.full if key == "toy.run" else {}, change)
+                run = self.run_with(self.full if key == "toy.run" else {}, change)
             except ConfigError as error:
                 text = str(error).removeprefix("config.")
                 raise ConfigError(f"config.{key}.{text}") from None
+            if run.dtype == "auto":
+                raise ConfigError(
+                    f"config.{key}.dtype: found 'auto', expected 'bfloat16' or 'float32': "
+                    "the cells of a study are compared, and may be computed on several machines"
+                )
         self._validate_variants()
         if self.measure.losses_per_task < 0:
             raise ConfigError(
@@ -171,18 +176,18 @@ class StudyConfig:
 
     def _validate_variants(self) -> None:
         """Refuse what would train the same cells twice, or what an axis overrules."""
-        known = {self.run: "the plain recipe"}
+        known = {_without_speed(self.run): "the plain recipe"}
         for name, change in self.variants.items():
             if taken := sorted({key for key, _ in flatten(dict(change))} & {*OF_AXES}):
                 raise ConfigError(
                     f"config.variants.{name}.{taken[0]}: found a key that an axis of the study "
                     f"sets, expected others than {', '.join(OF_AXES)}"
                 )
-            run = self.run_with(change)
+            run = _without_speed(self.run_with(change))
             if run in known:
                 raise ConfigError(
-                    f"config.variants.{name}: found the same config as {known[run]}, expected "
-                    "another"
+                    f"config.variants.{name}: found the same config as {known[run]}, but for what "
+                    "changes no result, expected another"
                 )
             known[run] = f"config.variants.{name}"
 
@@ -213,7 +218,9 @@ class StudyConfig:
         if FULL in self.ranks:
             axes["learning_rates.full"] = self.learning_rates.full
         for name, values in axes.items():
-            if not values or len(set(values)) < len(values):
+            # A rate is a part of a cell's name, in six digits.
+            names = {f"{x:g}" if isinstance(x, float) else x for x in values}
+            if not values or len(names) < len(values):
                 raise ConfigError(
                     f"config.{name}: found {values}, expected at least one, none twice"
                 )
@@ -235,6 +242,12 @@ class StudyConfig:
                 raise ConfigError(
                     f"config.variants: found {name!r}, expected a name of letters and digits"
                 )
+
+
+def _without_speed(run: RunConfig) -> RunConfig:
+    """The config with the defaults of what changes no result."""
+    keys = dict(flatten(RunConfig().to_dict()))
+    return run.replace(**{k: v for k, v in keys.items() if k in SPEED or k.startswith("mesh.")})
 
 
 def read_axes(saved: Mapping[str, object]) -> StudyConfig:

@@ -37,15 +37,12 @@ def operations_per_token(run: RunConfig) -> tuple[float, float]:
 def _step(run: RunConfig) -> PlannedStep:
     # The causal half of the pairs of tokens is counted, whichever kernel runs: as cuDNN does.
     typical = run.replace(attention="cudnn", dtype="bfloat16", remat="none")
-    typical = typical.replace(model_quantization="none")  # the same products
-    devices = max(1, run.mesh.data) * max(1, run.mesh.fsdp) * max(1, run.mesh.tensor)
-    return planned(
-        typical,
-        base_weights.known_or_read_config(run.model),
-        "cuda",
-        devices,
-        length=max(run.data.buckets),
+    typical = typical.replace(
+        model_quantization="none",  # the same products
+        **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1},  # DoRA's norms are once per device
     )
+    shape = base_weights.known_or_read_config(run.model)
+    return planned(typical, shape, "cuda", 1, length=max(run.data.buckets))
 
 
 def _steps(run: RunConfig, where: Target) -> tuple[PlannedStep, ...]:

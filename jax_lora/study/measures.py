@@ -46,13 +46,7 @@ def measure(asked: MeasureConfig, run: Run, is_probe: bool) -> Measured:
     }
     text = text_of(asked.text)
     # Before the run's own model is loaded: two of them may not fit.
-    before = _base_text_loss(
-        run.config.model,
-        run.config.dtype,
-        run.config.model_quantization,
-        max(run.config.data.buckets),
-        text,
-    )
+    before = _base_text_loss(_of_base(run.config), text)
     model = run.losses()
     after = model.text(text)
     columns |= {"text_loss": after, "forgetting": after - before}
@@ -117,7 +111,22 @@ def text_of(path: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # the cells of a study share it
-def _base_text_loss(model: str, dtype: str, quantization: str, length: int, text: str) -> float:
-    keys = {"data.buckets": (length,), "micro_tokens": length, "dtype": dtype, "model": model}
-    keys["model_quantization"] = quantization
-    return losses.load(Path(), RunConfig().replace(**keys), "none").text(text)
+def _base_text_loss(config: RunConfig, text: str) -> float:
+    return losses.load(Path(), config, "none").text(text)
+
+
+def _of_base(run: RunConfig) -> RunConfig:
+    """The same for all cells with this base, and what decides the lengths that rows are padded to,
+    on which dynamic rotary scaling depends."""
+    return RunConfig().replace(
+        model=run.model,
+        dtype=run.dtype,
+        model_quantization=run.model_quantization,
+        micro_tokens=max(run.data.buckets),  # a row at a time
+        **{
+            "data.buckets": run.data.buckets,
+            "data.source_length": run.data.source_length,
+            "data.target_length": run.data.target_length,
+            "eval.buckets": run.eval.buckets,
+        },
+    )

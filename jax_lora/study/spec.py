@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def check_same_study(
         return
     saved = read_json(path, dict)
     try:
-        there: StudyConfig = read_typed(StudyConfig, saved["config"], "")
+        there: StudyConfig = read_typed(StudyConfig, saved.get("config"), "")
     except ConfigError as error:
         raise ConfigError(f"{path} belongs to another version: {error}") from None
     found, wanted = dict(_identity(there)), dict(_identity(config))
@@ -169,12 +170,19 @@ def check_input(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> dic
                 raise ConfigError(f"--config.run.{key}: found none, expected a folder or a hub id")
         sets = [name for name in inputs.task_sets(run) if name not in inputs.TESTS]
         _check_sets([cell.set], sets)
-    base_weights.read_config(run.model)
-    checkout = inputs.open_checkout(run.data.path, run.data.categories)
-    found = {"data_fingerprint": checkout.fingerprint}
+        base_weights.read_config(run.model)
+    found = {"data_fingerprint": _fingerprint(config, folder)}
     if config.run.model:
         found["base_digest"] = inputs.base_digest(config.run.model)
     return found
+
+
+def _fingerprint(config: StudyConfig, folder: Path) -> str:
+    """That of the data and the prompt template of all cells, those that `--only` leaves out too."""
+    firsts = {(cell.method, cell.variant): cell for cell in cells_of(config)}
+    runs = (run_config(config, folder, cell) for cell in firsts.values())
+    found = sorted({inputs.fingerprint(run) for run in runs})
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def _check_matched(config: StudyConfig, folder: Path, cells: Sequence[Cell]) -> None:

@@ -18,12 +18,15 @@ from configs import (
     study_smollm2,
 )
 from jax_lora.config import CHOICES, RunConfig
+from jax_lora.data.toy import write_checkout
 from jax_lora.errors import ConfigError
+from jax_lora.files import write_json_once
 from jax_lora.model import lora
 from jax_lora.model.arch import ATTENTION, MLP
 from jax_lora.model.families import CONFIGS
-from jax_lora.study import grid, spec
+from jax_lora.study import grid, spec, worker
 from jax_lora.study.config import StudyConfig, read_axes
+from jax_lora.study.team import Team
 from jax_lora.weights.base import read_config
 
 LINEAR = ("q_proj", "down_proj")
@@ -117,6 +120,48 @@ def test_a_variant_with_other_targets_gets_the_matched_rank(tiny_model, tmp_path
     assert runs["full-batch32-T100-round0"].batch_size == 32
 
 
+def test_a_template_and_the_data_of_variants_are_known_by_content(tiny_model, tmp_path):
+    toy, other = (
+        write_checkout(tmp_path / name, instances_per_task=n)
+        for name, n in (("toy", 6), ("other", 7))
+    )
+    template = tmp_path / "prompt.jinja"
+    template.write_text("{{ instruction }}\n")
+    data = {"path": str(toy), "template": str(template), "sizes": (2, 3, 4), "test_per_task": 1}
+    data |= {"train_per_task": 2}
+    run = {"model": str(tiny_model), "data": data}
+    plain = study(run=run, ranks=(4,), sets=("T2",), rounds=(0,))
+    both = study(
+        run=run,
+        ranks=(4,),
+        sets=("T2",),
+        rounds=(0,),
+        variants={"x": {"data": {"path": str(other)}}},
+    )
+
+    def digest(config, some=slice(None)):
+        cells = grid.cells_of(config)[some]
+        return spec.check_input(config, tmp_path, cells)["data_fingerprint"]
+
+    found = digest(plain)
+    assert digest(both) != found and digest(both, slice(1)) == digest(both)
+    template.write_text("{{ instruction }}\n\n")
+    assert digest(plain) != found
+
+
+def test_of_two_studies_that_begin_in_a_folder_at_once_one_is_refused(tmp_path, monkeypatch):
+    first, second = study(run={"seed": 3}), study(run={"seed": 4})
+
+    def after_another(path, value):
+        write_json_once(path, {"config": first.to_dict()})
+        write_json_once(path, value)
+
+    monkeypatch.setattr(worker, "write_json_once", after_another)
+    late = worker.Worker(second, tmp_path, Team(), train=print, say=print)
+    with pytest.raises(ConfigError, match="config.run.seed is 3 there and 4 here"):
+        late.prepare({})
+
+
 def test_ranks_that_would_be_one_rank_are_refused(tiny_model, tmp_path):
     config = study(
         run={"model": str(tiny_model)},
@@ -187,6 +232,13 @@ def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
         ({"ranks": ("all",)}, "config.ranks: found 'all'"),
         ({"rounds": (-1,)}, "config.rounds: found (-1,)"),
         ({"learning_rates": {"lora": ()}}, "config.learning_rates.lora: found ()"),
+        ({"learning_rates": {"lora": (1e-4, 1.0000001e-4)}}, "none twice"),
+        ({"run": {"dtype": "auto"}}, "config.run.dtype: found 'auto', expected 'bfloat16' or"),
+        ({"variants": {"x": {"dtype": "auto"}}}, "config.variants.x.dtype: found 'auto'"),
+        (
+            {"variants": {"x": {"micro_tokens": 8192, "mesh": {"tensor": 2}}}},
+            "variants.x: found the same config as the plain recipe, but for what changes no result",
+        ),
         ({"variants": {"a/b": {}}}, "config.variants: found 'a/b'"),
         ({"variants": {"x": 3}}, "config.variants.x: found 3, expected a group of keys"),
         ({"variants": {"x": {"lora": {"r": 1}}}}, "config.variants.x.lora.r: no such key"),
@@ -239,7 +291,7 @@ def test_a_folder_belongs_to_one_study(tmp_path):
         "micro_tokens": 1,
         "mesh": {"data": 2},
         "tracker": "none",
-        "eval": {"buckets": (2048,), "batch_tokens": 4096, "max_batch": 2},
+        "eval": {"batch_tokens": 4096, "max_batch": 2},
     }
     for free in (faster, moved):
         same = study(run={"seed": 3} | free)
@@ -247,6 +299,8 @@ def test_a_folder_belongs_to_one_study(tmp_path):
         spec.check_same_study(path, same, digests)
     for other, changed, words in (
         (study(run={"seed": 4}), {}, "config.run.seed is 3 there and 4 here"),
+        (study(run={"seed": 3, "eval": {"max_new_tokens": 9}}), {}, "eval.max_new_tokens is 128"),
+        (study(run={"seed": 3, "eval": {"stop": ("a",)}}), {}, "config.run.eval.stop is [] there"),
         (study(run={"seed": 3}, rounds=(0,)), {}, "config.rounds is [0, 1, 2] there and [0] here"),
         (config, {"data_fingerprint": "b"}, "data_fingerprint is 'a' there and 'b' here"),
         (config, {"base_digest": "n"}, "base_digest is 'm' there and 'n' here"),

@@ -32,10 +32,15 @@ def test_operations_are_the_products_of_a_step():
     assert costs.operations_per_token(run(**full)) == pytest.approx((3 * forward, forward))
 
 
-@pytest.mark.parametrize("key", ["remat", "attention", "dtype", "model_quantization"])
-def test_operations_depend_on_no_option_of_speed(key):
-    values = {"remat": "none", "attention": "xla", "dtype": "float32"}
-    values["model_quantization"] = "gguf"  # whose blocks are those of a file that is not read
-    assert costs.operations_per_token(run(**{key: values[key]})) == costs.operations_per_token(
-        run()
-    )
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("remat", "none"), ("attention", "xla"), ("dtype", "float32"), ("mesh.fsdp", 8)],
+        ("model_quantization", "gguf"),  # whose blocks are those of a file that is not read
+    ],
+)
+def test_operations_depend_on_no_option_of_speed(variant, key, value):
+    plain = {"lora.variant": variant, "lora.rank": 2048, "batch_size": 8}
+    one, other = (costs.operations_per_token(run(**plain, **c)) for c in ({}, {key: value}))
+    assert one == other
