@@ -119,7 +119,7 @@ $(VENV)/oldest/ready: BELOW := test run
 
 # Python compiles a module when it is first imported; pip would compile all of them.
 $(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
-	@echo "[1/$(STEPS)] environment $(@D), a minute or two"
+	@echo "$(if $(STEPS),[1/$(STEPS)] )environment $(@D), a minute or two"
 	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
 	@for below in $(BELOW); do \
 		$(VENV)/$$below/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \

@@ -29,6 +29,7 @@ from jax_lora.weights import base as base_weights
 from jax_lora.weights.tokenizers import base_end_ids, check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
+_ROWS = 2**17  # encoded examples that are kept: more than Tall and both test sets have
 TESTS = ("seen", "unseen", "test")  # the first two of Natural Instructions, the last of own data
 
 
@@ -207,7 +208,7 @@ def is_strict(config: RunConfig) -> bool:
     return config.data.strict or isinstance(data(config), Checkout)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_ROWS)
 def _training_row(encoder: Encoder, example: Example, answer: str) -> Row:
     return encoder.training_row(example, answer)
 
@@ -238,7 +239,7 @@ def training_rows(
     return [row for _, row in fitting(encode, taskset, strict)]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_ROWS)
 def _prompt_row(encoder: Encoder, example: Example) -> Row:
     return encoder.prompt_row(example)
 
