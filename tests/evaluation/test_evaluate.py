@@ -62,8 +62,7 @@ def test_wrong_answers_are_out_of_options(setting, tmp_path):
     evaluate.write_predictions(tmp_path, rows, answer, {})
     scores = evaluate.score(tmp_path)
     assert scores["tasks"][closed]["exact_match"] == 0.0
-    if "out_of_options" in scores["tasks"][closed]:
-        assert scores["tasks"][closed]["out_of_options"] == 100.0
+    assert scores["tasks"][closed]["out_of_options"] == 100.0
     expected = 100 * (1 - 1 / len(tasks))
     assert scores["metrics"]["exact_match"] == pytest.approx(expected, abs=1e-3)
 
