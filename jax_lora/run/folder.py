@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -60,17 +61,23 @@ def check_same_run(workdir: Path, config: RunConfig, digests: dict[str, str]) ->
 
     Raises:
       ConfigError: it belongs to another run: the first key that differs.
-      DataError: see `read_saved`.
+      DataError: see `read_saved`; or there are checkpoints and nothing says of which run.
     """
     path = workdir / "config.json"
     if not path.is_file():
+        for kept in ("checkpoints", "pissa"):
+            if (workdir / kept).is_dir() and any((workdir / kept).iterdir()):
+                raise DataError(
+                    f"{path}: not found, and {workdir / kept} is of an earlier run; expected its "
+                    "config.json, or an empty --workdir"
+                )
         return
     saved_config, saved = read_saved(workdir)
     there = {f"config.{k}": v for k, v in saved_config.identity().items()}
     here = {f"config.{k}": v for k, v in config.identity().items()} | digests
-    there |= {key: saved[key] for key in digests}
+    there |= {key: saved[key] for key in digests if key in saved}
     for key, wanted in here.items():
-        if there[key] != wanted:
+        if there.get(key, wanted) != wanted:  # an older version did not write all digests
             raise ConfigError(
                 f"{path} belongs to another run: {key} is {there[key]!r} there and {wanted!r} "
                 "here; expected the same, or an empty --workdir"
@@ -143,7 +150,7 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
 def all_or_nothing(folder: Path, is_primary: bool = True) -> Iterator[None]:
     """Remove a folder that the enclosed block filled and could not finish (a full disk).
 
-    A folder with anything but locks in it is left as it is.
+    A folder with anything but our locks and unfinished files in it is left as it is.
 
     `is_primary` is False in a process that leaves the making to another one.
     """
@@ -156,8 +163,12 @@ def all_or_nothing(folder: Path, is_primary: bool = True) -> Iterator[None]:
         raise
 
 
+# Locks, and what locks and files are called before they are there.
+_OURS = re.compile(r"\.lock\.\d+|\.[0-9a-f]{32}|\..*\.new")
+
+
 def _holds_files(folder: Path) -> bool:
-    return any(not path.name.startswith(".") for path in folder.iterdir())
+    return any(not _OURS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from jax_lora.config import DataConfig, RunConfig
 from jax_lora.data.example import Example
 from jax_lora.data.hub import read_hub
@@ -215,9 +217,9 @@ def _training_row(encoder: Encoder, example: Example, answer: str) -> Row:
 
 def training_rows(
     encoder: Encoder, taskset: TaskSet, answer: str, seed: int, strict: bool = True
-) -> list[Row]:
-    """One row per example, on its first reference or, where `answer` is "random", on one drawn by
-    (seed, task, id). Nested task sets share their rows.
+) -> list[tuple[Example, Row]]:
+    """Every example that is trained on and its row: on its first reference or, where `answer` is
+    "random", on one drawn by (seed, task, id). Nested task sets share their rows.
 
     Args:
       encoder: of the run.
@@ -236,7 +238,17 @@ def training_rows(
             gold = chance.choice(example.references)
         return _training_row(encoder, example, gold)
 
-    return [row for _, row in fitting(encode, taskset, strict)]
+    return fitting(encode, taskset, strict)
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """The identity of training rows: their ids, and which of these are trained on."""
+    found = hashlib.sha256()
+    for row in rows:
+        for part in (row.ids, row.loss_mask(answer_only=True)):
+            found.update(np.ascontiguousarray(part).tobytes())
+            found.update(b"|")
+    return found.hexdigest()
 
 
 @functools.lru_cache(maxsize=_ROWS)

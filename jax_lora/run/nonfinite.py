@@ -31,7 +31,8 @@ def handle(given: Inputs, training: Training, state: State, report: loop.Report)
       Why the step was skipped, where `config.on_nonfinite` is "skip".
 
     Raises:
-      FloatingPointError: it is "stop"; or the loss alone is not finite, which nothing skips.
+      FloatingPointError: it is "stop"; or the loss alone is not finite, or a weight, which nothing
+        skips.
     """
     batch = given.batches.at(report.step - 1)
     found = cause(state, training.frozen, batch, training.step, report.step, given.device_put)
@@ -44,7 +45,7 @@ def handle(given: Inputs, training: Training, state: State, report: loop.Report)
         f"step {report.step}: not finite: {found.what}{where} (loss {float(report.loss)}, gradient "
         f"norm {float(report.gradient_norm)}); examples {ids}"
     )
-    may_skip = not math.isfinite(float(report.gradient_norm)) and found.what in ("loss", "gradient")
+    may_skip = not math.isfinite(float(report.gradient_norm)) and not found.is_weight
     if given.resolved.config.on_nonfinite == "skip" and may_skip:
         logger.warning("skipped %s", text)
         return text
@@ -58,6 +59,6 @@ def _ids(given: Inputs, step: int, segment_ids: Sequence[np.ndarray]) -> str:
     """The ids of a step's examples, by their positions in its global batch."""
     positions = sorted({int(i) for rows in segment_ids for i in np.unique(rows)} - {-1})
     order = given.batches.indices(step - 1)
-    ids = [given.taskset.examples[order[i]].id for i in positions]
+    ids = [given.examples[order[i]].id for i in positions]
     more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
     return ", ".join(ids[:SHOWN]) + more

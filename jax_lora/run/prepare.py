@@ -20,11 +20,13 @@ from jaxtyping import PyTree
 
 from jax_lora import sharding
 from jax_lora.config import RunConfig
+from jax_lora.data.example import Example
 from jax_lora.data.loader import Batches, MicroBatch
 from jax_lora.data.prompts import Row
 from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
 from jax_lora.files import write_json
+from jax_lora.model import lora
 from jax_lora.model.xla_cpu import bitcast_bf16
 from jax_lora.planning import counts
 from jax_lora.run import folder, initial_weights, inputs, trackers, validation
@@ -34,6 +36,7 @@ from jax_lora.training.resolve import Resolved, resolve
 from jax_lora.training.step import State, Step
 from jax_lora.training.validation import ValidationData
 from jax_lora.weights import base as base_weights
+from jax_lora.weights import peft
 
 logger = logging.getLogger(__name__)
 MOST_STEPS = 10_000_000  # of a run, whose learning rates are an array
@@ -49,8 +52,9 @@ class Inputs:
       shapes: of {"params": base, "lora": adapters}; adapters that are drawn are arrays already, and
         kernels are as they are before they are quantized.
       mask: which leaves train.
-      digests: of the data and the base.
+      digests: of the data, the base and the rows, and of the adapter that a run starts from.
       taskset: what is trained on.
+      examples: those of it that fit into a row.
       rows: one per example.
       batches, total: the global batches, and how many steps the run has.
       validation: what the run validates on; None where there is nothing.
@@ -62,6 +66,7 @@ class Inputs:
     mask: PyTree
     digests: dict[str, str]
     taskset: TaskSet
+    examples: list[Example]
     rows: list[Row]
     batches: Batches
     total: int
@@ -116,19 +121,34 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
         "data_fingerprint": inputs.fingerprint(config, verify),
         "base_digest": inputs.base_digest(config.model),
     }
+    if resolved.is_lora and config.lora.init not in (*lora.INITS, "pissa"):
+        digests["init_digest"] = peft.digest(config.lora.init)
     folder.check_same_run(workdir, config, digests)
     taskset = inputs.training_set(config)
 
     logger.info("encoding examples")
     encoder = inputs.encoder(config)
-    rows = inputs.training_rows(
+    pairs = inputs.training_rows(
         encoder, taskset, config.data.answer, config.seed, inputs.is_strict(config)
     )
+    examples, rows = [example for example, _ in pairs], [row for _, row in pairs]
+    # They depend on the tokenizer's files and its chat template, too.
+    digests["rows_digest"] = inputs.rows_digest(rows)
+    folder.check_same_run(workdir, config, digests)
+    longest = max(len(row.ids) for row in rows)
+    is_dynamic = shape.rope_scaling is not None and shape.rope_scaling.rope_type == "dynamic"
+    if longest > shape.max_position_embeddings and not is_dynamic:
+        logger.warning(
+            "config.data: the longest row has %d tokens, and %s was made for %d",
+            *(longest, config.model, shape.max_position_embeddings),
+        )
     inputs.check_tests(config, encoder)
     batches, total = batches_of(config, rows, resolved.row_groups)
     resolved.schedule(total)  # checks the warm-up
     held_out = validation.read(config, encoder, resolved.row_groups)
-    return Inputs(resolved, mesh, shapes, mask, digests, taskset, rows, batches, total, held_out)
+    return Inputs(
+        resolved, mesh, shapes, mask, digests, taskset, examples, rows, batches, total, held_out
+    )
 
 
 def batches_of(config: RunConfig, rows: list[Row], row_groups: int = 1) -> tuple[Batches, int]:
@@ -211,12 +231,22 @@ def build(given: Inputs, workdir: Path) -> Training:
     optimizer = given.resolved.optimizer(rate)
     number = sharding.shard(jnp.zeros((), jnp.int32), mesh)
     state = State(number, trainable, sharding.init_sharded(optimizer.init, mesh, trainable))
-    del trainable  # a resumed run holds one copy of what trains
     checkpoints = Checkpoints(workdir / "checkpoints", keep_best=config.keep == "best")
+    # A resumed run holds one copy of what trains: only the shapes of the first state are left when
+    # the last one is read. Of the adapters that were drawn nothing is needed any more.
+    del trainable
+    if "lora" in given.shapes:
+        given.shapes["lora"] = jax.tree.map(_shape, given.shapes["lora"])
+    if checkpoints.latest() is not None:
+        state = jax.tree.map(_shape, state)
     state = checkpoints.restore(state)
     start = int(state.step)
     step = given.resolved.step(optimizer, mesh)
     return Training(state, frozen, step, learning_rates(rate, given.total), checkpoints, start)
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def learning_rates(rate: optax.Schedule, total: int) -> np.ndarray:

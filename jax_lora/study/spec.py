@@ -209,7 +209,8 @@ def _check_sets(found: Sequence[str], expected: Sequence[str]) -> None:
 def train_tokens(run: RunConfig) -> int:
     """Tokens of a complete training, without padding."""
     taskset = inputs.training_set(run)
-    rows = inputs.training_rows(inputs.encoder(run), taskset, run.data.answer, run.seed)
+    pairs = inputs.training_rows(inputs.encoder(run), taskset, run.data.answer, run.seed)
+    rows = [row for _, row in pairs]
     batches, steps = prepare.batches_of(run, rows)
     lengths = np.array([len(row.ids) for row in rows])
     return sum(int(lengths[batches.indices(step)].sum()) for step in range(steps))

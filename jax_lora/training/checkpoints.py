@@ -33,6 +33,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ from jax_lora.training.validation import Best
 logger = logging.getLogger(__name__)
 KEEP = 2  # checkpoints: the last one, and one in case that it is damaged
 ITEMS = ("trainable", "optimizer", "digests")
-Named = dict[str, jax.Array | np.ndarray]
+Named = dict[str, Any]  # arrays, or shapes that have their shardings
 
 
 def _named(tree: PyTree) -> Named:
@@ -193,7 +194,8 @@ class Checkpoints:
     def restore(self, like: State) -> State:
         """The last state that can be trusted, placed like `like`; where there is none, `like`.
 
-        What is passed over is named in a warning and moved aside, to `<step>.damaged`.
+        What is passed over is named in a warning and moved aside, to `<step>.damaged`; where
+        nothing can be trusted all stays where it is.
 
         Args:
           like: arrays, or shapes that have their shardings.
@@ -207,8 +209,7 @@ class Checkpoints:
         found = self._newest(parts)
         if found is None:
             return like
-        step, restored = found
-        self.best = best_at(self._folder / str(step))
+        step, restored, self.best = found
         count = np.asarray(step, like.step.dtype)
         return State(
             jax.make_array_from_callback((), like.step.sharding, lambda _: count),
@@ -225,10 +226,10 @@ class Checkpoints:
         if step is not None:
             _hush_abandoned_reads()
             path = self._folder / str(step)
-            parts, reason = self._read(path, step, {"trainable": like})
-            if parts is None:
+            found, reason = self._read(path, step, {"trainable": like})
+            if found is None:
                 raise DataError(f"{path}: {reason}; expected a whole checkpoint")
-            return step, parts["trainable"]
+            return step, found[0]["trainable"]
         found = self._newest({"trainable": like})
         if found is None:
             raise DataError(f"{self._folder}: found no checkpoint, expected one")
@@ -272,33 +273,35 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- reading
 
-    def _newest(self, parts: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
+    def _newest(self, parts: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree], Best] | None:
         _hush_abandoned_reads()
-        reasons: list[str] = []
+        damaged: dict[int, str] = {}
         steps = steps_in(self._folder)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdigit() and int(path.name) not in steps:
                 self._pass_over(path, "it is no checkpoint")
         for step in steps:
-            path = self._folder / str(step)
-            found, reason = self._read(path, step, parts)
+            found, reason = self._read(self._folder / str(step), step, parts)
             if found is not None:
-                return step, found
-            reasons.append(f"{step}: {reason}")
-            self._pass_over(path, reason)
-        if reasons:
+                for other, why in damaged.items():
+                    self._pass_over(self._folder / str(other), why)
+                return step, *found
+            damaged[step] = reason
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise DataError(
-                f"{self._folder}: found no checkpoint that can be trusted ({'; '.join(reasons)}); "
+                f"{self._folder}: found no checkpoint that can be trusted ({reasons}); "
                 "expected one: to start over, use another --workdir"
             )
         return None
 
     def _read(
         self, path: Path, step: int, parts: Mapping[str, PyTree]
-    ) -> tuple[dict[str, PyTree] | None, str]:
-        """A checkpoint's parts, or None and why it cannot be trusted; equal in all processes."""
+    ) -> tuple[tuple[dict[str, PyTree], Best] | None, str]:
+        """A checkpoint's parts and the best step up to it, or None and why it cannot be trusted;
+        equal in all processes."""
         named = {item: _named(like) for item, like in parts.items()}
-        restored, reason, wanted = {}, "", {}
+        restored, reason, wanted, best = {}, "", {}, Best()
         try:
             items = {item: ocp.args.StandardRestore(part) for item, part in named.items()}
             args = ocp.args.Composite(**items, digests=ocp.args.JsonRestore())
@@ -309,6 +312,8 @@ class Checkpoints:
                 reason = "digests: other values than were saved"
             elif found["digests"]["step"] != step:
                 reason = f"it is of step {found['digests']['step']}"
+            else:
+                best = Best.from_json(found["digests"]["best"])
         except (MemoryError, PermissionError):
             raise
         except Exception as error:  # of tensorstore, JSON, …: whatever damage makes them raise
@@ -323,7 +328,7 @@ class Checkpoints:
         wrong = [name for name, digest in digests.items() if wanted.get(name) != digest]
         if wrong:  # the digest is of the whole array, so all processes see the same
             return None, f"{_some(wrong)}: other values than were saved"
-        return {item: _filled(like, restored[item]) for item, like in parts.items()}, ""
+        return ({item: _filled(like, restored[item]) for item, like in parts.items()}, best), ""
 
     def _pass_over(self, path: Path, reason: str) -> None:
         logger.warning("%s: passed over, %s", path, reason)

@@ -22,10 +22,12 @@ from jax_lora.training.trainable_mask import leaf_name
 
 
 class Cause(NamedTuple):
-    """What was not finite first, in words, and the micro-batch (from 0) where it is one's."""
+    """What was not finite first, in words, the micro-batch (from 0) where it is one's, and whether
+    it is a weight, so that no later step can be better."""
 
     what: str
     micro: int | None
+    is_weight: bool = False
 
 
 def cause(
@@ -51,7 +53,7 @@ def cause(
         (state.trainable, "update of an earlier step, or input"),
     ):
         if names := _not_finite(half):
-            return Cause(f"{words}: {names[0]} is not finite", None)
+            return Cause(f"{words}: {names[0]} is not finite", None, is_weight=True)
     total_weight = total_loss_weight(batch)
     diff_params = functions.prepare(state, frozen)
     number = state.step * 0 + (step - 1)  # where state.step lies; dropout's keys depend on it

@@ -1,5 +1,6 @@
 """A run's folder: one owner, steps that are not finite, damage in its files, and its status."""
 
+import gc
 import json
 import math
 import os
@@ -16,8 +17,9 @@ import jax_lora
 from jax_lora import locks
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.files import read_json, read_jsonl
-from jax_lora.run import folder, prepare
+from jax_lora.run import folder, nonfinite, prepare
 from jax_lora.run.status import status
+from jax_lora.training.nonfinite import Cause
 from jax_lora.weights import base
 from tests.study.test_runner import foreign
 
@@ -184,6 +186,68 @@ def test_skipped_steps_change_nothing_and_are_counted(config, monkeypatch, tmp_p
     name, micro = ids(config, 3, 5)
     assert f"step 3: not finite: gradient of micro-batch {micro} of 2" in said and name in said
     assert "skipped:         1 steps: 3" in status(run.workdir)
+
+
+def test_a_step_is_skipped_whose_cause_is_not_found_again(config, monkeypatch, tmp_path):
+    # As after a fault of the hardware, or where the sum of good micro-batches overflows.
+    poison(monkeypatch, (3, 5), "gradient")
+    gone = Cause("gradient of the step, though of none of its micro-batches", None)
+    monkeypatch.setattr(nonfinite, "cause", lambda *args: gone)
+    run = jax_lora.Run.open(config.replace(on_nonfinite="skip"), tmp_path / "r")
+    assert list(run.train().step) == [1, 2, 3, 4, 5, 6]
+    assert "skipped:         1 steps: 3" in status(run.workdir)
+
+
+def test_examples_that_are_left_out_do_not_shift_the_others(config, tmp_path):
+    long = {"instruction": "word " * 400, "output": "x"}
+    rows = [long, *({"instruction": f"question {i}", "output": f"answer {i}"} for i in range(5))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps({"instruction": "another", "output": "y"}) + "\n")
+    own = {"data.path": str(path), "data.test_path": str(test), "optim.warmup_steps": 0}
+    given = prepare.read_inputs(config.replace(**own), tmp_path / "r")
+    assert len(given.taskset.examples) == 6 and len(given.rows) == len(given.examples) == 5
+    for example, row in zip(given.examples, given.rows, strict=True):
+        assert example.instruction in row.prompt
+
+
+@pytest.mark.parametrize("kept", ["checkpoints", "pissa"])
+def test_what_an_unknown_run_left_is_not_gone_on_with(config, tmp_path, kept):
+    (tmp_path / kept / "2").mkdir(parents=True)
+    with pytest.raises(DataError, match=f"config.json: not found, and .*{kept} is of an earlier"):
+        folder.check_same_run(tmp_path, config, {})
+
+
+def test_other_rows_are_another_run(config, finished):
+    # Where the tokenizer's files or its chat template changed beside the same weights.
+    saved = read_json(finished / "config.json")
+    digests = {name: saved[name] for name in ("data_fingerprint", "base_digest", "rows_digest")}
+    folder.check_same_run(finished, config, digests)
+    folder.check_same_run(finished, config, digests | {"init_digest": "of a newer version"})
+    with pytest.raises(ConfigError, match="rows_digest is .* there and 'other' here"):
+        folder.check_same_run(finished, config, digests | {"rows_digest": "other"})
+
+
+@pytest.mark.parametrize(("name", "stays"), [(".git", True), (".lock.3", False), ("x", True)])
+def test_what_is_not_ours_stays_where_a_folder_could_not_be_filled(tmp_path, name, stays):
+    (tmp_path / "r" / name).mkdir(parents=True)
+    with pytest.raises(OSError, match="full"), folder.all_or_nothing(tmp_path / "r"):
+        raise OSError("full")
+    assert (tmp_path / "r" / name).exists() == stays
+
+
+def test_a_resumed_run_holds_one_copy_of_what_trains(config, tmp_path):
+    seventh = config.replace(**{"lora.rank": 7})
+    jax_lora.Run.open(seventh, tmp_path / "r").train()
+    gc.collect()
+    given = prepare.read_inputs(seventh, tmp_path / "r")
+    training = prepare.build(given, tmp_path / "r")
+    shape = next(x.shape for x in jax.tree.leaves(training.state.trainable) if 7 in x.shape)
+    gc.collect()
+    held = [x for x in jax.live_arrays() if x.shape == shape and not x.is_deleted()]
+    wanted = [x for x in jax.tree.leaves(training.state) if x.shape == shape]
+    assert training.start == 6 and len(held) == len(wanted)
 
 
 # ---------------------------------------------------------------- damage in metrics.jsonl

@@ -177,7 +177,7 @@ def test_a_fault_of_ours_is_no_failed_run(config, monkeypatch, tmp_path):
 def test_ids_outside_of_the_vocabulary_are_named_before_compute(config, monkeypatch, tmp_path):
     encoder = inputs.encoder(config)
     rows = inputs.training_rows(encoder, inputs.training_set(config), "first", 0)
-    size = max(int(row.ids.max()) for row in rows)
+    size = max(int(row.ids.max()) for _, row in rows)
     shape = dataclasses.replace(base_weights.read_config(config.model), vocab_size=size)
     monkeypatch.setattr(base_weights, "read_config", lambda _: shape)
     inputs._encoder.cache_clear()

@@ -107,7 +107,7 @@ def test_the_content_of_a_template_file_belongs_to_the_data(config, tmp_path):
     path.write_text("{{ instruction }}: \n")
     assert inputs.fingerprint(mine) != before
     again = inputs.training_rows(inputs.encoder(mine), train, "first", 0)  # nothing stale
-    assert again[0].prompt == rows[0].prompt[:-1] + ": \n"
+    assert again[0][1].prompt == rows[0][1].prompt[:-1] + ": \n"
 
 
 def test_an_edited_file_is_read_again(config, tmp_path):

@@ -194,13 +194,15 @@ def test_what_is_no_checkpoint_is_passed_over(saved, folder, spoil, caplog):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_nothing_to_trust_is_refused_and_reading_moves_nothing(folder):
+def test_nothing_to_trust_is_refused_again_and_again_and_nothing_is_moved(folder):
+    # Who trains and who only reads: a rerun of the same command must not start over.
     for step in (2, 4):
         shutil.rmtree(folder / str(step) / "digests")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(DataError, match=r"no checkpoint that can be trusted \(4: .*; 2: "):
-        Checkpoints(folder, single_process=True).restore(begin()[0])
-    assert sorted(folder.rglob("*")) == before
+    for options in ({"single_process": True}, {}, {}):
+        with pytest.raises(DataError, match=r"no checkpoint that can be trusted \(4: .*; 2: "):
+            Checkpoints(folder, **options).restore(begin()[0])
+        assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_, jnp.int8])
