@@ -46,6 +46,18 @@ class Example:
         turns = (text.strip() for message in self.messages for text in message)
         return (*turns, self.instruction.strip(), self.input.strip())
 
+    @property
+    def keys(self) -> tuple[tuple[str, ...], ...]:
+        """The `key` of each question in a conversation, its own the last: the turns before are
+        trained on, too."""
+        found: list[tuple[str, ...]] = []
+        before: list[str] = []
+        for role, text in self.messages:
+            if role == "user":
+                found.append((*before, text.strip(), ""))
+            before += [role.strip(), text.strip()]
+        return (*found, self.key)
+
     def conversation(self, answer: str | None = None) -> list[Message]:
         """All turns, the question's user turn included, and the answer's where it is given."""
         question = "\n\n".join(filter(None, (self.instruction, self.input)))

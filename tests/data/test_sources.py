@@ -1,9 +1,11 @@
 """Data of one's own: formats, shapes of rows, splits, and what is wrong with them."""
 
 import csv
+import itertools
 import json
 import logging
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -159,13 +161,52 @@ def test_a_question_that_is_tested_is_not_trained_on(tmp_path, caplog):
         found = read(path, test_path=str(test), validation=0.1)
     assert len(found.examples["test"]) == 6
     sets = [{e.key for e in rows} for rows in found.examples.values()]
-    assert not set.intersection(*sets) and len(set().union(*sets)) == 60
+    assert sum(map(len, sets)) == len(set().union(*sets)) == 60
     (line,) = [r.getMessage() for r in caplog.records]
     assert line.startswith("6 rows left out (6 with a question that is in test too)")
     with pytest.raises(DataError, match="a question that is in test too"):
         read(path, test_path=str(test), strict=True)
     with pytest.raises(ConfigError, match="data.test: found 0.1 and config.data.test_path"):
         read(path, test_path=str(test), test=0.1)
+
+
+def conversation(*texts):
+    """Questions and answers in turn, the last one an answer."""
+    roles = itertools.cycle(("user", "assistant"))
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+
+
+def test_no_turn_of_a_conversation_trains_on_a_tested_question(tmp_path, caplog):
+    tested, train = conversation("Q1 ", "A1"), tmp_path / "train.jsonl"
+    rows = [conversation("Q1", "A1", "Q2", "A2"), conversation("Q2", "A2"), conversation("Q3", "x")]
+    write(train, rows)
+    test = write(tmp_path / "test.jsonl", [tested])
+    with caplog.at_level(logging.WARNING, logger="jax_lora"):
+        found = read(train, test_path=str(test))
+    assert [e.instruction for e in found.examples["train"]] == ["Q2", "Q3"]
+    assert "(1 with a question that is in test too)" in caplog.text
+    # Shares take whole conversations, however far each row of them goes.
+    rows = [conversation(*(f"{k}{i}" for i in range(n))) for k in range(20) for n in (2, 4, 6)]
+    write(train, rows)
+    found = read(train, test=0.5)
+    first = {
+        name: {(e.messages[0].content if e.messages else e.instruction) for e in some}
+        for name, some in found.examples.items()
+    }
+    assert len(first["test"]) == len(first["train"]) == 10 and not first["test"] & first["train"]
+    assert sum(map(len, found.examples.values())) == 60
+
+
+def test_which_split_is_tested_is_not_guessed(tmp_path):
+    folder = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(ROWS[:3]) for name in ("train", "validation")}
+    )
+    folder.save_to_disk(tmp_path / "d")
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(DataError, match="found the splits train, validation, expected test, or"):
+        read(path, test_path=str(tmp_path / "d"))
+    found = read(path, validation_path=str(tmp_path / "d"))
+    assert len(found.examples["validation"]) == 3
 
 
 def test_the_sets_of_a_run(tmp_path):

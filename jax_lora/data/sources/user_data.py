@@ -89,6 +89,10 @@ def read(config: DataConfig, seed: int) -> UserData:
             shares[name] = share
         elif path:
             theirs = read_tables(path, config.format if config.format in FILES else "auto")
+            if name not in theirs and len(theirs) > 1:
+                raise DataError(
+                    f"{path}: found the splits {', '.join(theirs)}, expected {name}, or one alone"
+                )
             held_out[name] = examples(theirs.get(name) or next(iter(theirs.values())))
         elif name in tables:
             held_out[name] = examples(tables[name])
@@ -107,20 +111,21 @@ def take_shares(
 ) -> tuple[list[Example], dict[str, list[Example]]]:
     """Take shares of the distinct questions, in the order of a hash of (seed, question).
 
-    Rows that ask the same go together. A share takes at least one question.
+    Rows that ask the same go together, and so do conversations that begin with the same question.
+    A share takes at least one question.
 
     Returns:
       What is left, and what each share took, all in the order of `rows`.
     """
-    keys = sorted({row.key for row in rows}, key=lambda key: _hash(seed, key))
+    keys = sorted({row.keys[0] for row in rows}, key=lambda key: _hash(seed, key))
     owner: dict[tuple[str, ...], str] = {}
     start = 0
     for name, share in shares.items():
         stop = start + max(1, round(share * len(keys)))
         owner |= dict.fromkeys(keys[start:stop], name)
         start = stop
-    taken = {name: [row for row in rows if owner.get(row.key) == name] for name in shares}
-    return [row for row in rows if row.key not in owner], taken
+    taken = {name: [row for row in rows if owner.get(row.keys[0]) == name] for name in shares}
+    return [row for row in rows if row.keys[0] not in owner], taken
 
 
 def _hash(seed: int, key: tuple[str, ...]) -> bytes:
@@ -128,7 +133,8 @@ def _hash(seed: int, key: tuple[str, ...]) -> bytes:
 
 
 def _disjoint(sets: Mapping[str, Sequence[Example]], unused: Unused) -> dict[str, list[Example]]:
-    """The sets without the questions that an earlier one of test, validation, train has."""
+    """The sets without the questions that an earlier one of test, validation, train has, in any
+    turn of a conversation."""
     owner: dict[tuple[str, ...], str] = {}
     found: dict[str, list[Example]] = {}
     for name in (*HELD_OUT, "train"):
@@ -136,9 +142,10 @@ def _disjoint(sets: Mapping[str, Sequence[Example]], unused: Unused) -> dict[str
             continue
         found[name] = []
         for row in sets[name]:
-            other = owner.setdefault(row.key, name)
-            if other == name:
-                found[name].append(row)
+            others = {owner[key] for key in row.keys if key in owner} - {name}
+            if others:
+                unused.add(f"{name}: {row.name}", f"a question that is in {min(others)} too")
             else:
-                unused.add(f"{name}: {row.name}", f"a question that is in {other} too")
+                found[name].append(row)
+                owner[row.key] = name
     return found
