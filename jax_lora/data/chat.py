@@ -2,7 +2,9 @@
 
 Training is on a whole conversation, the loss with `answer_only` on the assistant's turns alone:
 where the template marks them with `{% generation %}`, by its own mask, else on the text of each
-and the control token that ends it.
+and the control token that ends it. What decoding starts from has to be what a training row begins
+with: templates of models that think are rendered with `enable_thinking=False`, as they are in
+transformers, and one that still begins answers otherwise is refused for training.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TURNS = [Message("user", "question"), Message("assistant", "answer")]  # to ask a template with
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,14 @@ class Chat:
 
         Raises:
           DataError: the template refuses the conversation, or no token is the assistant's.
+          ConfigError: the template begins answers otherwise when it generates.
         """
         _, encoding, answers = self._encode(example, example.conversation(answer))
+        if self._begins_otherwise:
+            raise ConfigError(
+                "config.data.template: found chat, whose template writes before an answer what "
+                "decoding does not start from, or the reverse; expected a Jinja file, docs/data.md"
+            )
         mask = np.zeros(len(encoding.ids), bool)
         starts, stops = np.asarray(encoding.offsets).T
         for start, stop, _ in answers:
@@ -97,10 +106,8 @@ class Chat:
         """The control token that the template writes behind an assistant's turn, if any."""
         import jinja2
 
-        turns = [Message("user", "question"), Message("assistant", "answer")]
-
         def render(mark: Mark) -> str:
-            return self._render([Message(role, mark(role, text)) for role, text in turns], False)
+            return self._render([Message(role, mark(role, text)) for role, text in _TURNS], False)
 
         try:
             text, spans = control_tokens.rendered(render), control_tokens.locate(render)
@@ -108,6 +115,19 @@ class Chat:
             return None
         found = [self._end.match(text, span.stop) for span in spans if span.is_answer]
         return found[0].group().strip() if found and found[0] else None
+
+    @cached_property
+    def _begins_otherwise(self) -> bool:
+        """Whether the prompt that decoding starts from is not how the template writes a turn."""
+        import jinja2
+
+        try:
+            prompt, whole = self._render(_TURNS[:1], True), self._render(_TURNS, False)
+        except jinja2.TemplateError:  # said of the first conversation, by its name
+            return False
+        return whole[: len(prompt)] != prompt or not whole[len(prompt) :].lstrip().startswith(
+            _TURNS[1].content
+        )
 
     @cached_property
     def _end(self) -> re.Pattern[str]:
@@ -119,6 +139,7 @@ class Chat:
             [message._asdict() for message in messages],
             tokenize=False,
             add_generation_prompt=prompt,
+            enable_thinking=False,
         )
         assert isinstance(text, str)
         return text
@@ -159,6 +180,7 @@ class Chat:
             conversations=[[message._asdict() for message in messages]],
             chat_template=template,
             return_assistant_tokens_mask=True,
+            enable_thinking=False,
             **self.tokenizer.special_tokens_map,
         )
         return [Span(start, stop, True) for start, stop in found[0]]

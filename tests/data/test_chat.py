@@ -137,6 +137,57 @@ def test_control_tokens_are_text_in_every_template(name, template):
     assert encoder.decode(row.ids[row.prompt_length : -1]) == text
 
 
+# As Qwen3's: an empty thought before the last answer, and in the prompt where thinking is off.
+THINKS = """
+{%- for m in messages %}
+    {{- '<|im_start|>' + m['role'] + '\\n' }}
+    {%- if m['role'] == 'assistant' and loop.last %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- m['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}""".lstrip()
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_what_is_trained_is_what_a_model_that_thinks_is_asked_for(turns):
+    tokenizer, shown = chats.tokenizer("chatml", marked=False), example(CONVERSATIONS[turns])
+    tokenizer.chat_template = THINKS
+    encoder = Encoder(tokenizer, "chat")
+    row, prompt = encoder.training_row(shown), encoder.prompt_row(shown)
+    before, whole = (
+        tokenizer.apply_chat_template(
+            [m._asdict() for m in some], enable_thinking=False, add_generation_prompt=prompts
+        )["input_ids"]
+        for some, prompts in (
+            (shown.conversation(), True),
+            (shown.conversation(shown.references[0]), False),
+        )
+    )
+    assert prompt.ids.tolist() == before and row.ids.tolist() == whole
+    assert row.ids[: row.prompt_length].tolist() == before
+    assert encoder.decode(row.ids[row.prompt_length :]) == shown.references[0]
+    assert row.loss_mask(answer_only=True)[row.prompt_length]
+
+
+@pytest.mark.parametrize("written", ["<think>\\n", "Answer: "])
+def test_a_prompt_that_no_row_begins_with_is_refused_for_training(written):
+    # As DeepSeek-R1's, whose generation prompt opens a thought that its turns do not have.
+    tokenizer = chats.tokenizer("chatml", marked=False)
+    tokenizer.chat_template = chats.template("chatml", False).replace(
+        "{{- '<|im_start|>assistant\\n' }}", f"{{{{- '<|im_start|>assistant\\n{written}' }}}}"
+    )
+    encoder = Encoder(tokenizer, "chat")
+    assert encoder.prompt_row(example()).ids.size  # an untuned model may be asked
+    with pytest.raises(ConfigError, match="config.data.template: found chat, whose template writ"):
+        encoder.training_row(example())
+
+
 def test_a_template_that_writes_no_end_gets_the_end_token():
     tokenizer = chats.tokenizer("chatml", marked=False)
     tokenizer.chat_template = (
