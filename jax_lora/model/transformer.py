@@ -125,7 +125,8 @@ class _Linear(nn.Module):
         a, b, scale = (self._leaf(name) for name in ("a", "b", "scale"))
         b = self.shard_activation(b, None, out_axis)
         # The scale multiplies the R numbers of a token, which are fewer than its outputs.
-        low = einsum("btd,dr->btr", x.dtype, x, a, self.platform) * scale.astype(x.dtype)
+        low = einsum("btd,dr->btr", x.dtype, x, a, self.platform)
+        low = (low.astype(jnp.float32) * scale).astype(x.dtype)  # a scale of 2/3 would be rounded
         return einsum("btr,rf->btf", dtype, low, b, self.platform), lambda: scale * (a @ b)
 
 

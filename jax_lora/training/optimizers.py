@@ -75,10 +75,11 @@ def make_optimizer(
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, where a gradient whose norm is not finite changes nothing but the counts.
+    """`inner`, where a gradient whose norm is not finite changes nothing but the schedule's count.
 
     So the state that a run stops with, or goes on from, is a good one whatever the gradient was.
-    The counts go on, so that the learning rate stays a function of the step. The norm is the one
+    The schedule goes on, so that the learning rate stays a function of the step; Adam's count, by
+    which its moments are corrected, does not. The norm is the one
     that the clip needs, and the choice is part of the pass that updates: on a CPU it makes the
     update of what trains a fifth longer (64 to 78 ms for 17M parameters), which is far below 1% of
     a step.
@@ -87,13 +88,15 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def update(updates, state, params=None):
         is_finite = jnp.isfinite(optax.tree.norm(updates))
 
+        def is_schedule(node):
+            return isinstance(node, optax.ScaleByScheduleState)
+
         def chosen(new, old):
-            is_count = jnp.issubdtype(new.dtype, jnp.integer)
-            return new if is_count else jnp.where(is_finite, new, old)
+            return new if is_schedule(new) else jnp.where(is_finite, new, old)
 
         taken, later = inner.update(updates, state, params)
         taken = jax.tree.map(lambda x: jnp.where(is_finite, x, jnp.zeros_like(x)), taken)
-        return taken, jax.tree.map(chosen, later, state)
+        return taken, jax.tree.map(chosen, later, state, is_leaf=is_schedule)
 
     return optax.GradientTransformation(inner.init, update)
 

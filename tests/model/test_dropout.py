@@ -34,6 +34,21 @@ def test_a_rate_that_keeps_nothing_is_refused(rate):
         drop(jnp.ones((1, 2, 8)), Dropout(keys(1, 2), rate), 0)
 
 
+def test_the_scale_is_not_rounded_to_bfloat16():
+    x = jax.random.normal(jax.random.key(1), (512, 512), jnp.bfloat16)
+    threshold = keep_threshold(0.05)
+    kept, pull = jax.vjp(lambda x: apply_mask(x, jnp.zeros(x.shape, jnp.uint16), threshold), x)
+    wide = np.asarray(x, np.float32)
+    expected = jnp.asarray(wide / (threshold / 2**16)).astype(jnp.bfloat16)
+    for found in (kept, pull(x)[0]):
+        np.testing.assert_array_equal(
+            np.asarray(found, np.float32), np.asarray(expected, np.float32)
+        )
+    # Rounded alone, 0.95 would move the mean by 8e-4.
+    mean = float(np.abs(np.asarray(kept, np.float32)).mean() / np.abs(wide).mean())
+    assert abs(mean * 0.95 - 1) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_has_the_gradient_of_its_mask_where_inputs_are_zero(dtype):
     # The mask lives in the result's zeros: neither an input of 0 or -0, nor one that becomes 0

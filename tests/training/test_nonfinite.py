@@ -31,7 +31,7 @@ def test_a_finite_gradient_is_updated_as_by_optax():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])  # whose square is infinite
-def test_another_one_changes_nothing_but_the_counts(value):
+def test_another_one_changes_nothing_but_the_count_of_the_schedule(value):
     optimizer = make_optimizer(
         OptimConfig(loraplus_lr_ratio=2.0), optax.linear_schedule(1e-2, 0.0, 10)
     )
@@ -41,9 +41,26 @@ def test_another_one_changes_nothing_but_the_counts(value):
     bad["a"] = bad["a"].at[1, 2].set(value)
     updates, later = optimizer.update(bad, state, params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
-    for new, old in zip(*map(jax.tree.leaves, (later, state)), strict=True):
-        is_count = jnp.issubdtype(new.dtype, jnp.integer)
-        np.testing.assert_array_equal(new, old + 1 if is_count else old)
+
+    def schedules(tree):
+        is_one = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+        leaves = jax.tree.leaves(tree, is_leaf=is_one)
+        return [x for x in leaves if is_one(x)], [x for x in leaves if not is_one(x)]
+
+    (counted, rest), (before, same) = schedules(later), schedules(state)
+    assert [int(x.count) for x in counted] == [int(x.count) + 1 for x in before] == [2]
+    jax.tree.map(np.testing.assert_array_equal, rest, same)
+
+
+def test_after_a_step_that_is_skipped_the_next_is_as_large_as_without_it():
+    # Adam corrects its moments by how many gradients they are of.
+    optimizer = make_optimizer(OptimConfig(), optax.constant_schedule(1e-2))
+    params, bad = trees(0), jax.tree.map(lambda x: x * jnp.nan, trees(1))
+    state = optimizer.init(params)
+    plain, _ = optimizer.update(trees(2), state, params)
+    _, skipped = optimizer.update(bad, state, params)
+    after, _ = optimizer.update(trees(2), skipped, params)
+    jax.tree.map(np.testing.assert_array_equal, after, plain)
 
 
 def spoiled(tree, name, dtype=None):
