@@ -24,7 +24,7 @@ from jax_lora.model import lora, variants
 from jax_lora.model.config import LlamaConfig
 from jax_lora.training import unstacked
 from jax_lora.weights import base as base_weights
-from jax_lora.weights import peft
+from jax_lora.weights import origin, peft
 
 Put = Callable[..., PyTree]  # (path, numpy array) → the array on its device or devices
 VARIANTS = ("lora", "dora")
@@ -46,6 +46,7 @@ def load_base(
     """
     if not any(jax.tree.leaves(trains)):
         return _frozen_base(source, dtype, put, quantization)
+    _CACHED.clear()  # a device may not hold two
 
     def cast(path, array):
         trained = trains
@@ -96,6 +97,9 @@ def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None)
         variant=c.variant,
     )
     drawn = c.init in (*lora.INITS, "pissa")  # else read from a folder
+    if not drawn and Path(c.init).is_dir():
+        override = "removing its jax_lora.json"
+        origin.check_base(c.init, peft.base_digest(c.init), config.model, override)
     return sharding.init_sharded(draw, mesh) if drawn else draw()
 
 
@@ -158,6 +162,11 @@ def new_adapters(
         choices = ", ".join((*lora.INITS, "pissa"))
         raise ConfigError(f"lora init: found {init!r}, expected {choices} or a PEFT folder")
     read = peft.load(init, config.num_hidden_layers)
+    if trained := peft.trained_base(init):
+        raise ConfigError(
+            f"{init}: its run trained {trained[0]} of the base, which an adapter does not hold; "
+            "expected a run that trained adapters alone"
+        )
     if partial := [name for name, ranks in read.ranks.items() if not all(ranks)]:
         raise ConfigError(
             f"{init}: found layers without an adapter of {', '.join(partial)}, expected one in all"
@@ -180,6 +189,11 @@ def new_adapters(
                 f"{init}: {name} is {there[name]}, expected {here[name][0]}: "
                 "give the adapter's own lora.alpha_per_rank and scaling"
             )
+    if other := [name for name, ranks in read.ranks.items() if {*ranks} != {rank}]:
+        raise ConfigError(  # zeros that pad A and B have no gradient
+            f"{init}: found ranks {sorted({*read.ranks[other[0]]})} of {other[0]}, expected "
+            f"{rank}, lora.rank, in all layers"
+        )
     return jax.tree.map(jnp.asarray, found)
 
 

@@ -85,9 +85,11 @@ class AdapterConfig:
             return False
         if self.target_modules == ALL_LINEAR:
             return module not in ("lm_head", _EMBEDDINGS)  # as PEFT defines it
-        if not self._is_named(self.target_modules, module):
+        names = self.target_modules
+        if not self._is_named(names, module):
             return False
-        if self.layers is None:
+        is_listed = not isinstance(names, str) and module in names  # by its whole name
+        if self.layers is None or is_listed:
             return True
         for pattern in self.layers_pattern or (r"[^.]*",):
             expression = rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\..*"

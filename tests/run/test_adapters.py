@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 import pytest
 
 from jax_lora.errors import ConfigError, DataError
-from jax_lora.files import read_json
+from jax_lora.files import read_json, write_json
 from jax_lora.model import lora
 from jax_lora.run import Run, initial_weights
+from jax_lora.run.convert import convert_adapter
 from jax_lora.weights import base, peft
 from tests.run.test_hub import trained  # noqa: F401  (a fixture)
 from tests.weights.test_convert import adapter
@@ -43,13 +46,69 @@ def test_a_run_names_its_base_in_its_adapter(trained):  # noqa: F811
 def test_training_does_not_start_from_an_adapter_of_some_layers(tmp_path):
     chosen(tmp_path, BOTH, layers_to_transform=[1])
     with pytest.raises(ConfigError, match="found layers without an adapter of q_proj, down_proj"):
-        initial_weights.new_adapters(
-            TINY,
-            rank=3,
-            alpha=6,
-            targets=("q_proj", "down_proj"),
-            scaling=lora.SCALINGS[0],
-            seed=0,
-            init=str(tmp_path),
-            variant="lora",
-        )
+        start_from(tmp_path, ("q_proj", "down_proj"))
+
+
+def start_from(folder, targets):
+    return initial_weights.new_adapters(
+        TINY,
+        rank=3,
+        alpha=6,
+        targets=targets,
+        scaling=lora.SCALINGS[0],
+        seed=0,
+        init=str(folder),
+        variant="lora",
+    )
+
+
+def test_training_does_not_start_from_layers_of_lower_rank(tmp_path):
+    # Zeros that pad A and B would never train.
+    tree = lora.init(jax.random.key(0), TINY, 3, alpha=6, targets=("q_proj",))
+    leaf = tree["layers"]["self_attn"]["q_proj"]
+    low = jax.tree.map(np.array, tree)
+    low["layers"]["self_attn"]["q_proj"]["a"][0, :, 2:] = 0
+    low["layers"]["self_attn"]["q_proj"]["b"][0, 2:] = 0
+    ranks, alphas = {"q_proj": (2, 3)}, {"q_proj": (4.0, 6.0)}
+    peft.save(tmp_path, low, rank=3, alpha=6, ranks=ranks, alphas=alphas)
+    assert (
+        leaf["a"].shape
+        == peft.load(tmp_path, 2).adapters["layers"]["self_attn"]["q_proj"]["a"].shape
+    )
+    with pytest.raises(ConfigError, match=r"found ranks \[2, 3\] of q_proj, expected 3, lora.rank"):
+        start_from(tmp_path, ("q_proj",))
+
+
+def test_an_adapter_whose_run_trained_the_base_too_is_not_taken_alone(tmp_path):
+    run = tmp_path / "run"
+    peft.save(
+        run / "adapter",
+        lora.init(jax.random.key(0), TINY, 3, alpha=6, targets=("q_proj",)),
+        rank=3,
+        alpha=6,
+    )
+    modules = [{"module": "norm.scale", "trainable": 16}, {"module": "lora.q_proj", "trainable": 9}]
+    write_json(run / "parameters.json", {"modules": modules})
+    for take in (
+        lambda: start_from(run / "adapter", ("q_proj",)),
+        lambda: convert_adapter(str(run), str(tmp_path / "out")),
+    ):
+        with pytest.raises(
+            ConfigError, match="its run trained norm.scale of the base, which an ad"
+        ):
+            take()
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_does_not_start_from_an_adapter_of_another_base(trained, tmp_path):  # noqa: F811
+    config = Run.open(None, trained).config
+    shape = base.read_config(config.model)
+    tree = jax.device_get(initial_weights.adapters_of(config, shape))
+    start = config.replace(**{"lora.init": str(tmp_path / "a")})
+    facts = {"rank": config.lora.rank, "alpha": config.lora.alpha}
+    peft.save(tmp_path / "a", tree, **facts, base_digest="0" * 64)
+    with pytest.raises(DataError, match="expected one of .*jax_lora.json overrides this"):
+        initial_weights.adapters_of(start, shape)
+    peft.save(tmp_path / "a", tree, **facts, base_digest=base.digest(config.model))
+    found = initial_weights.adapters_of(start, shape)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)

@@ -1,5 +1,8 @@
 """A run whose frozen kernels are one array per layer, as on a GPU without remat."""
 
+import gc
+import weakref
+
 import jax
 import numpy as np
 import pytest
@@ -31,6 +34,25 @@ def test_a_run_trains_and_validates_as_with_stacks(tiny_run, tmp_path, monkeypat
         assert ("kernel" in loaded) == unstacks
     columns = ["loss", "gradient_norm"]
     np.testing.assert_allclose(metrics[0][columns], metrics[1][columns], rtol=1e-5)
+
+
+def test_a_base_that_trains_does_not_lie_beside_a_frozen_one(tiny_model, monkeypatch):
+    # As of a study's cell with an adapter, before one of full fine-tuning.
+    monkeypatch.setattr(initial_weights, "_CACHED", {})
+    shapes = counts.base_shapes(base_weights.read_config(tiny_model))
+    frozen, trains = (jax.tree.map(lambda _, x=x: x, shapes) for x in (False, True))
+    held = jax.tree.leaves(initial_weights.load_base(str(tiny_model), "float32", frozen))
+    held = [weakref.ref(x) for x in held]
+    read, load = [], base_weights.load
+
+    def counted(*arguments):
+        gc.collect()
+        read.append([leaf() is None for leaf in held])
+        return load(*arguments)
+
+    monkeypatch.setattr(base_weights, "load", counted)
+    initial_weights.load_base(str(tiny_model), "float32", trains)
+    assert read and all(read[0])
 
 
 @pytest.mark.parametrize("forms", [(put, None, put), (None, put, None)])

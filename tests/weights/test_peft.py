@@ -15,6 +15,7 @@ from jax_lora.model import lora
 from jax_lora.model.arch import LINEAR_NAMES
 from jax_lora.model.config import LlamaConfig
 from jax_lora.weights import peft
+from jax_lora.weights.peft_config import parse_config
 from tests.weights.builders import flat, refusal
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "peft_adapter"
@@ -321,6 +322,17 @@ def test_configurations_that_mean_something_else_are_refused(recorded, keys, mes
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
     found = refusal(peft.load, recorded)
     assert message in found and str(recorded) in found
+
+
+def test_a_module_that_is_listed_by_its_whole_name_is_of_no_layer():
+    # As PEFT's check_target_module_exists: an exact name is looked up before layers are.
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "layers_to_transform": [1]}
+    whole = "model.layers.0.self_attn.v_proj"
+    found = parse_config(raw | {"target_modules": ["q_proj", "lm_head", whole]}, "here")
+    assert found.targets("lm_head") and found.targets(whole)
+    assert found.targets("model.layers.1.self_attn.q_proj")
+    assert not found.targets("model.layers.0.self_attn.q_proj")
+    assert not found.targets("model.layers.1.self_attn.v_proj")
 
 
 def spoil(folder: Path, drop=(), **more):
