@@ -2,14 +2,12 @@
 
     python eval.py --workdir=runs/r16 --sets=seen,unseen
 
-`seen` is the intra-task test set of the run's round (held-out examples of its smallest task set,
-whatever set was trained on), `unseen` the official test tasks. Answers stream to disk; rerun the
-same command to resume after an interruption. Only what is answered in full is scored.
-`--baselines` scores copying, the majority label and an empty answer, without a model.
+`seen` has held-out examples of the tasks in the run's smallest task set, whichever set was trained
+on, `unseen` those of the official test tasks. Rerun the same command to resume. `--baselines`
+scores copying, the majority label and an empty answer, without a model.
 """
 
 import functools
-from typing import Any
 
 from jax_lora import signals
 
@@ -53,11 +51,11 @@ def main(_):
         if _BASELINES.value:
             from jax_lora.run import baselines
 
+            cli.refuse_unread(flags.FLAGS, "--baselines", "adapter", "checkpoint", "check")
             given = _CONFIG.value, _WORKDIR.value, _SETS.value, _METRICS.value
             return cli.say(baselines.score(*given))
         workdir = cli.require("workdir", _WORKDIR.value, "a folder that train.py made")
         cli.log_progress()
-
         with cli.fast_imports():
             from jax_lora.run import Run
         given = {
@@ -67,13 +65,15 @@ def main(_):
             "metrics": _METRICS.value,
             "any_base": _ANY_BASE.value or None,
         }
-        options: Any = {key: value for key, value in given.items() if value is not None}
+        options: dict = {key: value for key, value in given.items() if value is not None}
         run = Run.open(None, workdir, say=cli.say)
-        if not _CHECK.value:
+        if _CHECK.value:
+            cli.refuse_unread(flags.FLAGS, "--check", "checkpoint", "sets", "overwrite")
+            if not run.check(_ADAPTER.value, _CHECK_PROMPTS.value, **options):
+                raise RunFailed("results depend on how work is cut, or the compiler is wrong")
+        else:
             options |= {"checkpoint": _CHECKPOINT.value, "overwrite": _OVERWRITE.value}
             run.score(_SETS.value, _ADAPTER.value, **options)
-        elif not run.check(_ADAPTER.value, _CHECK_PROMPTS.value, **options):
-            raise RunFailed("results depend on how work is cut, or the compiler is wrong")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jax_lora.config import RENAMED
 from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.signals import STOPPED, end, heeded
 from jax_lora.text import print_line, printable
+
+if TYPE_CHECKING:
+    from absl import flags
 
 WRONG_INPUT, FAILED = 2, 1
 say = print_line  # what scripts print
@@ -252,6 +255,17 @@ def only_cpu() -> bool:
     return not plugins and all(
         importlib.util.find_spec(name) is None for name in ("libtpu", "jax_plugins")
     )
+
+
+def refuse_unread(given: flags.FlagValues, mode: str, *names: str) -> None:
+    """Refuse flags that a mode of a script does not read.
+
+    Raises:
+      ConfigError: one of these flags was given.
+    """
+    for name in names:
+        if given[name].present:
+            raise ConfigError(f"--{name}: found with {mode}, which does not read it")
 
 
 def parse_flags(parser: Callable[[Sequence[str]], list[str]], argv: Sequence[str]) -> list[str]:

@@ -205,13 +205,14 @@ class RunConfig:
         return to_plain(self)
 
     def replace(self, **changes: object) -> RunConfig:
-        """A copy with other values, by dotted key: `replace(**{"lora.rank": 8, "seed": 1})`.
+        """A copy with other values, by dotted key: `replace(**{"lora.rank": 8, "seed": 1})`. Of a
+        group, `lora={"rank": 8}`, the keys that are not given stay.
 
         Raises:
           ConfigError: as `from_config_dict`.
         """
         tree = self.to_dict()
-        for key, value in changes.items():
+        for key, value in flatten(changes):
             group, _, name = key.rpartition(".")
             owner = tree[group] if group else tree
             if not isinstance(owner, dict) or name not in owner:

@@ -10,6 +10,7 @@ from importlib import metadata
 
 import jax
 import pytest
+from absl import flags
 
 from jax_lora import cli, distributed, signals
 from jax_lora.config import RunConfig
@@ -229,6 +230,16 @@ def test_a_signal_that_is_ignored_stays_so():
         cwd=REPOSITORY,
     )
     assert (done.returncode, done.stdout) == (0, "goes on\n")
+
+
+def test_a_flag_that_a_mode_does_not_read_is_refused():
+    given = flags.FlagValues()
+    for name in ("checkpoint", "sets"):
+        flags.DEFINE_string(name, "last", "", flag_values=given)
+    given(["eval.py", "--checkpoint=last"])
+    cli.refuse_unread(given, "--check", "sets")
+    with pytest.raises(ConfigError, match="--checkpoint: found with --check, which does not read"):
+        cli.refuse_unread(given, "--check", "sets", "checkpoint")
 
 
 def test_a_tuple_that_is_given_twice_is_refused_as_it_would_be_joined(capsys):

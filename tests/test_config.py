@@ -41,6 +41,15 @@ def test_a_value_outside_of_its_domain_is_refused_by_name(key, value):
     assert text.startswith(f"config.{key}: found ") and ", expected " in text and "\n" not in text
 
 
+def test_a_group_is_replaced_key_by_key():
+    config = RunConfig().replace(**{"lora.dropout": 0.0, "lora.targets": ("q_proj",)})
+    found = config.replace(lora={"rank": 8}, seed=3, **{"optim.b1": 0.5})
+    expected = {"lora.rank": 8, "seed": 3, "optim.b1": 0.5}
+    assert found == config.replace(**expected) and found.lora.dropout == 0.0
+    with pytest.raises(ConfigError, match="config.lora.r: no such key"):
+        config.replace(lora={"r": 8})
+
+
 @pytest.mark.parametrize(
     ("key", "known"),
     [

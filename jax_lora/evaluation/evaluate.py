@@ -149,8 +149,8 @@ def write_predictions(
     if final.is_file() and len(done) == len(wanted):
         return len(done)
     missing = [pair for pair in rows if (pair[0].task, pair[0].id) not in done]
-    final.unlink(missing_ok=True)
     write_text(partial, "".join(map(jsonl_line, done.values())))  # without a line cut in the middle
+    final.unlink(missing_ok=True)
     with partial.open("a", encoding="utf-8") as file:
         with tqdm(total=len(rows), initial=len(done), unit="prompt", desc=folder.name) as bar:
             # Closed, because threads that answer would go on after an error.

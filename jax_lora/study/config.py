@@ -150,6 +150,11 @@ class StudyConfig:
             except ConfigError as error:
                 text = str(error).removeprefix("config.")
                 raise ConfigError(f"config.{key}.{text}") from None
+            if run.stop_after:
+                raise ConfigError(
+                    f"config.{key}.stop_after: found {run.stop_after}, expected 0: the cells of a "
+                    "study are compared at the tokens that they were planned with"
+                )
             if run.dtype == "auto":
                 raise ConfigError(
                     f"config.{key}.dtype: found 'auto', expected 'bfloat16' or 'float32': "

@@ -128,5 +128,6 @@ def _of_base(run: RunConfig) -> RunConfig:
             "data.source_length": run.data.source_length,
             "data.target_length": run.data.target_length,
             "eval.buckets": run.eval.buckets,
+            "eval.int8_products": run.eval.int8_products,
         },
     )

@@ -21,6 +21,7 @@ from matplotlib.typing import ColorType, LineStyleType
 
 from jax_lora.study import METRICS, TESTS, Frame, set_order
 from jax_lora.study.tables import tex_set
+from jax_lora.text import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -228,5 +229,6 @@ def set_label(name: str) -> str:
 
 
 def without_math(text: str) -> str:
-    """A text of which matplotlib sets nothing as mathematics."""
-    return text.replace("$", r"\$")
+    """A text of which matplotlib sets nothing as mathematics, without control characters, which no
+    SVG may hold."""
+    return printable(text).replace("$", r"\$")

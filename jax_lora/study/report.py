@@ -7,6 +7,7 @@ that is added here is in both.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -57,8 +58,10 @@ _CAPTIONS = {
 }
 _BRACKETS = f"""\
 Brackets are {100 * LEVEL:.0f}% intervals over tasks, for the models as they were trained; the end
-says how to read them. An answer is yes or no where its interval leaves out zero and p < 0.05, which
-six tasks or fewer seldom reach. EM is exact match and R-L is Rouge-L, in points."""
+says how to read them. Where an answer rests on a difference of scores, yes and no need an interval
+without zero and p < 0.05, which six tasks or fewer seldom reach, and equality within 1 point needs
+one inside ±1 point. The other answers say what they rest on. EM is exact match and R-L is Rouge-L,
+in points."""
 _METHOD = f"""\
 Scores are percentages and means over examples; tables/summary.csv also has means over tasks.
 ± is the sample standard deviation over rounds. Brackets are {100 * LEVEL:.0f}% bootstrap intervals
@@ -249,6 +252,9 @@ def _sets_with_rates(chosen_rates: Frame | None) -> list[str]:
     if chosen_rates is None:
         return []
     tried = chosen_rates[(chosen_rates["variant"] == "") & (chosen_rates["repeat"] == 0)]
+    for name in tried["set"]:
+        if not re.fullmatch(r"T\*?(\d+|all)", name):  # it becomes the name of a file
+            raise DataError(f"rates: found the set {name!r}, expected names such as T100 or T*100")
     return sorted({*tried["set"]}, key=set_order)
 
 

@@ -88,6 +88,22 @@ def test_nobody_answers_on_after_an_error(setting, tmp_path, monkeypatch):
     assert left == [True], held
 
 
+def test_answers_stay_where_there_is_no_room_to_copy_them(setting, tmp_path, monkeypatch):
+    _, _, encoder, rows = setting
+    answer, final = oracle(encoder, rows), tmp_path / "predictions.jsonl"
+    evaluate.write_predictions(tmp_path, rows, answer, {})
+    final.write_text(final.read_text().replace("{", "", 1))  # one line is damaged
+    before = final.read_text()
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate.write_predictions(tmp_path, rows, answer, {})
+    assert final.read_text() == before
+
+
 def test_an_interrupted_file_is_completed(setting, tmp_path):
     _, _, encoder, rows = setting
     answer, settings = oracle(encoder, rows), {"model": "oracle"}

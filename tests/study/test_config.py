@@ -233,6 +233,10 @@ def test_the_toy_base_is_trained_as_toy_run_says(tmp_path):
         ({"rounds": (-1,)}, "config.rounds: found (-1,)"),
         ({"learning_rates": {"lora": ()}}, "config.learning_rates.lora: found ()"),
         ({"learning_rates": {"lora": (1e-4, 1.0000001e-4)}}, "none twice"),
+        (
+            {"run": {"stop_after": 2, "validate_every": 1}},
+            "config.run.stop_after: found 2, expected 0",
+        ),
         ({"run": {"dtype": "auto"}}, "config.run.dtype: found 'auto', expected 'bfloat16' or"),
         ({"variants": {"x": {"dtype": "auto"}}}, "config.variants.x.dtype: found 'auto'"),
         (

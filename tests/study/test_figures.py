@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from jax_lora.study import Study, figures, plotting
+from jax_lora.study import Study, figures, plotting, svg
 from jax_lora.study.statistics import summary
 from tests.study.test_rates import trials
 from tests.study.test_tables import PAPER_RANKS, grid, linear, results
@@ -302,3 +302,9 @@ def test_a_report_needs_no_jax_and_no_pyplot():
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_control_character_in_a_name_breaks_no_picture():
+    figure = plotting.panels(3.0, 1, 1, 1.0, False)[0]
+    figure.axes[0].set_title(plotting.without_math("a\x07b $"))
+    assert "a\\x07b $" in svg.element(figure, "x")

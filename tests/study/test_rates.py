@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from jax_lora.errors import DataError
 from jax_lora.study import rates
 from jax_lora.study.choice import COLUMNS
-from jax_lora.study.report import report
+from jax_lora.study.report import _sets_with_rates, report
 from tests.study.test_tables import cells_of, grid, linear, results, tasks
 
 
@@ -121,6 +122,12 @@ def test_is_it_the_rank_or_the_learning_rate():
         "T2: cannot be said, no learning rate is chosen for rank 64."
     )
     assert len(rates.rank_or_rate(trials({(4, 1e-3): 2.0}, {})).answers) == 1  # nothing to compare
+
+
+@pytest.mark.parametrize("name", ["../T2", "T2/x", "T", "x](http://a)", ""])
+def test_the_name_of_a_set_is_no_path(name):
+    with pytest.raises(DataError, match="rates: found the set .*, expected names such as T100"):
+        _sets_with_rates(trials(LOSSES, {}, name=name))
 
 
 def test_what_is_not_chosen_says_why():
