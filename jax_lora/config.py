@@ -214,7 +214,7 @@ class RunConfig:
         tree = self.to_dict()
         for key, value in flatten(changes):
             group, _, name = key.rpartition(".")
-            owner = tree[group] if group else tree
+            owner = tree.get(group) if group else tree
             if not isinstance(owner, dict) or name not in owner:
                 raise ConfigError(f"config.{key}: no such key{_renamed(key)}")
             owner[name] = value

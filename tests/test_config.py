@@ -46,8 +46,9 @@ def test_a_group_is_replaced_key_by_key():
     found = config.replace(lora={"rank": 8}, seed=3, **{"optim.b1": 0.5})
     expected = {"lora.rank": 8, "seed": 3, "optim.b1": 0.5}
     assert found == config.replace(**expected) and found.lora.dropout == 0.0
-    with pytest.raises(ConfigError, match="config.lora.r: no such key"):
-        config.replace(lora={"r": 8})
+    for wrong in ({"lora": {"r": 8}}, {"loar": {"rank": 8}}, {"lora": {"rank": {"x": 1}}}):
+        with pytest.raises(ConfigError, match="no such key"):
+            config.replace(**wrong)
 
 
 @pytest.mark.parametrize(

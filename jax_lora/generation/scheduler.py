@@ -176,7 +176,7 @@ def round_robin(parts: Sequence[Generate]) -> Generate:
         ]
         for thread in threads:
             thread.start()
-        at_work = len(parts)
+        at_work, patience = len(parts), None
         try:
             while at_work:
                 ended = found.get()
@@ -186,11 +186,14 @@ def round_robin(parts: Sequence[Generate]) -> Generate:
                     at_work -= 1
                 else:
                     yield ended
+        except SystemExit:
+            patience = 4.0 / len(threads)  # seconds: a stop does not wait, see `signals`
+            raise
         finally:
             is_closed.set()
             # JAX cannot be taken down while a thread computes, nor its memory be used again.
             for thread in threads:
-                thread.join()
+                thread.join(patience)
 
     return answer_all
 

@@ -97,9 +97,6 @@ def adapters_of(config: RunConfig, shape: LlamaConfig, mesh: Mesh | None = None)
         variant=c.variant,
     )
     drawn = c.init in (*lora.INITS, "pissa")  # else read from a folder
-    if not drawn and Path(c.init).is_dir():
-        override = "removing its jax_lora.json"
-        origin.check_base(c.init, peft.base_digest(c.init), config.model, override)
     return sharding.init_sharded(draw, mesh) if drawn else draw()
 
 
@@ -162,11 +159,6 @@ def new_adapters(
         choices = ", ".join((*lora.INITS, "pissa"))
         raise ConfigError(f"lora init: found {init!r}, expected {choices} or a PEFT folder")
     read = peft.load(init, config.num_hidden_layers)
-    if trained := peft.trained_base(init):
-        raise ConfigError(
-            f"{init}: its run trained {trained[0]} of the base, which an adapter does not hold; "
-            "expected a run that trained adapters alone"
-        )
     if partial := [name for name, ranks in read.ranks.items() if not all(ranks)]:
         raise ConfigError(
             f"{init}: found layers without an adapter of {', '.join(partial)}, expected one in all"
@@ -189,12 +181,31 @@ def new_adapters(
                 f"{init}: {name} is {there[name]}, expected {here[name][0]}: "
                 "give the adapter's own lora.alpha_per_rank and scaling"
             )
-    if other := [name for name, ranks in read.ranks.items() if {*ranks} != {rank}]:
-        raise ConfigError(  # zeros that pad A and B have no gradient
-            f"{init}: found ranks {sorted({*read.ranks[other[0]]})} of {other[0]}, expected "
-            f"{rank}, lora.rank, in all layers"
-        )
     return jax.tree.map(jnp.asarray, found)
+
+
+def check_start(config: RunConfig, shape: LlamaConfig) -> None:
+    """Refuse an adapter, `lora.init`, that a run should not start from.
+
+    Raises:
+      ConfigError: layers of another rank, whose padding would never train; or one whose run trained
+        weights of the base as well.
+      DataError: it was trained on another base.
+    """
+    init, rank = config.lora.init, config.lora.rank
+    override = "a copy of it without its jax_lora.json"
+    origin.check_base(init, peft.base_digest(init), config.model, override)
+    if trained := peft.trained_base(init):
+        raise ConfigError(
+            f"{init}: its run trained {trained[0]} of the base, which an adapter does not hold; "
+            "expected a run that trained adapters alone"
+        )
+    for name, ranks in peft.load(init, shape.num_hidden_layers).ranks.items():
+        if {*ranks} != {rank}:
+            raise ConfigError(
+                f"{init}: found ranks {sorted({*ranks})} of {name}, expected {rank}, lora.rank, in "
+                "all layers"
+            )
 
 
 def on_base(

@@ -241,6 +241,12 @@ def training_rows(
     return fitting(encode, taskset, strict)
 
 
+def is_dated(config: RunConfig) -> bool:
+    """Whether the chat template of a run writes the date of today, as Llama 3.2's does."""
+    template = encoder(config).tokenizer.chat_template
+    return config.data.template == "chat" and "strftime_now" in str(template)
+
+
 def rows_digest(rows: Sequence[Row]) -> str:
     """The identity of training rows: their ids, and which of these are trained on."""
     found = hashlib.sha256()

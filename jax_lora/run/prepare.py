@@ -122,6 +122,8 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
         "base_digest": inputs.base_digest(config.model),
     }
     if resolved.is_lora and config.lora.init not in (*lora.INITS, "pissa"):
+        if not (workdir / "config.json").is_file():  # afterwards its checkpoint has all of it
+            initial_weights.check_start(config, shape)
         digests["init_digest"] = peft.digest(config.lora.init)
     folder.check_same_run(workdir, config, digests)
     taskset = inputs.training_set(config)
@@ -133,9 +135,10 @@ def read_inputs(config: RunConfig, workdir: Path, verify: bool = False) -> Input
     )
     examples, rows = [example for example, _ in pairs], [row for _, row in pairs]
     # They depend on the tokenizer's files and its chat template, too.
-    digests["rows_digest"] = inputs.rows_digest(rows)
+    if not inputs.is_dated(config):
+        digests["rows_digest"] = inputs.rows_digest(rows)
     folder.check_same_run(workdir, config, digests)
-    longest = max(len(row.ids) for row in rows)
+    longest = max((len(row.ids) for row in rows), default=0)
     is_dynamic = shape.rope_scaling is not None and shape.rope_scaling.rope_type == "dynamic"
     if longest > shape.max_position_embeddings and not is_dynamic:
         logger.warning(
@@ -238,6 +241,7 @@ def build(given: Inputs, workdir: Path) -> Training:
     if "lora" in given.shapes:
         given.shapes["lora"] = jax.tree.map(_shape, given.shapes["lora"])
     if checkpoints.latest() is not None:
+        jax.block_until_ready(state)  # before processes talk, see `distributed.any_process`
         state = jax.tree.map(_shape, state)
     state = checkpoints.restore(state)
     start = int(state.step)

@@ -301,12 +301,18 @@ def score(
     del scored
     answer = functools.partial(evaluate.predict, generate, encoder, end_ids=end_ids, stop=stop)
 
+    def settings_of(name: str) -> dict[str, object]:
+        # The template is a file of the tokenizer's, which no other digest is of.
+        if config.data.template != "chat" or inputs.is_dated(config):
+            return settings
+        return settings | {"prompts_digest": inputs.rows_digest([row for _, row in rows[name]])}
+
     def finish(name: str) -> None:
         scores = evaluate.score(results / name, config.eval.metrics)
         write_json(results / name / "scores.json", scores)
         before = None
         if adapter != "none":
-            before = tables.untuned_scores(workdir / "eval-none" / name, settings)
+            before = tables.untuned_scores(workdir / "eval-none" / name, settings_of(name))
         text = tables.score_table(scores, before, config.eval.metrics)
         say(f"\n{name}: {scored_origin}\n{text}\n{results / name / 'scores.json'}")
 
@@ -315,7 +321,7 @@ def score(
         scoring = []
         for name in names:
             evaluate.write_predictions(
-                results / name, rows[name], answer, settings, overwrite=overwrite
+                results / name, rows[name], answer, settings_of(name), overwrite=overwrite
             )
             scoring.append(beside.submit(finish, name))  # while the next set is answered
         for one in scoring:

@@ -195,6 +195,10 @@ def test_no_turn_of_a_conversation_trains_on_a_tested_question(tmp_path, caplog)
     }
     assert len(first["test"]) == len(first["train"]) == 10 and not first["test"] & first["train"]
     assert sum(map(len, found.examples.values())) == 60
+    # Where all begin alike, by their last questions.
+    write(train, [conversation("Hello", "Hi", f"Q{i}", f"A{i}") for i in range(20)])
+    found = read(train, test=0.1)
+    assert {name: len(some) for name, some in found.examples.items()} == {"train": 18, "test": 2}
 
 
 def test_which_split_is_tested_is_not_guessed(tmp_path):

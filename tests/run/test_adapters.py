@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import read_json, write_json
 from jax_lora.model import lora
-from jax_lora.run import Run, initial_weights
+from jax_lora.run import Run, initial_weights, prepare
 from jax_lora.run.convert import convert_adapter
 from jax_lora.weights import base, peft
 from tests.run.test_hub import trained  # noqa: F401  (a fixture)
@@ -64,19 +65,16 @@ def start_from(folder, targets):
 
 def test_training_does_not_start_from_layers_of_lower_rank(tmp_path):
     # Zeros that pad A and B would never train.
-    tree = lora.init(jax.random.key(0), TINY, 3, alpha=6, targets=("q_proj",))
-    leaf = tree["layers"]["self_attn"]["q_proj"]
-    low = jax.tree.map(np.array, tree)
+    low = jax.tree.map(
+        np.array, lora.init(jax.random.key(0), TINY, 3, alpha=6, targets=("q_proj",))
+    )
     low["layers"]["self_attn"]["q_proj"]["a"][0, :, 2:] = 0
     low["layers"]["self_attn"]["q_proj"]["b"][0, 2:] = 0
     ranks, alphas = {"q_proj": (2, 3)}, {"q_proj": (4.0, 6.0)}
     peft.save(tmp_path, low, rank=3, alpha=6, ranks=ranks, alphas=alphas)
-    assert (
-        leaf["a"].shape
-        == peft.load(tmp_path, 2).adapters["layers"]["self_attn"]["q_proj"]["a"].shape
-    )
+    config = RunConfig().replace(**{"lora.rank": 3, "lora.init": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"found ranks \[2, 3\] of q_proj, expected 3, lora.rank"):
-        start_from(tmp_path, ("q_proj",))
+        initial_weights.check_start(config, TINY)
 
 
 def test_an_adapter_whose_run_trained_the_base_too_is_not_taken_alone(tmp_path):
@@ -89,8 +87,9 @@ def test_an_adapter_whose_run_trained_the_base_too_is_not_taken_alone(tmp_path):
     )
     modules = [{"module": "norm.scale", "trainable": 16}, {"module": "lora.q_proj", "trainable": 9}]
     write_json(run / "parameters.json", {"modules": modules})
+    config = RunConfig().replace(**{"lora.rank": 3, "lora.init": str(run / "adapter")})
     for take in (
-        lambda: start_from(run / "adapter", ("q_proj",)),
+        lambda: initial_weights.check_start(config, TINY),
         lambda: convert_adapter(str(run), str(tmp_path / "out")),
     ):
         with pytest.raises(
@@ -108,7 +107,17 @@ def test_training_does_not_start_from_an_adapter_of_another_base(trained, tmp_pa
     facts = {"rank": config.lora.rank, "alpha": config.lora.alpha}
     peft.save(tmp_path / "a", tree, **facts, base_digest="0" * 64)
     with pytest.raises(DataError, match="expected one of .*jax_lora.json overrides this"):
-        initial_weights.adapters_of(start, shape)
+        prepare.read_inputs(start, tmp_path / "run")
     peft.save(tmp_path / "a", tree, **facts, base_digest=base.digest(config.model))
-    found = initial_weights.adapters_of(start, shape)
-    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    given = prepare.read_inputs(start, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, given.shapes["lora"], tree)
+    # A run that has begun goes on, and is scored, wherever its start lies.
+    (tmp_path / "old").mkdir()
+    prepare.write_start(given, tmp_path / "old")
+    peft.save(tmp_path / "a", tree, **facts, base_digest="0" * 64)
+    initial_weights.adapters_of(start, shape)
+    with pytest.raises(ConfigError, match="init_digest"):  # but not from another adapter
+        leaf = next(iter(lora.by_target(tree).values()))
+        leaf["b"] = leaf["b"] + 1
+        peft.save(tmp_path / "a", tree, **facts)
+        prepare.read_inputs(start, tmp_path / "old")

@@ -212,6 +212,14 @@ def test_examples_that_are_left_out_do_not_shift_the_others(config, tmp_path):
         assert example.instruction in row.prompt
 
 
+def test_where_no_row_fits_it_is_one_line(config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "word " * 400, "output": "x"}) + "\n")
+    own = {"data.path": str(path), "optim.warmup_steps": 0}
+    with pytest.raises((ConfigError, DataError), match="found n"):
+        prepare.read_inputs(config.replace(**own), tmp_path / "r")
+
+
 @pytest.mark.parametrize("kept", ["checkpoints", "pissa"])
 def test_what_an_unknown_run_left_is_not_gone_on_with(config, tmp_path, kept):
     (tmp_path / kept / "2").mkdir(parents=True)

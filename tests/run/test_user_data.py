@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import types
 from collections import Counter
 
 import pytest
@@ -257,3 +258,14 @@ def test_a_tokenizer_without_an_end_of_its_own_is_refused(config, tmp_path):
     loaded = tokenizers.load_tokenizer(tmp_path / "t")
     with pytest.raises(DataError, match="eos token: found '', expected a token of its own"):
         tokenizers.check_vocabulary(loaded, 10**6, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "is_dated"),
+    [("chat", "{{ strftime_now('%d %b %Y') }}", True), ("chat", "{{ x }}", False)]
+    + [("alpaca", "{{ strftime_now('%d %b %Y') }}", False)],
+)
+def test_rows_of_a_template_with_a_date_are_not_compared(monkeypatch, template, text, is_dated):
+    tokenizer = types.SimpleNamespace(chat_template=text)
+    monkeypatch.setattr(inputs, "encoder", lambda _: types.SimpleNamespace(tokenizer=tokenizer))
+    assert inputs.is_dated(jax_lora.RunConfig().replace(**{"data.template": template})) == is_dated

@@ -111,21 +111,23 @@ def take_shares(
 ) -> tuple[list[Example], dict[str, list[Example]]]:
     """Take shares of the distinct questions, in the order of a hash of (seed, question).
 
-    Rows that ask the same go together, and so do conversations that begin with the same question.
-    A share takes at least one question.
+    Rows that ask the same go together, and so do conversations that begin with the same question,
+    unless they all do. A share takes at least one question.
 
     Returns:
       What is left, and what each share took, all in the order of `rows`.
     """
-    keys = sorted({row.keys[0] for row in rows}, key=lambda key: _hash(seed, key))
+    firsts = {row.keys[0] for row in rows}
+    turn = 0 if len(firsts) > len(shares) else -1
+    keys = sorted({row.keys[turn] for row in rows}, key=lambda key: _hash(seed, key))
     owner: dict[tuple[str, ...], str] = {}
     start = 0
     for name, share in shares.items():
         stop = start + max(1, round(share * len(keys)))
         owner |= dict.fromkeys(keys[start:stop], name)
         start = stop
-    taken = {name: [row for row in rows if owner.get(row.keys[0]) == name] for name in shares}
-    return [row for row in rows if row.keys[0] not in owner], taken
+    taken = {name: [row for row in rows if owner.get(row.keys[turn]) == name] for name in shares}
+    return [row for row in rows if row.keys[turn] not in owner], taken
 
 
 def _hash(seed: int, key: tuple[str, ...]) -> bytes:
