@@ -18,16 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from jax_lora.config import RENAMED
 from jax_lora.data.cache import cache_folder
 from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped
 from jax_lora.signals import STOPPED, end, heeded
 from jax_lora.text import print_line, printable
-
-if TYPE_CHECKING:
-    from absl import flags
 
 WRONG_INPUT, FAILED = 2, 1
 say = print_line  # what scripts print
@@ -257,8 +254,13 @@ def only_cpu() -> bool:
     )
 
 
-def refuse_unread(given: flags.FlagValues, mode: str, *names: str) -> None:
+def refuse_unread(given: Any, mode: str, *names: str) -> None:
     """Refuse flags that a mode of a script does not read.
+
+    Args:
+      given: absl's `FLAGS`.
+      mode: the flag that chooses it.
+      names: of flags that it does not read.
 
     Raises:
       ConfigError: one of these flags was given.

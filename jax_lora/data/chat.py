@@ -122,12 +122,11 @@ class Chat:
         import jinja2
 
         try:
-            prompt, whole = self._render(_TURNS[:1], True), self._render(_TURNS, False)
+            prompt, turns = self._render(_TURNS[:1], True), self._render(_TURNS, False)
         except jinja2.TemplateError:  # said of the first conversation, by its name
             return False
-        return whole[: len(prompt)] != prompt or not whole[len(prompt) :].lstrip().startswith(
-            _TURNS[1].content
-        )
+        answer = turns[len(prompt) :].lstrip()
+        return not (turns.startswith(prompt) and answer.startswith(_TURNS[1].content))
 
     @cached_property
     def _end(self) -> re.Pattern[str]:

@@ -65,10 +65,10 @@ def check_same_run(workdir: Path, config: RunConfig, digests: dict[str, str]) ->
     """
     path = workdir / "config.json"
     if not path.is_file():
-        for kept in ("checkpoints", "pissa"):
-            if (workdir / kept).is_dir() and any((workdir / kept).iterdir()):
+        for other in (workdir / "checkpoints", workdir / "pissa"):
+            if other.is_dir() and any(other.iterdir()):
                 raise DataError(
-                    f"{path}: not found, and {workdir / kept} is of an earlier run; expected its "
+                    f"{path}: not found, and {other} is of an earlier run; expected its "
                     "config.json, or an empty --workdir"
                 )
         return
