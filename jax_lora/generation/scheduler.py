@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jax_lora import signals
 from jax_lora.generation import greedy
 from jax_lora.generation.stop_texts import Ids, Stop
 from jax_lora.model.transformer import Llama
@@ -187,7 +188,7 @@ def round_robin(parts: Sequence[Generate]) -> Generate:
                 else:
                     yield ended
         except SystemExit:
-            patience = 4.0 / len(threads)  # seconds: a stop does not wait, see `signals`
+            patience = signals.PATIENCE / 2 / len(threads)  # after a stop the process has to end
             raise
         finally:
             is_closed.set()

@@ -14,7 +14,7 @@ from jax_lora import sharding
 from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.data.prompts import Row
 from jax_lora.errors import DataError
-from jax_lora.generation import scheduler, stop_texts
+from jax_lora.generation import scheduler
 from jax_lora.model.transformer import Llama
 from jax_lora.model.xla_cpu import reduction_error
 from jax_lora.run import inputs, invariance, scoring
@@ -119,8 +119,7 @@ def _answers(config: RunConfig, scored: scoring.Scored, rows: Rows, say: Say) ->
     # The most answers that an arrangement changes.
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
     meshes = scoring.copies(config)
-    encoder, end_ids = inputs.encoder(config), inputs.end_ids(config)
-    stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all, encoder.byte_ids)
+    end_ids, stop = inputs.end_ids(config), inputs.stop_rule(config)
     each = scoring.generators(config, model, scored.variables, meshes, end_ids, stop)
     several = scoring.side_by_side(each, meshes)
     many = scheduler.round_robin(several) if len(several) > 1 else None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jax_lora.data.chat import taught_end_ids
-from jax_lora.errors import ConfigError
 from jax_lora.files import check_vacant, fresh_folder, read_json
 from jax_lora.run import hub
 from jax_lora.run.model_card import write_card
@@ -118,11 +117,7 @@ def convert_adapter(
     """
     destination = str(check_vacant(destination))
     hub.check(push_to)
-    if trained := peft.trained_base(source):
-        raise ConfigError(
-            f"{source}: its run trained {trained[0]} of the base, which an adapter does not hold; "
-            "expected a run that trained adapters alone, or BASE OUT --merge=RUN"
-        )
+    peft.check_complete(source)
     found = peft.load(source)
     found = fold_scale(found, source) if fold else found
     with fresh_folder(destination) as partial:

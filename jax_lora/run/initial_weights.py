@@ -188,18 +188,13 @@ def check_start(config: RunConfig, shape: LlamaConfig) -> None:
     """Refuse an adapter, `lora.init`, that a run should not start from.
 
     Raises:
-      ConfigError: layers of another rank, whose padding would never train; or one whose run trained
-        weights of the base as well.
-      DataError: it was trained on another base.
+      ConfigError: layers of another rank, whose padding would never train.
+      DataError: it was trained on another base, or its run trained weights of the base as well.
     """
     init, rank = config.lora.init, config.lora.rank
     override = "a copy of it without its jax_lora.json"
     origin.check_base(init, peft.base_digest(init), config.model, override)
-    if trained := peft.trained_base(init):
-        raise ConfigError(
-            f"{init}: its run trained {trained[0]} of the base, which an adapter does not hold; "
-            "expected a run that trained adapters alone"
-        )
+    peft.check_complete(init)
     for name, ranks in peft.load(init, shape.num_hidden_layers).ranks.items():
         if {*ranks} != {rank}:
             raise ConfigError(

@@ -27,6 +27,7 @@ from jax_lora.data.sources.tables import format_of, is_natural_instructions
 from jax_lora.data.sources.user_data import HELD_OUT, UserData
 from jax_lora.data.tasksets import TaskSet, draw
 from jax_lora.errors import ConfigError
+from jax_lora.generation import stop_texts
 from jax_lora.weights import base as base_weights
 from jax_lora.weights.tokenizers import base_end_ids, check_vocabulary, load_tokenizer
 
@@ -199,6 +200,12 @@ def end_ids(config: RunConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*known, *one.end_ids)))
 
 
+def stop_rule(config: RunConfig) -> stop_texts.Stop | None:
+    """The rule of the texts that end an answer; None where there are none."""
+    one = encoder(config)
+    return stop_texts.stop_rule(config.eval.stop, one.decode_all, one.byte_ids)
+
+
 @functools.lru_cache(maxsize=8)
 def base_digest(model: str) -> str:
     """The identity of a base's files, wherever they lie, see `base.digest`."""
@@ -243,12 +250,12 @@ def training_rows(
 
 def is_dated(config: RunConfig) -> bool:
     """Whether the chat template of a run writes the date of today, as Llama 3.2's does."""
-    template = encoder(config).tokenizer.chat_template
-    return config.data.template == "chat" and "strftime_now" in str(template)
+    is_chat = config.data.template == "chat"
+    return is_chat and "strftime_now" in str(encoder(config).tokenizer.chat_template)
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """The identity of training rows: their ids, and which of these are trained on."""
+    """The identity of rows: their ids, and which of these are of an answer."""
     found = hashlib.sha256()
     for row in rows:
         for part in (row.ids, row.loss_mask(answer_only=True)):

@@ -294,7 +294,7 @@ def score(
         evaluate.write_examples(results / name, rows[name])
         evaluate.write_labels(results / name, data.answers, sets[name].tasks)
     model = Llama(scored.shape, dtype=jnp.dtype(config.dtype))
-    stop = stop_texts.stop_rule(config.eval.stop, encoder.decode_all, encoder.byte_ids)
+    stop = inputs.stop_rule(config)
     each = generators(config, model, scored.variables, meshes, end_ids, stop)
     generate = scheduler.round_robin(side_by_side(each, meshes))
     scored_origin = scored.origin

@@ -276,24 +276,25 @@ class Checkpoints:
     def _newest(self, parts: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree], Best] | None:
         _hush_abandoned_reads()
         damaged: dict[int, str] = {}
-        steps = steps_in(self._folder)
-        for path in sorted(self._folder.iterdir()):
-            if path.name.isdigit() and int(path.name) not in steps:
-                self._pass_over(path, "it is no checkpoint")
+        steps, newest = steps_in(self._folder), None
         for step in steps:
             found, reason = self._read(self._folder / str(step), step, parts)
             if found is not None:
-                for other, why in damaged.items():
-                    self._pass_over(self._folder / str(other), why)
-                return step, *found
+                newest = step, *found
+                break
             damaged[step] = reason
-        if damaged:
+        if damaged and newest is None:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise DataError(
                 f"{self._folder}: found no checkpoint that can be trusted ({reasons}); "
                 "expected one: to start over, use another --workdir"
             )
-        return None
+        for path in sorted(self._folder.iterdir()):
+            if path.name.isdigit() and int(path.name) not in steps:
+                self._pass_over(path, "it is no checkpoint")
+        for step, reason in damaged.items():
+            self._pass_over(self._folder / str(step), reason)
+        return newest
 
     def _read(
         self, path: Path, step: int, parts: Mapping[str, PyTree]

@@ -79,10 +79,9 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
     So the state that a run stops with, or goes on from, is a good one whatever the gradient was.
     The schedule goes on, so that the learning rate stays a function of the step; Adam's count, by
-    which its moments are corrected, does not. The norm is the one
-    that the clip needs, and the choice is part of the pass that updates: on a CPU it makes the
-    update of what trains a fifth longer (64 to 78 ms for 17M parameters), which is far below 1% of
-    a step.
+    which its moments are corrected, does not. The norm is the one that the clip needs, and the
+    choice is part of the pass that updates: on a CPU it makes the update of what trains a fifth
+    longer (64 to 78 ms for 17M parameters), which is far below 1% of a step.
     """
 
     def update(updates, state, params=None):

@@ -80,7 +80,9 @@ def digest(folder: str | os.PathLike[str]) -> str:
     """Twelve hexadecimal digits of what an adapter's two files hold."""
     content = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        content.update((resolve(folder) / name).read_bytes())
+        with (resolve(folder) / name).open("rb") as file:
+            while part := file.read(2**24):
+                content.update(part)
     return content.hexdigest()[:12]
 
 
@@ -137,6 +139,18 @@ def trained_base(folder: str | os.PathLike[str]) -> list[str]:
         ) from None
 
 
+def check_complete(folder: str | os.PathLike[str]) -> None:
+    """Make sure that an adapter is all that its run trained.
+
+    Raises:
+      DataError: the run trained weights of the base, too.
+    """
+    if base := trained_base(folder):
+        raise DataError(
+            f"{folder}: its run trained {', '.join(base)} of the base, too; expected adapters alone"
+        )
+
+
 def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter:
     """`load`, and make sure that the adapter fits a model and changes it.
 
@@ -144,10 +158,7 @@ def load_trained(folder: str | os.PathLike[str], config: LlamaConfig) -> Adapter
       MissingFileError, DataError: as `load`; names or shapes that the model does not have,
         expected and found listed; every B zero; a run that trained weights of the base, too.
     """
-    if base := trained_base(folder):
-        raise DataError(
-            f"{folder}: its run trained {', '.join(base)} of the base, too; expected adapters alone"
-        )
+    check_complete(folder)
     found = load(folder, config.num_hidden_layers)
     try:
         lora.check(found.adapters, config)

@@ -93,7 +93,7 @@ def test_an_adapter_whose_run_trained_the_base_too_is_not_taken_alone(tmp_path):
         lambda: convert_adapter(str(run), str(tmp_path / "out")),
     ):
         with pytest.raises(
-            ConfigError, match="its run trained norm.scale of the base, which an ad"
+            DataError, match="its run trained norm.scale of the base, too; expected adap"
         ):
             take()
     assert not (tmp_path / "out").exists()
