@@ -54,12 +54,14 @@ def product(spec: str, result: DTypeLike) -> Callable[[jax.Array, jax.Array], ja
 
 
 def results() -> None:
-    """The dtype that a product's result is asked for in, in training."""
+    """The dtype of a product and of its result, in training."""
     x, w = jnp.ones((1024, 576), BF16), jnp.ones((576, 1536), BF16)
+    in_float32 = product("td,df->tf", F32)
     ways: Ways = {
         "bfloat16": (product("td,df->tf", BF16), (x, w)),
         "bfloat16 with a float32 result": (product("td,df->tf", F32), (x, w)),
-        "float32": (product("td,df->tf", F32), (x.astype(F32), w.astype(F32))),
+        "converted to float32": (lambda x, w: in_float32(x.astype(F32), w.astype(F32)), (x, w)),
+        "float32": (in_float32, (x.astype(F32), w.astype(F32))),
     }
     compare("(1024 x 576)(576 x 1536)", ways)
 

@@ -53,7 +53,7 @@ def unstack_layers(
 ) -> Weights:
     """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
     slices inside the loop would copy the model once per token. On a CPU kernels are stored
-    transposed, (out, in), but for quantized ones.
+    transposed, (out, in), but for quantized ones, and `xla_cpu.for_few_rows`.
 
     Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
     one layer.
@@ -85,8 +85,10 @@ def _transpose_kernels(tree: PyTree, platform: str) -> PyTree:
         return tree
 
     def transposed(path: jax.tree_util.KeyPath, x: PyTree) -> PyTree:
-        is_kernel = path[-1].key == "kernel" and not is_quantized(x)
-        return x.T if is_kernel else x
+        name = path[-1].key
+        if is_quantized(x) or name not in ("kernel", "embedding"):
+            return x
+        return xla_cpu.for_few_rows(x.T if name == "kernel" else x, platform)
 
     return jax.tree_util.tree_map_with_path(transposed, tree, is_leaf=is_quantized)
 

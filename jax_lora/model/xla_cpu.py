@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -35,9 +35,17 @@ def matmul_transposed(dtype: DTypeLike, x: Array, w: Array | np.ndarray, platfor
 
     XLA's CPU compiler rearranges the right operand of a product before it multiplies. With the
     kernel on the left that is the few rows; it is read once, in the order in which it is stored.
-    Has JAX's own gradient, see `einsum`.
+    Has JAX's own gradient, see `einsum`. A kernel `for_few_rows` is not rounded to x's dtype.
     """
-    return _einsum("fd,btd->fbt", jnp.asarray(w, x.dtype), x, dtype, platform).transpose(1, 2, 0)
+    if not _multiplies_as_float32(x, platform):
+        w = jnp.asarray(w, x.dtype)
+    return _einsum("fd,btd->fbt", w, x, dtype, platform).transpose(1, 2, 0)
+
+
+def for_few_rows(kernel: Array, platform: str) -> Array:
+    """A kernel that is multiplied again and again by few rows: in float32 where a CPU multiplies
+    bfloat16 as that, because to convert it would take as long as the product."""
+    return kernel.astype(jnp.float32) if _multiplies_as_float32(kernel, platform) else kernel
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -114,6 +122,10 @@ def _einsum(spec: str, a: Array, b: Array, dtype: DTypeLike, platform: str) -> A
     # times faster. GPUs and TPUs accumulate in float32 whatever the result's dtype, and a
     # float32 result would cost them a pass over memory.
     inner = jnp.float32 if platform == "cpu" else dtype
+    if _multiplies_as_float32(a, platform) or _multiplies_as_float32(b, platform):
+        # XLA would convert the same numbers inside of the product, at little more than half of its
+        # speed.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     out = jnp.einsum(spec, a, b, precision=precision, preferred_element_type=inner)
     return out.astype(dtype)
@@ -136,6 +148,10 @@ def _einsum_vjp_backward(spec, dtype, platform, saved, g):
 _einsum_vjp.defvjp(_einsum_vjp_forward, _einsum_vjp_backward)
 
 
+def _multiplies_as_float32(x: Array, platform: str) -> bool:
+    return platform == "cpu" and x.dtype == jnp.bfloat16 and not has_bfloat16_products()
+
+
 def has_bfloat16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU at hand multiplies bfloat16 numbers: AMX or AVX512-BF16, as Linux names them.
 
@@ -145,8 +161,13 @@ def has_bfloat16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     found = re.search(r"xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
     if found and not found[1].startswith(("AVX512_BF16", "AMX")):
         return False
-    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
-    return flags is not None and not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags[1].split())
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_instruction_sets(cpuinfo))
+
+
+@lru_cache
+def _instruction_sets(cpuinfo: Path) -> frozenset[str]:
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+    return frozenset(found[1].split()) if found else frozenset()
 
 
 def reduction_error() -> float:

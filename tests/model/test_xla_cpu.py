@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_lora.config import RunConfig
+from jax_lora.generation import greedy
 from jax_lora.model import kv_cache, xla_cpu
 from jax_lora.model.config import LlamaConfig
 from jax_lora.model.transformer import Llama
@@ -68,7 +69,8 @@ def test_without_remat_there_is_no_scan(platform, changes, layers):
     assert resolve(RunConfig().replace(**changes), SHAPE, platform, 1).model().unroll == layers
 
 
-def test_the_cache_is_written_without_a_conversion():
+def test_the_cache_is_written_without_a_conversion(monkeypatch):
+    monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda: True)  # else it is read with one
     q, new = jnp.ones((3, 2, 2, 1, 8), jnp.bfloat16), jnp.ones((3, 2, 1, 8), jnp.bfloat16)
     shapes = kv_cache.empty(SHAPE, 3, 40, jnp.bfloat16, "cpu")
     attend = jax.jit(lambda k, v, n: kv_cache.Cache(k, v, n).attend(q, new, new, "cpu"))
@@ -131,3 +133,40 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
     config = RunConfig().replace(dtype="auto")
     assert resolve(config, SHAPE, "cpu", 1).config.dtype == ("bfloat16" if fast else "float32")
     assert resolve(config, SHAPE, "cuda", 1).config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_products_are_exact_on_either_cpu(fast, monkeypatch):
+    # The products of bfloat16 numbers are exact in float32: only the order of a sum is free.
+    monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda: fast)
+    dice = np.random.default_rng(0)
+    x, w = (jnp.asarray(dice.normal(size=s), jnp.bfloat16) for s in ((2, 24, 96), (96, 40)))
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    scale = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64))
+    kernel = xla_cpu.for_few_rows(w.T, "cpu")
+    assert kernel.dtype == (jnp.bfloat16 if fast else jnp.float32)
+    product = jax.jit(lambda x, w: xla_cpu.einsum("btd,df->btf", jnp.float32, x, w, "cpu"))
+    few = jax.jit(lambda x, w: xla_cpu.matmul_transposed(jnp.float32, x, w, "cpu"))
+    for found in (product(x, w), few(x, kernel), few(x, w.T)):
+        assert np.all(np.abs(found - expected) <= 1e-6 * scale)
+    dots = re.findall(r"stablehlo.dot_general.*: \((.*?)\)", few.lower(x, kernel).as_text())
+    assert ["bf16" in types for types in dots] == [fast]
+    for platform in ("gpu", "tpu"):
+        assert xla_cpu.for_few_rows(w, platform) is w
+
+
+def test_weights_for_decoding_are_converted_once(monkeypatch):
+    model = Llama(LlamaConfig(61, 32, 48, 2, 4, 2, 8), dtype=jnp.bfloat16)
+    variables = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0), jnp.zeros((1, 4), int))
+    )
+    for fast in (True, False):
+        monkeypatch.setattr(xla_cpu, "has_bfloat16_products", lambda fast=fast: fast)
+        greedy._transpose_kernels.clear_cache()
+        weights = greedy.unstack_layers(variables)
+        kinds = {
+            path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
+        }
+        wide = jnp.bfloat16 if fast else jnp.float32
+        assert kinds == {"kernel": wide, "embedding": wide, "scale": jnp.bfloat16}
+    greedy._transpose_kernels.clear_cache()
