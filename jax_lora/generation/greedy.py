@@ -48,6 +48,21 @@ class Rows(NamedTuple):
     running: Bool[Array, " B"]
 
 
+class Chunks(NamedTuple):
+    """A chunks of prompts, C tokens each, of any rows and several of a row.
+
+    `row`: (A,) whose they are; ids of B and more, no two the same, are padding. `start`: (A,) the
+    position of the first token. `tokens`: (A, C), right-padded, and `length`: (A,) how many of
+    them there are, at least 1. `prompt`: (A,) tokens of the whole prompt.
+    """
+
+    row: Int[Array, " A"]
+    start: Int[Array, " A"]
+    tokens: Int[Array, "A C"]
+    length: Int[Array, " A"]
+    prompt: Int[Array, " A"]
+
+
 def unstack_layers(
     variables: PyTree, mesh: Mesh | None = None, platform: str | None = None
 ) -> Weights:
@@ -101,67 +116,41 @@ def empty_rows(model: Llama, batch: int, slots: int, new_tokens: int) -> Rows:
     return Rows(_empty_caches(model, batch, slots), zeros, new, zeros + 1, zeros > 0)
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "chunk"))
-def prefill_prefix(
-    model: Llama,
-    weights: Weights,
-    tokens: Int[Array, "1 P"],
-    length: Int[Array, " 1"],
-    *,
-    slots: int,
-    chunk: int,
-) -> Caches:
-    """The caches of a text that several prompts begin with; see `admit`."""
-    caches = _empty_caches(model, 1, slots)
-    return _prefill(model, weights, caches, 0 * length, tokens, length, chunk)[1]
-
-
 @partial(jax.jit, donate_argnames=("rows",))
-def copy_prefix(rows: Rows, prefix: Caches, into: Int[Array, " A"]) -> Rows:
-    """Copy the caches of `prefill_prefix` into the rows `into`; ids of B and more are padding."""
-    put = jax.tree.map(
-        lambda rows, prefix: rows.at[into].set(prefix, unique_indices=True), rows.caches, prefix
+def copy_caches(rows: Rows, source: Int[Array, " A"], into: Int[Array, " A"]) -> Rows:
+    """Copy the caches of the rows `source` into the rows `into`; ids of B and more are padding."""
+    copied = jax.tree.map(
+        lambda x: x.at[into].set(jnp.take(x, source, axis=0, mode="clip"), unique_indices=True),
+        rows.caches,
     )
-    return rows._replace(caches=put)
+    return rows._replace(caches=copied)
 
 
-@partial(jax.jit, static_argnames=("model", "end_ids", "chunk"), donate_argnames=("rows",))
-def admit(
-    model: Llama,
-    weights: Weights,
-    rows: Rows,
-    into: Int[Array, " A"],
-    starts: Int[Array, " A"],
-    tokens: Int[Array, "A P"],
-    lengths: Int[Array, " A"],
-    *,
-    end_ids: tuple[int, ...],
-    chunk: int,
+@partial(jax.jit, static_argnames=("model", "end_ids"), donate_argnames=("rows",))
+def prefill(
+    model: Llama, weights: Weights, rows: Rows, chunks: Chunks, *, end_ids: tuple[int, ...]
 ) -> Rows:
-    """Prefill A prompts into free rows, and generate the first token of their answers.
+    """Put chunks of prompts into free rows, and generate the first token behind those that end
+    their prompt.
 
     Args:
       model: the module.
       weights: see `unstack_layers`.
       rows: donated.
-      into: row ids, no two the same, which spares a GPU atomic operations. Ids of B and more are
-        padding: what is computed for them is dropped.
-      starts: tokens of each prompt that `copy_prefix` has put into its row, or 0.
-      tokens: those that follow, right-padded.
-      lengths: true lengths of these, at least 1.
+      chunks: in any order, as long as what is before a chunk in its row is there or among them.
       end_ids: the stop tokens (EOS): any of these ends an answer, and is its last token.
-      chunk: tokens per row that are prefilled at a time, until all are done; divides P.
     """
-    caches = jax.tree.map(lambda x: jnp.take(x, into, axis=0, mode="clip"), rows.caches)
-    last, caches = _prefill(model, weights, caches, starts, tokens, lengths, chunk)
+    row, start, tokens, length, prompt = chunks
+    # Positions stop at the last one of a prompt: dynamic rotary scaling depends on its length.
+    positions = jnp.minimum(start[:, None] + jnp.arange(tokens.shape[1]), prompt[:, None] - 1)
+    rope = rope_tables(model.config, positions, prompt)
+    hidden, caches = _forward(model, weights, rows.caches, start, rope, tokens, row)
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
     first = _argmax_token(model, weights, last)
+    into = jnp.where(start + length == prompt, row, len(rows.new) + jnp.arange(len(row)))
     return Rows(
-        jax.tree.map(
-            lambda rows, admitted: rows.at[into].set(admitted, unique_indices=True),
-            rows.caches,
-            caches,
-        ),
-        rows.prompt.at[into].set(starts + lengths),
+        caches,
+        rows.prompt.at[into].set(prompt),
         rows.new.at[into, 0].set(first),
         rows.count.at[into].set(1),
         rows.running.at[into].set(~_has_ended(first, jnp.ones_like(first), rows, end_ids)),
@@ -228,37 +217,6 @@ def _empty_caches(model: Llama, batch: int, slots: int) -> Caches:
     ) * model.config.num_hidden_layers
 
 
-def _prefill(
-    model: Llama,
-    weights: Weights,
-    caches: Caches,
-    starts: Array,
-    tokens: Array,
-    lengths: Array,
-    chunk: int,
-) -> tuple[Array, Caches]:
-    """The state (A, 1, D) of each row's last token, and the caches after; see `admit`."""
-    # Positions stop at the last one of a row: dynamic rotary scaling depends on its length.
-    within = jnp.minimum(jnp.arange(tokens.shape[1]), lengths[:, None] - 1)
-    rope = rope_tables(model.config, starts[:, None] + within)
-
-    def step(state: tuple) -> tuple:
-        offset, last, caches = state
-        text, cos, sin = (
-            jax.lax.dynamic_slice_in_dim(x, offset, chunk, axis=1) for x in (tokens, *rope)
-        )
-        hidden, caches = _forward(model, weights, caches, starts + offset, (cos, sin), text)
-        at = lengths - 1 - offset
-        here = jnp.take_along_axis(hidden, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)
-        last = jnp.where(((at >= 0) & (at < chunk))[:, None, None], here, last)
-        return offset + chunk, last, caches
-
-    last = jnp.zeros((len(tokens), 1, model.config.hidden_size), model.dtype)
-    return jax.lax.while_loop(
-        lambda state: state[0] < lengths.max(), step, (jnp.zeros((), jnp.int32), last, caches)
-    )[1:]
-
-
 def _forward(
     model: Llama,
     weights: Weights,
@@ -266,14 +224,17 @@ def _forward(
     starts: Array,
     rope: tuple[Array, Array],
     tokens: Array,
+    rows: Array | None = None,
 ) -> tuple[Array, Caches]:
-    """The states (B, T, D) of tokens, the first at position `starts` (B,), and the caches after."""
+    """The states (B, T, D) of tokens, the first at position `starts` (B,) of the caches' `rows`
+    (B,), by default all of them, and the caches after."""
     positions = Positions(rope, None)
     transposed = model.platform == "cpu"
     block = Block(model.config, model.attention, model.shard_activation, transposed, model.platform)
     x, updated = model.apply(weights.outside, tokens, method="embed"), []
     for i, (k, v) in enumerate(caches):
-        x, kv = block.apply(weights.layers[i], x, i, positions, kv_cache.Cache(k, v, starts), None)
+        cache = kv_cache.Cache(k, v, starts, rows)
+        x, kv = block.apply(weights.layers[i], x, i, positions, cache, None)
         updated.append(kv)
     return x, tuple(updated)
 

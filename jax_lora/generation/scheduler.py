@@ -31,20 +31,19 @@ SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
 
 
 class ChunkSizes(NamedTuple):
-    """Tokens of a row that are read at a time (more is more padding), the same of a prefix, which
-    is the only row of its batch, the fewest rows of a batch (still fewer are no faster), the
-    tokens per row that are decoded before the host looks whether an answer is to be stopped (more
-    are decoded in vain, fewer keep the device waiting), and the batches of a device, see
-    `batches`."""
+    """Tokens of a chunk of a prompt (more is more padding), the fewest chunks that are prefilled
+    together and the fewest rows of a batch (still fewer are no faster), the tokens per row that
+    are decoded before the host looks whether an answer is to be stopped (more are decoded in vain,
+    fewer keep the device waiting), and the batches of a device, see `batches`."""
 
     chunk: int
-    prefix_chunk: int
+    smallest_step: int
     smallest_batch: int
     stop_chunk: int
     batches: int
 
 
-CPU, ACCELERATOR = ChunkSizes(32, 64, 8, 8, 2), ChunkSizes(128, 512, 32, 32, 1)
+CPU, ACCELERATOR = ChunkSizes(16, 16, 8, 8, 2), ChunkSizes(128, 8, 32, 32, 1)
 
 
 class Request(NamedTuple):
@@ -111,10 +110,10 @@ def answers(
             size //= 2
         with dispatch or nullcontext():
             batch.fit(size, bucket)
+            if queue and len(batch.free_rows) >= min(batch.admit_size, len(queue)):
+                count = min(len(batch.free_rows), len(queue))
+                batch.admit([queue.popleft() for _ in range(count)])
             admit_size = min(batch.admit_size, len(queue))
-            while queue and len(batch.free_rows) >= admit_size:
-                batch.admit([queue.popleft() for _ in range(admit_size)])
-                admit_size = min(batch.admit_size, len(queue))
             max_running = size - admit_size if queue else size // 2 if size > smallest else 0
             batch.decode(max_running)
         if ended:
@@ -237,7 +236,7 @@ class _Batch:
         self.bucket = 0
         self.rows: greedy.Rows | None = None
         self.chunk_sizes = _chunk_sizes(model)
-        self.prefix, self.prefix_caches = (), None  # of the last `greedy.prefill_prefix`
+        self.texts: list[tuple[int, ...]] = []  # the prompt in the caches of each row, ended or not
 
     @property
     def busy(self) -> list[int]:
@@ -253,6 +252,10 @@ class _Batch:
         return max(1, len(self.requests) // 4)
 
     @property
+    def chunks_per_step(self) -> int:
+        return max(self.admit_size, self.chunk_sizes.smallest_step)
+
+    @property
     def slots(self) -> int:
         return self.bucket + self.max_new_tokens
 
@@ -260,45 +263,69 @@ class _Batch:
         """Give the batch `size` rows for prompts of at most `bucket` tokens."""
         if (size, bucket) == (len(self.requests), self.bucket):
             return
-        self.bucket, self.prefix = bucket, ()
+        self.bucket = bucket
         if busy := self.busy:
             chosen = _pad_to(busy, size, len(self.requests))
             self.rows = greedy.gather_rows(self.model, self.rows, chosen, self.slots)
         else:
             self.rows = greedy.empty_rows(self.model, size, self.slots, self.max_new_tokens)
         self.requests = [self.requests[row] for row in busy] + [None] * (size - len(busy))
+        self.texts = [self.texts[row] for row in busy] + [()] * (size - len(busy))
 
     def admit(self, requests: Sequence[Request]) -> None:
-        """Prefill prompts into free rows: what they share first, once, then the rest of each."""
+        """Prefill prompts into free rows. What a prompt shares with one in the caches is copied
+        from there, with one that is admitted here as soon as it is in them."""
+        free, ready, new = self.free_rows, {row: self.texts[row] for row in self.busy}, {}
+        copies: tuple[dict[int, int], dict[int, int]] = {}, {}  # row → row to copy from
+        first, last, others = [], [], []
+        for request in requests:
+            text, start = tuple(map(int, self.prompts[request.prompt])), request.shared
+            row, chunks = _holder({row: self.texts[row] for row in free}, text[:start]), others
+            if row is not None:
+                ready[row] = text
+            elif (source := _holder(ready, text[:start])) is not None:
+                copies[0][row := free[0]] = source
+            elif (source := _holder(new, text[:start])) is not None:
+                copies[1][row := free[0]], chunks = source, last
+            else:
+                row, chunks = free[0], first if start else others
+                new[row], start = text, 0
+            free.remove(row)
+            self.requests[row], self.texts[row] = request, text
+            width = self.chunk_sizes.chunk
+            chunks += [(row, at, text) for at in range(start, len(text), width)]
+        # Those that wait for nobody fill up the steps before.
+        spare = -len(first) % self.chunks_per_step if last else len(others)
+        self._copy(copies[0])
+        self._prefill(first + others[:spare])
+        self._copy(copies[1])
+        self._prefill(last + others[spare:])
+
+    def _copy(self, sources: dict[int, int]) -> None:
         count, size = self.admit_size, len(self.requests)
-        into = self.free_rows[: len(requests)]
-        for row, request in zip(into, requests, strict=True):
-            self.requests[row] = request
-        prefixes = [tuple(map(int, self.prompts[r.prompt][: r.shared])) for r in requests]
-        for prefix in filter(None, dict.fromkeys(prefixes)):
-            if prefix != self.prefix:
-                chunk = self.chunk_sizes.prefix_chunk
-                text = _padded([prefix], 1, self.bucket, chunk)
-                self.prefix_caches = greedy.prefill_prefix(
-                    self.model, self.weights, *text, slots=self.slots, chunk=chunk
-                )
-                self.prefix = prefix
-            sharing = [row for row, b in zip(into, prefixes, strict=True) if b == prefix]
-            self.rows = greedy.copy_prefix(
-                self.rows, self.prefix_caches, _row_ids(sharing, count, size)
+        for rows in _batched(list(sources), count):
+            source = _pad_to([sources[row] for row in rows], count, 0)
+            self.rows = greedy.copy_caches(self.rows, source, _row_ids(rows, count, size))
+
+    def _prefill(self, chunks: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Prefill chunks: (row, position of its first token in the prompt, the prompt)."""
+        count, width = self.chunks_per_step, self.chunk_sizes.chunk
+        for some in _batched(chunks, count):
+            rows, starts, prompts = zip(*some, strict=True)
+            texts = [text[start : start + width] for _, start, text in some]
+            tokens = np.zeros((count, width), np.int32)
+            for row, text in zip(tokens, texts, strict=False):
+                row[: len(text)] = text
+            step = greedy.Chunks(
+                row=_row_ids(rows, count, len(self.requests)),
+                start=_pad_to(starts, count, 0),
+                tokens=tokens,
+                length=_pad_to([len(text) for text in texts], count, 1),
+                prompt=_pad_to([len(prompt) for prompt in prompts], count, width + 1),
             )
-        chunk = self.chunk_sizes.chunk
-        texts = [self.prompts[r.prompt][r.shared :] for r in requests]
-        self.rows = greedy.admit(
-            self.model,
-            self.weights,
-            self.rows,
-            _row_ids(into, count, size),
-            _pad_to([request.shared for request in requests], count, 0),
-            *_padded(texts, count, self.bucket, chunk),
-            end_ids=self.end_ids,
-            chunk=chunk,
-        )
+            self.rows = greedy.prefill(
+                self.model, self.weights, self.rows, step, end_ids=self.end_ids
+            )
 
     def decode(self, max_running: int) -> None:
         """Start decoding until at most `max_running` answers are running or, where answers can be
@@ -380,14 +407,15 @@ def _bucket_for(length: int, buckets: Sequence[int]) -> int:
     return min(bucket for bucket in buckets if length <= bucket)
 
 
-def _padded(
-    texts: Sequence[Ids], rows: int, bucket: int, chunk: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (rows, bucket, or a little more: whole chunks) and lengths; a row too many has 1."""
-    tokens = np.zeros((rows, -(-bucket // chunk) * chunk), np.int32)
-    for row, text in zip(tokens, texts, strict=False):
-        row[: len(text)] = text
-    return tokens, _pad_to([len(text) for text in texts], rows, 1)
+def _holder(texts: dict[int, tuple[int, ...]], prefix: tuple[int, ...]) -> int | None:
+    """A row whose text begins so; None without a prefix."""
+    if not prefix:
+        return None
+    return next((row for row, text in texts.items() if text[: len(prefix)] == prefix), None)
+
+
+def _batched(things: Sequence, size: int) -> Iterator[Sequence]:
+    return (things[i : i + size] for i in range(0, len(things), size))
 
 
 def _pad_to(numbers: Sequence[int], size: int, filler: int) -> np.ndarray:

@@ -20,22 +20,24 @@ class Cache(NamedTuple):
 
     On a CPU keys are transposed, (B, K, H, S): their products are several times as fast so. A GPU's
     compiler would turn them back, with a second copy of all keys. Both are `to_bits`. `length`:
-    (B,) slots taken; new tokens go behind them and see them, and each other under the causal mask.
+    (A,) slots before the new tokens, which see them, and each other under the causal mask. `row`:
+    (A,) the rows of the new tokens, by default all B; those behind the last one are padding.
     """
 
     k: Shaped[Array, "B K S H"] | Shaped[Array, "B K H S"]
     v: Shaped[Array, "B K S H"]
-    length: Int[Array, " B"]
+    length: Int[Array, " A"]
+    row: Int[Array, " A"] | None = None
 
     def attend(
         self,
-        q: Float[Array, "B K G T H"],
-        keys: Float[Array, "B K T H"],
-        values: Float[Array, "B K T H"],
+        q: Float[Array, "A K G T H"],
+        keys: Float[Array, "A K T H"],
+        values: Float[Array, "A K T H"],
         platform: str,
-    ) -> tuple[Float[Array, "B K G T H"], Arrays]:
+    ) -> tuple[Float[Array, "A K G T H"], Arrays]:
         """Attention of T new tokens, and `k` and `v` with theirs, but for those behind slot S."""
-        rows = jnp.arange(q.shape[0])[:, None]
+        rows = (jnp.arange(q.shape[0]) if self.row is None else self.row)[:, None]
         at = self.length[:, None] + jnp.arange(q.shape[3])
         slots = (
             (rows, slice(None), slice(None), at) if platform == "cpu" else (rows, slice(None), at)
@@ -44,7 +46,8 @@ class Cache(NamedTuple):
         k = self.k.at[slots].set(keys, unique_indices=True)
         v = self.v.at[rows, :, at].set(values, unique_indices=True)
         visible = jnp.arange(v.shape[2]) <= at[:, :, None]
-        numbers = _upright(from_bits(k), platform), from_bits(v)
+        seen = [x if self.row is None else jnp.take(x, self.row, 0, mode="clip") for x in (k, v)]
+        numbers = _upright(from_bits(seen[0]), platform), from_bits(seen[1])
         return softmax_mix(platform, q, *numbers, visible), (k, v)
 
 

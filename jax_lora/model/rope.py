@@ -16,13 +16,14 @@ from jax_lora.model.config import LlamaConfig, RopeScaling
 
 
 def rope_tables(
-    config: LlamaConfig, positions: Int[Array, "B T"]
+    config: LlamaConfig, positions: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines of the rotation angles, float32.
 
     Args:
       config: gives the base, the head size and the scaling.
       positions: (B, T) index of every token in its own row.
+      lengths: tokens of the rows, by default up to their last position; for dynamic scaling.
 
     Returns:
       cos and sin, each (B, T, H/2), already times the scaling's attention factor.
@@ -36,7 +37,8 @@ def rope_tables(
     elif scaling.rope_type == "dynamic":
         # A row's own length decides, its padding included (transformers takes the longest row of
         # the batch).
-        length = jnp.maximum(jnp.max(positions, axis=1) + 1, config.max_position_embeddings)
+        lengths = jnp.max(positions, axis=1) + 1 if lengths is None else lengths
+        length = jnp.maximum(lengths, config.max_position_embeddings)
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
         base = config.rope_theta * stretch ** (h / (h - 2))
         table = (1.0 / base[:, None] ** jnp.asarray(exponents))[:, None, :]

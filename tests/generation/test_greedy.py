@@ -149,34 +149,26 @@ def test_a_row_that_is_stopped_makes_room(model, by_definition, monkeypatch):
             assert fewer <= chunk * sum(by_chunks)
 
 
-def test_what_prompts_share_is_read_once(model, monkeypatch):
-    read, admitted = [], []
+@pytest.mark.parametrize("rows", [4, 3, 16])
+def test_what_prompts_share_is_read_once(model, by_definition, monkeypatch, rows):
+    # Of each group, though its prompts do not fit into the rows at one time, or with another's.
+    read, prefill = [], greedy.prefill
 
-    def watch(name, lengths, into):
-        original = getattr(greedy, name)
+    def watched(model, weights, rows, chunks, **options):
+        read.append(chunks.length[chunks.row < len(rows.count)].sum())
+        return prefill(model, weights, rows, chunks, **options)
 
-        def watched(*args, **options):
-            into.append(lengths(*args))
-            return original(*args, **options)
-
-        monkeypatch.setattr(greedy, name, watched)
-
-    watch("prefill_prefix", lambda model, weights, tokens, length: length.tolist(), read)
-    watch(
-        "admit",
-        lambda m, w, rows, into, starts, tokens, n: n[into < len(rows.count)].tolist(),
-        admitted,
-    )
-    prompts = [stem + (i,) for stem in STEMS[1:] for i in range(8)]
-    decode(model, prompts, [len(p) for p in prompts])
-    assert sorted(read) == [[18], [33]]
-    assert sum(map(sum, admitted)) == len(prompts)
+    monkeypatch.setattr(greedy, "prefill", watched)
+    prompts = [stem + (i, 3)[: 1 + i % 2] for stem in STEMS[1:] for i in range(8)]
+    found = decode(model, prompts, [p[:18] for p in prompts], max_batch=rows)
+    assert found == [by_definition(prompt) for prompt in prompts]
+    assert sum(read) == sum(map(len, STEMS)) + sum(1 + i % 2 for i in range(8)) * 2
 
 
 def test_programs_are_few(model):
     # A bucket has one to read, to admit and to decode; at the end come those of half a batch.
     def compiled():
-        return [f._cache_size() for f in (greedy.prefill_prefix, greedy.admit, greedy.decode)]
+        return [f._cache_size() for f in (greedy.copy_caches, greedy.prefill, greedy.decode)]
 
     before = compiled()
     prompts = [STEMS[2][:n] + (i,) for n in range(33) for i in range(3)]
@@ -247,7 +239,7 @@ def test_one_batch_at_a_time_has_its_programs_compiled(model, monkeypatch):
 
         return call
 
-    for name in ("empty_rows", "prefill_prefix", "copy_prefix", "admit", "decode"):
+    for name in ("empty_rows", "copy_caches", "prefill", "decode"):
         monkeypatch.setattr(greedy, name, watched(getattr(greedy, name)))
     list(scheduler.round_robin([one, other])(TEXTS))
     assert all(held) and len(held) > 8

@@ -66,7 +66,8 @@ def test_greedy_answers_equal_transformers(toy, recorded):
         tokens[0, : len(prompt)] = prompt
         one, zero = np.asarray([len(prompt)]), np.zeros(1, int)
         ends = (reference.END,)
-        rows = greedy.admit(model, weights, rows, zero, zero, tokens, one, end_ids=ends, chunk=16)
+        chunks = greedy.Chunks(zero, zero, tokens, one, one)
+        rows = greedy.prefill(model, weights, rows, chunks, end_ids=ends)
         rows = greedy.decode(model, weights, rows, jnp.asarray(0), end_ids=ends)
         answer = np.asarray(rows.new)[0, : int(rows.count[0])]
         np.testing.assert_array_equal(answer, recorded[f"{case}/greedy/{i}"])
