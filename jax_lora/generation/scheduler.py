@@ -287,9 +287,10 @@ class _Batch:
                 copies[0][row := free[0]] = source
             elif (source := _holder(new, text[:start])) is not None:
                 copies[1][row := free[0]], chunks = source, last
+            elif start:  # others wait for it
+                new[row := free[0]], chunks, start = text, first, 0
             else:
-                row, chunks = free[0], first if start else others
-                new[row], start = text, 0
+                row = free[0]
             free.remove(row)
             self.requests[row], self.texts[row] = request, text
             width = self.chunk_sizes.chunk

@@ -165,6 +165,16 @@ def test_what_prompts_share_is_read_once(model, by_definition, monkeypatch, rows
     assert sum(read) == sum(map(len, STEMS)) + sum(1 + i % 2 for i in range(8)) * 2
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_prompts_that_begin_alike_in_any_groups(model, by_definition, seed):
+    # Tasks may have the same definition, and a task a single prompt.
+    dice = np.random.default_rng(seed)
+    prompts = [STEMS[dice.integers(3)] + (i, i + 1)[: dice.integers(1, 3)] for i in range(20)]
+    groups = dice.integers(0, 12, len(prompts)).tolist()
+    limits = dict(max_batch=int(dice.integers(2, 9)), buckets=(24, 48))
+    assert decode(model, prompts, groups, **limits) == [by_definition(p) for p in prompts]
+
+
 def test_programs_are_few(model):
     # A bucket has one to read, to admit and to decode; at the end come those of half a batch.
     def compiled():
