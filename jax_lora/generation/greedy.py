@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, PyTree
 
@@ -56,11 +57,11 @@ class Chunks(NamedTuple):
     them there are, at least 1. `prompt`: (A,) tokens of the whole prompt.
     """
 
-    row: Int[Array, " A"]
-    start: Int[Array, " A"]
-    tokens: Int[Array, "A C"]
-    length: Int[Array, " A"]
-    prompt: Int[Array, " A"]
+    row: Int[Array | np.ndarray, " A"]
+    start: Int[Array | np.ndarray, " A"]
+    tokens: Int[Array | np.ndarray, "A C"]
+    length: Int[Array | np.ndarray, " A"]
+    prompt: Int[Array | np.ndarray, " A"]
 
 
 def unstack_layers(
@@ -140,7 +141,7 @@ def prefill(
       chunks: in any order, as long as what is before a chunk in its row is there or among them.
       end_ids: the stop tokens (EOS): any of these ends an answer, and is its last token.
     """
-    row, start, tokens, length, prompt = chunks
+    row, start, tokens, length, prompt = map(jnp.asarray, chunks)
     # Positions stop at the last one of a prompt: dynamic rotary scaling depends on its length.
     positions = jnp.minimum(start[:, None] + jnp.arange(tokens.shape[1]), prompt[:, None] - 1)
     rope = rope_tables(model.config, positions, prompt)

@@ -37,8 +37,7 @@ def matmul_transposed(dtype: DTypeLike, x: Array, w: Array | np.ndarray, platfor
     kernel on the left that is the few rows; it is read once, in the order in which it is stored.
     Has JAX's own gradient, see `einsum`. A kernel `for_few_rows` is not rounded to x's dtype.
     """
-    if not _multiplies_as_float32(x, platform):
-        w = jnp.asarray(w, x.dtype)
+    w = jnp.asarray(w, None if _multiplies_as_float32(x, platform) else x.dtype)
     return _einsum("fd,btd->fbt", w, x, dtype, platform).transpose(1, 2, 0)
 
 
