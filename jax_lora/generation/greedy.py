@@ -50,7 +50,8 @@ class Rows(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """A chunks of prompts, C tokens each, of any rows and several of a row.
+    """Chunks of prompts: A of them, C tokens each, of any rows, several of a row allowed. Those of
+    a row do not overlap, and only its last one is padded.
 
     `row`: (A,) whose they are; ids of B and more, no two the same, are padding. `start`: (A,) the
     position of the first token. `tokens`: (A, C), right-padded, and `length`: (A,) how many of
@@ -69,7 +70,7 @@ def unstack_layers(
 ) -> Weights:
     """{"params": base} and perhaps "lora", the stacked layers split into arrays per layer:
     slices inside the loop would copy the model once per token. On a CPU kernels are stored
-    transposed, (out, in), but for quantized ones, and `xla_cpu.for_few_rows`.
+    transposed, (out, in), and converted by `xla_cpu.for_few_rows`, quantized ones excepted.
 
     Stacks may be numpy's. Then a device never holds more than its part of what is returned and of
     one layer.
@@ -100,11 +101,13 @@ def _transpose_kernels(tree: PyTree, platform: str) -> PyTree:
     if platform != "cpu":
         return tree
 
+    is_tied = "lm_head" not in tree.get("params", {})  # then the embedding is multiplied too
+
     def transposed(path: jax.tree_util.KeyPath, x: PyTree) -> PyTree:
-        name = path[-1].key
-        if is_quantized(x) or name not in ("kernel", "embedding"):
+        is_kernel = path[-1].key == "kernel"
+        if is_quantized(x) or not (is_kernel or is_tied and path[-1].key == "embedding"):
             return x
-        return xla_cpu.for_few_rows(x.T if name == "kernel" else x, platform)
+        return xla_cpu.for_few_rows(x.T if is_kernel else x, platform)
 
     return jax.tree_util.tree_map_with_path(transposed, tree, is_leaf=is_quantized)
 
@@ -142,13 +145,11 @@ def prefill(
       end_ids: the stop tokens (EOS): any of these ends an answer, and is its last token.
     """
     row, start, tokens, length, prompt = map(jnp.asarray, chunks)
-    # Positions stop at the last one of a prompt: dynamic rotary scaling depends on its length.
-    positions = jnp.minimum(start[:, None] + jnp.arange(tokens.shape[1]), prompt[:, None] - 1)
-    rope = rope_tables(model.config, positions, prompt)
+    rope = rope_tables(model.config, start[:, None] + jnp.arange(tokens.shape[1]), prompt)
     hidden, caches = _forward(model, weights, rows.caches, start, rope, tokens, row)
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
     first = _argmax_token(model, weights, last)
-    into = jnp.where(start + length == prompt, row, len(rows.new) + jnp.arange(len(row)))
+    into = jnp.where(start + length == prompt, row, len(rows.new))
     return Rows(
         caches,
         rows.prompt.at[into].set(prompt),

@@ -1,8 +1,8 @@
 """Which prompt is answered when and in which row: continuous batching, on the host.
 
 A row whose answer has ended takes in the next prompt while the others go on. What the prompts of a
-group begin with is prefilled once. Shapes are few: for every bucket one program each prefills the
-prefix of a group, admits prompts and decodes; at the end the batch is halved as it empties.
+group begin with is prefilled once. Shapes are few: for every bucket one program each prefills
+chunks of prompts, copies rows and decodes; at the end the batch is halved as it empties.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax_lora.model.transformer import Llama
 
 Answers = Iterator[list[tuple[int, np.ndarray]]]  # a prompt's index and its answer's ids
 Generate = Callable[..., Answers]  # `answers`, all but the prompts and their groups bound
-SHORTEST_PREFIX = 16  # tokens; to prefill fewer separately does not pay
+SHORTEST_PREFIX = 16  # tokens; to copy fewer does not pay
 
 
 class ChunkSizes(NamedTuple):
@@ -43,7 +43,7 @@ class ChunkSizes(NamedTuple):
     batches: int
 
 
-CPU, ACCELERATOR = ChunkSizes(16, 16, 8, 8, 2), ChunkSizes(128, 8, 32, 32, 1)
+CPU, ACCELERATOR = ChunkSizes(16, 8, 8, 8, 2), ChunkSizes(128, 4, 32, 32, 1)
 
 
 class Request(NamedTuple):
@@ -253,7 +253,8 @@ class _Batch:
 
     @property
     def chunks_per_step(self) -> int:
-        return max(self.admit_size, self.chunk_sizes.smallest_step)
+        chunks = len(self.requests) * -(-self.bucket // self.chunk_sizes.chunk)  # of full rows
+        return min(max(self.admit_size, self.chunk_sizes.smallest_step), chunks)
 
     @property
     def slots(self) -> int:
@@ -274,7 +275,7 @@ class _Batch:
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Prefill prompts into free rows. What a prompt shares with one in the caches is copied
-        from there, with one that is admitted here as soon as it is in them."""
+        from there first, with one that is admitted here once that is prefilled."""
         free, ready, new = self.free_rows, {row: self.texts[row] for row in self.busy}, {}
         copies: tuple[dict[int, int], dict[int, int]] = {}, {}  # row → row to copy from
         first, last, others = [], [], []
@@ -282,7 +283,7 @@ class _Batch:
             text, start = tuple(map(int, self.prompts[request.prompt])), request.shared
             row, chunks = _holder({row: self.texts[row] for row in free}, text[:start]), others
             if row is not None:
-                ready[row] = text
+                ready[row] = text[:start]  # the rest is not there yet
             elif (source := _holder(ready, text[:start])) is not None:
                 copies[0][row := free[0]] = source
             elif (source := _holder(new, text[:start])) is not None:
@@ -295,7 +296,7 @@ class _Batch:
             self.requests[row], self.texts[row] = request, text
             width = self.chunk_sizes.chunk
             chunks += [(row, at, text) for at in range(start, len(text), width)]
-        # Those that wait for nobody fill up the steps before.
+        # Chunks that wait for no copy fill the last step before the second copies.
         spare = -len(first) % self.chunks_per_step if last else len(others)
         self._copy(copies[0])
         self._prefill(first + others[:spare])
@@ -322,7 +323,7 @@ class _Batch:
                 start=_pad_to(starts, count, 0),
                 tokens=tokens,
                 length=_pad_to([len(text) for text in texts], count, 1),
-                prompt=_pad_to([len(prompt) for prompt in prompts], count, width + 1),
+                prompt=_pad_to([len(prompt) for prompt in prompts], count, 1),
             )
             self.rows = greedy.prefill(
                 self.model, self.weights, self.rows, step, end_ids=self.end_ids

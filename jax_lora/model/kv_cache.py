@@ -46,6 +46,7 @@ class Cache(NamedTuple):
         k = self.k.at[slots].set(keys, unique_indices=True)
         v = self.v.at[rows, :, at].set(values, unique_indices=True)
         visible = jnp.arange(v.shape[2]) <= at[:, :, None]
+        # Read after all are written: chunks of one row see each other.
         seen = [x if self.row is None else jnp.take(x, self.row, 0, mode="clip") for x in (k, v)]
         numbers = _upright(from_bits(seen[0]), platform), from_bits(seen[1])
         return softmax_mix(platform, q, *numbers, visible), (k, v)

@@ -35,8 +35,8 @@ def rope_tables(
     if scaling is None:
         table = jnp.asarray(frequencies)
     elif scaling.rope_type == "dynamic":
-        # A row's own length decides, its padding included (transformers takes the longest row of
-        # the batch).
+        # A row's own length decides, by default its padding included (transformers takes the
+        # longest row of the batch).
         lengths = jnp.max(positions, axis=1) + 1 if lengths is None else lengths
         length = jnp.maximum(lengths, config.max_position_embeddings)
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)

@@ -165,18 +165,30 @@ def test_what_prompts_share_is_read_once(model, by_definition, monkeypatch, rows
     assert sum(read) == sum(map(len, STEMS)) + sum(1 + i % 2 for i in range(8)) * 2
 
 
+@pytest.mark.parametrize("rest", [(16,) * 6, (20, 21, 22) * 4])
+def test_a_row_that_is_taken_again_has_no_more_than_its_prefix(model, by_definition, rest):
+    # The second group's prefix is longer by a few tokens. When the first one's last prompt takes a
+    # row, which has its prefix, those are not in it yet, though that prompt has them too.
+    stem = STEMS[2][:20]
+    first = [stem + (i,) * 20 for i in (1, 2)] + [stem + rest + (5,)]
+    prompts = first + [stem + rest + (i,) for i in (6, 7)]
+    found = decode(model, prompts, [0, 0, 0, 1, 1], max_batch=2, max_new_tokens=2)  # end together
+    assert found == [by_definition(prompt, 2) for prompt in prompts]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_prompts_that_begin_alike_in_any_groups(model, by_definition, seed):
     # Tasks may have the same definition, and a task a single prompt.
     dice = np.random.default_rng(seed)
-    prompts = [STEMS[dice.integers(3)] + (i, i + 1)[: dice.integers(1, 3)] for i in range(20)]
+    tails = [tuple(dice.integers(8, 10, dice.integers(1, 6)).tolist()) for _ in range(20)]
+    prompts = [STEMS[dice.integers(3)] + tail for tail in tails]
     groups = dice.integers(0, 12, len(prompts)).tolist()
     limits = dict(max_batch=int(dice.integers(2, 9)), buckets=(24, 48))
     assert decode(model, prompts, groups, **limits) == [by_definition(p) for p in prompts]
 
 
 def test_programs_are_few(model):
-    # A bucket has one to read, to admit and to decode; at the end come those of half a batch.
+    # A bucket has one to copy, to prefill and to decode; at the end come those of half a batch.
     def compiled():
         return [f._cache_size() for f in (greedy.copy_caches, greedy.prefill, greedy.decode)]
 

@@ -155,8 +155,10 @@ def test_bfloat16_products_are_exact_on_either_cpu(fast, monkeypatch):
         assert xla_cpu.for_few_rows(w, platform) is w
 
 
-def test_weights_for_decoding_are_converted_once(monkeypatch):
-    model = Llama(LlamaConfig(61, 32, 48, 2, 4, 2, 8), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_multiplied_in_decoding_is_converted_once(is_tied, monkeypatch):
+    shape = LlamaConfig(61, 32, 48, 2, 4, 2, 8, tie_word_embeddings=is_tied)
+    model = Llama(shape, dtype=jnp.bfloat16)
     variables = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0), jnp.zeros((1, 4), int))
     )
@@ -168,5 +170,6 @@ def test_weights_for_decoding_are_converted_once(monkeypatch):
             path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
         }
         wide = jnp.bfloat16 if fast else jnp.float32
-        assert kinds == {"kernel": wide, "embedding": wide, "scale": jnp.bfloat16}
+        embedding = wide if is_tied else jnp.bfloat16
+        assert kinds == {"kernel": wide, "embedding": embedding, "scale": jnp.bfloat16}
     greedy._transpose_kernels.clear_cache()
