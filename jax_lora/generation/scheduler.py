@@ -277,7 +277,7 @@ class _Batch:
         """Prefill prompts into free rows. What a prompt shares with one in the caches is copied
         from there first, with one that is admitted here once that is prefilled."""
         free, ready, new = self.free_rows, {row: self.texts[row] for row in self.busy}, {}
-        copies: tuple[dict[int, int], dict[int, int]] = {}, {}  # row → row to copy from
+        before, after = {}, {}  # row → row to copy from, before and after `first` is prefilled
         first, last, others = [], [], []
         for request in requests:
             text, start = tuple(map(int, self.prompts[request.prompt])), request.shared
@@ -285,9 +285,9 @@ class _Batch:
             if row is not None:
                 ready[row] = text[:start]  # the rest is not there yet
             elif (source := _holder(ready, text[:start])) is not None:
-                copies[0][row := free[0]] = source
+                before[row := free[0]] = source
             elif (source := _holder(new, text[:start])) is not None:
-                copies[1][row := free[0]], chunks = source, last
+                after[row := free[0]], chunks = source, last
             elif start:  # others wait for it
                 new[row := free[0]], chunks, start = text, first, 0
             else:
@@ -296,11 +296,11 @@ class _Batch:
             self.requests[row], self.texts[row] = request, text
             width = self.chunk_sizes.chunk
             chunks += [(row, at, text) for at in range(start, len(text), width)]
-        # Chunks that wait for no copy fill the last step before the second copies.
+        # Chunks that wait for no copy fill the last step before `after`.
         spare = -len(first) % self.chunks_per_step if last else len(others)
-        self._copy(copies[0])
+        self._copy(before)
         self._prefill(first + others[:spare])
-        self._copy(copies[1])
+        self._copy(after)
         self._prefill(last + others[spare:])
 
     def _copy(self, sources: dict[int, int]) -> None:
