@@ -117,7 +117,9 @@ $(VENV)/oldest/ready: $(VENV)/test/ready $(PINS_oldest)
 $(VENV)/oldest/ready: EXTRAS := [wandb]
 $(VENV)/oldest/ready: BELOW := test run
 
-# Python compiles a module when it is first imported; pip would compile all of them.
+# Python compiles a module when it is first imported, and keeps that; pip would compile all of them.
+# A caller who set this would wait for the same modules at every start.
+unexport PYTHONDONTWRITEBYTECODE
 $(ENVIRONMENTS:%=$(VENV)/%/ready): pyproject.toml constraints.txt $(VENV)/python
 	@echo "$(if $(STEPS),[1/$(STEPS)] )environment $(@D), a minute or two"
 	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
