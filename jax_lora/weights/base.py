@@ -20,12 +20,12 @@ _BLOCK, _BLOCKS = 1 << 16, 64  # bytes of a block, and how many of each file are
 
 
 def read_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """The configuration alone.
+    """The configuration alone; of a hub id, no weight is fetched.
 
     Raises:
       MissingFileError, DataError: as `load`.
     """
-    path = hf.resolve(source)
+    path = hf.resolve(source, weights=False)
     if path.suffix == ".gguf":
         return gguf.read_config(gguf.open_gguf(path))
     return hf.read_config(path)
@@ -69,7 +69,7 @@ def check_quantization(source: str | os.PathLike[str], quantization: str) -> Kin
     """
     if quantization == "none":
         return ()
-    path = hf.resolve(source)
+    path = hf.resolve(source, weights=False)
     if quantization == "gguf":
         if path.suffix != ".gguf":
             raise ConfigError(

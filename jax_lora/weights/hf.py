@@ -27,18 +27,19 @@ from jax_lora.weights.tree import DevicePut, assemble, check_tensors, disassembl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DOWNLOAD = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+_SMALL = ["*.json", "tokenizer.model", "*.jinja", "merges.txt"]  # all but the weights
 
 
 # ---------------------------------------------------------------- reading
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
+def resolve(source: str | os.PathLike[str], weights: bool = True) -> Path:
     """Where a source lies on this machine.
 
     Args:
       source: a folder, a `.gguf` file, or a Hugging Face hub id (`org/name`), which is fetched
         into (or, offline, found in) the hub's cache.
+      weights: whether a hub id's weights are fetched too, or its configuration and tokenizer alone.
 
     Raises:
       MissingFileError: it is none of them, or the download failed.
@@ -54,8 +55,9 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         raise MissingFileError(errno.ENOENT, text, str(source))
     from huggingface_hub import snapshot_download
 
+    wanted = [*_SMALL, "*.safetensors"] if weights else _SMALL
     try:
-        return Path(snapshot_download(str(source), allow_patterns=_DOWNLOAD, ignore_patterns="*/*"))
+        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns="*/*"))
     except Exception as error:  # the hub's client has many kinds; the user needs one line
         reason = first_line(error)
         text = f"no such folder or file here, and as a hub id it could not be had: {reason}"

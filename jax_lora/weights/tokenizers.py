@@ -62,7 +62,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
       MissingFileError: the folder has no tokenizer, or there is no such file.
       DataError: a damaged one, or one of a kind that is not supported.
     """
-    path = resolve(source)
+    path = resolve(source, weights=False)
     if path.is_file():
         return _from_gguf(path)
     if (path / "tokenizer.json").is_file():
@@ -75,7 +75,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 def has_tokenizer(source: str | os.PathLike[str]) -> bool:
     """Whether a source has a tokenizer that `load_tokenizer` would read."""
-    path = resolve(source)
+    path = resolve(source, weights=False)
     names = ("tokenizer.json", "tokenizer.model")
     return path.is_file() or any((path / name).is_file() for name in names)
 
@@ -123,7 +123,7 @@ def base_end_ids(
       DataError: an `eos_token_id` that is neither a number nor a list of numbers.
     """
     found: list[object] = [tokenizer.eos_token_id]
-    path = resolve(source)
+    path = resolve(source, weights=False)
     if path.is_file():
         metadata = open_gguf(path).metadata
         names = ("eos", "eot", "eom")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jax_lora.errors import ConfigError
 from jax_lora.model.config import RopeScaling
-from jax_lora.weights import hf
+from jax_lora.weights import base as base_weights
+from jax_lora.weights import hf, tokenizers
 from tests.weights.builders import CONFIG, HEADS, LLAMA3, D, H, hf_weights, refusal, write_hf
 
 # ---------------------------------------------------------------- reading
@@ -218,6 +221,25 @@ def test_a_hub_id_is_found_in_the_hubs_cache_offline(tmp_path, monkeypatch):
     assert lost.startswith("org/other: no such folder or file here, and as a hub id it could not")
     for name in ("nowhere", "/no/where/at/all", "./a/b", "../b"):
         assert f"{name}: no such folder or file, nor a hub id" in refusal(hf.resolve, name)
+
+
+def test_planning_and_encoding_fetch_no_weights_of_a_hub_id(tmp_path, monkeypatch):
+    write_hf(tmp_path, hf_weights())
+    asked = []
+
+    def fetch(name, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert base_weights.known_or_read_config("org/tiny").hidden_size == 64
+    assert base_weights.known_or_read_kinds("org/tiny", "int8") == ()
+    with pytest.raises(ConfigError, match="expected a GGUF file"):
+        base_weights.check_quantization("org/tiny", "gguf")
+    assert not tokenizers.has_tokenizer("org/tiny")
+    assert asked and not any(fnmatch("model.safetensors", pattern) for pattern in asked)
+    base_weights.load("org/tiny", "float32")
+    assert any(fnmatch("model.safetensors", pattern) for pattern in asked)
 
 
 # ---------------------------------------------------------------- writing
