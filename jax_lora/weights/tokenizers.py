@@ -180,6 +180,10 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         read_json(file, dict) if file.is_file() else {}
         for file in (path, folder / "special_tokens_map.json", folder / "added_tokens.json")
     )
+    if settings.get("legacy") is False:  # no space is put before what follows a control token
+        inner.normalizer = None
+        scheme = "first" if spm.add_prefix else "never"
+        inner.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     if "added_tokens_decoder" in settings:  # transformers reads the older files without it alone
         older, names = {}, {}
     listed = settings.get("added_tokens_decoder") or {

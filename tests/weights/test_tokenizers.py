@@ -182,6 +182,29 @@ def test_against_hf_the_end_token_beside_tokenizer_model(shared, tmp_path, case)
     assert ours.eos_token == theirs.eos_token and len(ours) == len(theirs)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("add_prefix_space", [True, None])
+def test_against_hf_a_text_behind_a_control_token(shared, tmp_path, add_prefix_space):
+    """`legacy: false` beside tokenizer.model, as in Vicuna 1.5: no space is put behind one."""
+    pytest.importorskip("sentencepiece")
+    transformers = pytest.importorskip("transformers")
+    files = {"tokenizer_config": {"legacy": False, "add_prefix_space": add_prefix_space}}
+    folder = with_settings(shared, tmp_path / "m", files)
+    theirs, ours = transformers.LlamaTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for text in (*CORPUS, "a</s>USER: a</s> b", "</s>a", "USER: hi</s>\n\nUSER"):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
+
+
+@pytest.mark.parametrize(("legacy", "space"), [(False, False), (True, True), (None, True)])
+def test_a_space_behind_a_control_token(shared, tmp_path, legacy, space):
+    files = {} if legacy is None else {"tokenizer_config": {"legacy": legacy}}
+    tokenizer = load_tokenizer(with_settings(shared, tmp_path / "m", files))
+    found = tokenizer.convert_ids_to_tokens(tokenizer("a</s>USER").input_ids)
+    assert found[:3] == ["<s>", "▁a", "</s>"]
+    assert found[3].startswith("▁") is space
+
+
 def test_a_tokenizer_survives_being_saved(shared, tmp_path):
     from transformers import AutoTokenizer
 
