@@ -75,12 +75,17 @@ class LoadedModel:
         ids = np.asarray(tokens)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"tokens: found {ids.dtype} {ids.shape}, expected integers (B, T)")
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+        if ids.size:
+            self._check_ids("tokens", int(ids.min()), int(ids.max()))
+        return _apply(self.module, self.variables, jnp.asarray(ids, jnp.int32))
+
+    def _check_ids(self, what: str, lowest: int, highest: int) -> None:
+        """Refuse ids that the embedding table does not have: looked up, they would be NaN."""
+        if not 0 <= lowest <= highest < self.config.vocab_size:
             raise ValueError(
-                f"tokens: found ids {ids.min()} to {ids.max()}, expected 0 to "
+                f"{what}: found ids {lowest} to {highest}, expected 0 to "
                 f"{self.config.vocab_size - 1}"
             )
-        return _apply(self.module, self.variables, jnp.asarray(ids, jnp.int32))
 
     def generate(self, prompts: Sequence[str] | str, max_new_tokens: int = 128) -> list[str]:
         """Greedy continuations of texts taken as they are: no template is put around them, and a
@@ -98,24 +103,27 @@ class LoadedModel:
           The continuations, without special tokens, stripped.
 
         Raises:
-          ValueError: an empty prompt, or a base without a tokenizer.
+          ValueError: an empty prompt, one with a token that the base's embeddings do not have, one
+            that is too long for the base, or a base without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("generate: found a base without a tokenizer, expected one beside it")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [self.tokenizer(prompt).input_ids for prompt in prompts]
         end = self.tokenizer.eos_token_id
-        rows = [row[:-1] if row and row[-1] == end else row for row in rows]
+        if end is not None and self.tokenizer("a").input_ids[-1:] == [end]:
+            rows = [row[:-1] for row in rows]  # a tokenizer that ends every text
         if not all(rows):
             raise ValueError("prompts: found an empty one, expected at least one token each")
-        # A power of two, so that a session compiles a few shapes and not one per prompt.
-        width = 1 << (max(map(len, rows), default=1) - 1).bit_length()
+        if rows:
+            self._check_ids("prompts", min(map(min, rows)), max(map(max, rows)))
+        width = self._width(max(map(len, rows), default=1), max_new_tokens)
         ended = scheduler.answers(
             self.module,
             self._unstacked,
             rows,
             max_new_tokens=max_new_tokens,
-            end_ids=self.end_ids or (end,),
+            end_ids=self.end_ids or (() if end is None else (end,)),
             buckets=(width,),
             batch_tokens=64 * width,
             max_batch=64,
@@ -127,6 +135,14 @@ class LoadedModel:
             ).strip()
             for i in range(len(rows))
         ]
+
+    def _width(self, longest: int, max_new_tokens: int) -> int:
+        """Slots for the longest prompt: a power of two, so that a session compiles a few shapes
+        and not one per prompt, or less where the base's window has no more."""
+        width = 1 << (longest - 1).bit_length()
+        if window := self.config.sliding_window:
+            width = max(longest, min(width, window - max_new_tokens))
+        return width
 
     def parameters(self) -> pd.DataFrame:
         """A row a stacked leaf: module, shape, frozen, trainable.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_lora
-from jax_lora.generation import greedy
+from jax_lora.generation import greedy, scheduler
 from jax_lora.model import lora
 from jax_lora.weights import base, peft
 from tests import reference
@@ -133,3 +133,51 @@ def test_logits_need_no_tokenizer_and_texts_say_that_they_do(tmp_path, folder):
     np.testing.assert_array_equal(model.logits(ids), wanted)
     with pytest.raises(ValueError, match="found a base without a tokenizer"):
         model.generate("Hello")
+
+
+def test_generate_refuses_tokens_without_an_embedding(tiny_model):
+    model = jax_lora.load(tiny_model, dtype="float32")
+    model.tokenizer.add_tokens(["<extra>"])
+    with pytest.raises(ValueError, match=rf"prompts: found ids \d+ to {model.config.vocab_size}"):
+        model.generate(["Hello", "Hello <extra>"], max_new_tokens=2)
+    assert model.generate([], max_new_tokens=2) == []
+
+
+def test_a_prompt_may_end_in_the_end_token(tiny_model):
+    """Which only a tokenizer that puts one behind every text has put there."""
+    model = jax_lora.load(tiny_model, dtype="float32")
+    ended = f"Hello{model.tokenizer.eos_token}"
+    seen = []
+    generated = scheduler.answers
+
+    def watched(module, weights, rows, **options):
+        seen.append([list(row) for row in rows])
+        return generated(module, weights, rows, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "answers", watched)
+        model.generate([ended], max_new_tokens=2)
+    assert seen == [[model.tokenizer(ended).input_ids]]
+    assert seen[0][0][-1] == model.tokenizer.eos_token_id
+
+
+def test_without_an_end_token_answers_have_all_tokens(tiny_model):
+    model = dataclasses.replace(jax_lora.load(tiny_model, dtype="float32"), end_ids=())
+    model.tokenizer.eos_token = None
+    text = model.tokenizer("Hello").input_ids
+    for _ in range(3):
+        text.append(int(model.logits([text])[0, -1].argmax()))
+    expected = model.tokenizer.decode(text[-3:], skip_special_tokens=True).strip()
+    assert model.generate("Hello", max_new_tokens=3) == [expected]
+
+
+def test_a_prompt_that_fits_the_window_is_not_rounded_out_of_it(tiny_model):
+    plain = jax_lora.load(tiny_model, dtype="float32")
+    prompt = "the " * 20
+    length = len(plain.tokenizer(prompt).input_ids)
+    windowed = dataclasses.replace(plain.config, sliding_window=length + 4)
+    model = dataclasses.replace(plain, config=windowed)
+    assert 1 << (length - 1).bit_length() > length + 4
+    assert model.generate(prompt, max_new_tokens=4) == plain.generate(prompt, max_new_tokens=4)
+    with pytest.raises(ValueError, match=f"expected at most {length + 4}"):
+        model.generate(prompt, max_new_tokens=5)

@@ -251,4 +251,4 @@ def _argmax_token(model: Llama, weights: Weights, hidden: Array) -> Array:
 def _has_ended(token: Array, count: Array, rows: Rows, end_ids: tuple[int, ...]) -> Array:
     # A row ends with a stop token, one of `end_ids`, or with its last slot for a new token. Stop
     # texts end rows on the host: `scheduler.pop_finished`.
-    return jnp.isin(token, jnp.asarray(end_ids)) | (count >= rows.new.shape[1])
+    return jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) | (count >= rows.new.shape[1])
