@@ -55,7 +55,10 @@ class StopRule:
           None where no token does.
         """
         # What ends in the prompt ended before the answer began; a token has a character or more.
-        before = np.asarray(prompt[-self.longest :], np.int64)
+        cut = max(0, len(prompt) - self.longest)
+        while cut and not self._is_text(int(prompt[cut])):
+            cut -= 1
+        before = np.asarray(prompt[cut:], np.int64)
         ids, first = np.concatenate([before, np.asarray(answer, np.int64)]), len(before)
         for start in range(first + checked, len(ids), STRIDE):
             stop = min(start + STRIDE, len(ids))

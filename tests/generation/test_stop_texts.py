@@ -52,9 +52,8 @@ ENCODERS = {kind.__name__: Encoder(kind(), "plain") for kind in (byte_level, sen
 
 def searched(prompt, answer, texts, decode):
     """The first token up to which the whole text has one of the texts, behind the prompt's end."""
-    before = prompt[-max(map(len, texts)) :]
     for end in range(1, len(answer) + 1):
-        start, text = len(decode(before)), decode([*before, *answer[:end]])
+        start, text = len(decode(prompt)), decode([*prompt, *answer[:end]])
         if any(one in text[max(0, start - len(one) + 1) :] for one in texts):
             return end
     return None
@@ -112,6 +111,9 @@ def test_the_last_tokens_say_what_the_whole_text_says(case):
         ("sentencepiece", "a", b"\xf0" + b"a" * 20 + b"b", "ab", None),
         ("sentencepiece", "a", "€".encode() + b"\xf0", "€", 3),
         ("sentencepiece", "🙂", "é".encode(), "\ufffd" * 4, 1),
+        # The last bytes of a character alone would be unreadable, and what follows with them.
+        ("sentencepiece", "ab🙂", b"\n\n ab", "\n", 1),
+        ("sentencepiece", "ab🙂", b"\n\n ab", "\n\n", 2),
     ],
 )
 @pytest.mark.parametrize("every", [1, 8, 50])
