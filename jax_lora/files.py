@@ -202,20 +202,23 @@ def _name(error: OSError, partial: Path, path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_json(path: str | os.PathLike[str], kind: type = object) -> Json:
+def read_json(
+    path: str | os.PathLike[str], kind: type = object, largest: int = LARGEST_JSON
+) -> Json:
     """Parse a JSON file.
 
     Args:
       path: the file.
       kind: what it must hold, such as `dict` for an object.
+      largest: bytes of a file that is read.
 
     Raises:
       DataError: not UTF-8, not JSON, too large, or something other than a `kind`; names the file.
       OSError: no such file, or one that cannot be read.
     """
     size = Path(path).stat().st_size
-    if size > LARGEST_JSON:
-        raise DataError(f"{path}: found {size:,} bytes, expected at most {LARGEST_JSON:,} of JSON")
+    if size > largest:
+        raise DataError(f"{path}: found {size:,} bytes, expected at most {largest:,} of JSON")
     try:
         found = parse_json(Path(path).read_bytes())
     except ValueError as error:

@@ -15,6 +15,8 @@ import errno
 import json
 import logging
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -31,6 +33,7 @@ from jax_lora.files import jsonl_line, naming, read_json, read_jsonl, rename, wr
 from jax_lora.generation.stop_texts import Stop
 
 logger = logging.getLogger(__name__)
+MIXED = "mixed"  # the category of a task whose examples have several, as one's own data may
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ def write_labels(
     write_json(folder / "labels.json", labels)
 
 
+def read_labels(folder: Path) -> dict[str, dict[str, int]]:
+    """What `write_labels` wrote: as large as the data makes it."""
+    return read_json(folder / "labels.json", dict, largest=sys.maxsize)
+
+
 def write_predictions(
     folder: Path,
     rows: Sequence[tuple[Example, Row]],
@@ -172,8 +180,9 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
       names: of the metrics, see `metrics.METRICS`.
 
     Returns:
-      `metrics`: the official keys (see `metrics.aggregate`); `tasks`: by task its category, number
-      of examples, every metric and, where it is closed-label, `majority_baseline` and
+      `metrics`: the official keys (see `metrics.aggregate`); `categories`: by category the number
+      of examples; `tasks`: by task its category (MIXED where there are several), number of
+      examples, every metric and, where it is closed-label, `majority_baseline` and
       `out_of_options` (all percentages); `closed_label`: the means of all of these over those
       tasks, absent where there are none; `truncated` and `unfinished`: percentages of all answers.
 
@@ -188,7 +197,7 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
         text = "expected examples.jsonl and predictions.jsonl, finished"
         raise MissingFileError(errno.ENOENT, text, str(folder))
     predictions = {(p["task"], p["id"]): p for p in answered}
-    labels = read_json(folder / "labels.json", dict)
+    labels = read_labels(folder)
     for task, counts in labels.items():
         if not isinstance(counts, dict) or {type(n) for n in counts.values()} != {int}:
             path = folder / "labels.json"
@@ -208,7 +217,8 @@ def score(folder: Path, names: Sequence[str] = metrics.OFFICIAL) -> dict[str, ob
         task: _score_task([row for row in rows if row["task"] == task], official, names, labels)
         for task in dict.fromkeys(row["task"] for row in rows)
     }
-    result: dict[str, object] = {"metrics": official, "tasks": tasks}
+    categories = Counter(row["category"] for row in rows)
+    result: dict[str, object] = {"metrics": official, "categories": categories, "tasks": tasks}
     if closed := [task for task in tasks.values() if "majority_baseline" in task]:
         result["closed_label"] = {
             key: float(np.mean([float(task[key]) for task in closed]))
@@ -233,7 +243,9 @@ def _score_task(
 ) -> dict[str, float | str]:
     """The entry of one task, of which `rows` are all examples with their predictions."""
     name = rows[0]["task"]
-    entry: dict[str, float | str] = {"category": rows[0]["category"], "examples": len(rows)}
+    categories = {row["category"] for row in rows}
+    category = categories.pop() if len(categories) == 1 else MIXED
+    entry: dict[str, float | str] = {"category": category, "examples": len(rows)}
     entry |= {metric: official[f"{metric}_for_{name}"] for metric in names}
     if name in labels:
         references = [row["references"] for row in rows]

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from jax_lora.config import RunConfig
 from jax_lora.data.instructions import Checkout
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation import baselines, metrics
 from jax_lora.files import local_path, write_json
 from jax_lora.run import folder as run_folder
@@ -54,6 +54,9 @@ def score(
         )
     found: dict[str, dict[str, dict[str, float]]] = {}
     sets = inputs.test_sets(run, names)
+    for name, taskset in sets.items():
+        if not taskset.examples:
+            raise DataError(f"{run.data.path}: found no example of {name}, expected some")
     for name, taskset in sets.items():
         total = len(baselines.BASELINES) * len(taskset.examples)
         with tqdm(total=total, unit="answer", desc=f"{name}: baselines", delay=1) as bar:

@@ -59,15 +59,13 @@ def score_table(
         untuned = [find(before, name) for name in names] if before else []
         return [label, examples, *(find(scores, key) for key in keys), *untuned]
 
-    tasks, rows = scores["tasks"], []
+    tasks, categories, rows = scores["tasks"], scores["categories"], []
     for name, task in tasks.items():
         rows.append(row(name[:44], task["examples"], lambda s, key, n=name: s["tasks"][n].get(key)))
-    keys = metrics.category_keys([task["category"] for task in tasks.values()], tasks)
-    for category in sorted(keys):
-        suffix = f"_for_{keys[category]}"
-        examples = sum(t["examples"] for t in tasks.values() if t["category"] == category)
+    for category, key in sorted(metrics.category_keys(categories, tasks).items()):
+        suffix, examples = f"_for_{key}", categories[category]
         rows.append(row(f"category {category}"[:44], examples, _official(suffix)))
-    examples = sum(task["examples"] for task in tasks.values())
+    examples = sum(categories.values())
     rows.append(row("mean over examples", examples, _official("")))
     rows.append(row("mean over tasks", examples, _official("_over_tasks")))
     if closed := scores.get("closed_label"):

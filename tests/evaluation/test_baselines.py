@@ -5,10 +5,11 @@ import json
 import pytest
 
 from jax_lora.data.instructions import positive_outputs, read_checkout
-from jax_lora.data.tasksets import draw
-from jax_lora.errors import ConfigError
+from jax_lora.data.tasksets import TaskSet, draw
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.evaluation.baselines import BASELINES, baselines
 from jax_lora.run import baselines as of_a_run
+from jax_lora.run import inputs
 from tests import scripts
 from tests.conftest import REPOSITORY
 
@@ -111,3 +112,10 @@ def test_what_is_wrong_is_one_line(tmp_path):
     own.write_text('{"instruction": "a", "output": "b"}\n' * 2)
     with pytest.raises(ConfigError, match="data of one's own; expected Natural Instructions"):
         of_a_run.score({"data": {"path": str(own)}})
+
+
+def test_a_set_without_examples_is_one_line(folder, monkeypatch):
+    empty = {"seen": TaskSet("seen", ("t",), lambda: ())}
+    monkeypatch.setattr(inputs, "test_sets", lambda *_: empty)
+    with pytest.raises(DataError, match="found no example of seen, expected some"):
+        of_a_run.score({"data": {"path": str(folder)}})

@@ -11,7 +11,8 @@ from jax_lora.data.prompts import Encoder
 from jax_lora.data.tasksets import draw
 from jax_lora.data.toy import write_checkout
 from jax_lora.evaluation import evaluate, metrics
-from jax_lora.files import read_jsonl
+from jax_lora.files import LARGEST_JSON, read_jsonl
+from jax_lora.run.score_tables import score_table
 from jax_lora.weights.tokenizers import load_tokenizer
 
 
@@ -193,3 +194,29 @@ def test_references_that_rouge_l_has_no_words_of_are_told_once(tmp_path, caplog,
         assert scores["rougeL"] == 0 and "2 of 2 examples have none" in said[0]
     assert not evaluate.score(tmp_path, ("exact_match",))["metrics"].get("rougeL")
     assert len(caplog.records) == bool(told)
+
+
+def test_a_task_of_several_categories_counts_in_each_of_them(tmp_path):
+    """As data of one's own has it, all of one task."""
+    rows = [("QA", "a", "a"), ("open", "b", "b"), ("open", "b", "x"), ("qa", "c", "x")]
+    for name, keys in (("examples", ("category", "references")), ("predictions", ("prediction",))):
+        lines = []
+        for i, (category, gold, answer) in enumerate(rows):
+            values = {"category": category, "references": [gold], "prediction": answer}
+            line = {"task": "all", "id": str(i)} | {key: values[key] for key in keys}
+            more = {"truncated": False, "finished": True} if name == "predictions" else {}
+            lines.append(json.dumps(line | more) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "labels.json").write_text("{}")
+    scores = evaluate.score(tmp_path)
+    assert scores["categories"] == {"QA": 1, "open": 2, "qa": 1}
+    assert scores["tasks"]["all"]["category"] == evaluate.MIXED
+    shown = [line.split() for line in score_table(scores).splitlines()]
+    found = {words[1]: words[2:4] for words in shown if words[:1] == ["category"]}
+    assert found == {"QA": ["1", "100.0"], "open": ["2", "50.0"], "qa": ["1", "0.0"]}
+
+
+def test_labels_may_be_larger_than_other_files(tmp_path):
+    text = "x" * (LARGEST_JSON + 1)
+    evaluate.write_labels(tmp_path, lambda task: [(text,), ("y",)] * 2, ["t"])
+    assert evaluate.read_labels(tmp_path) == {"t": {text: 2, "y": 2}}
