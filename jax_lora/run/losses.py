@@ -24,7 +24,7 @@ from jax_lora.config import MeshSizes, RunConfig
 from jax_lora.data import control_tokens
 from jax_lora.data.example import Example
 from jax_lora.data.packing import bucket_for
-from jax_lora.data.prompts import Encoder
+from jax_lora.data.prompts import Encoder, Row
 from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import DataError
 from jax_lora.model.transformer import Llama
@@ -62,7 +62,7 @@ class Losses:
         encoder = inputs.encoder(self.config)
         chosen = TaskSet(taskset.name, taskset.tasks, lambda: _first(taskset, per_task))
         found = inputs.fitting(encoder.training_row, chosen, strict=False)
-        answers = [np.flatnonzero(row.loss_mask(answer_only=True)[1:]) for _, row in found]
+        answers = [np.flatnonzero(_reference_mask(row)[1:]) for _, row in found]
         losses = self._of_rows([row.ids for _, row in found], answers)
         return pd.DataFrame(
             {
@@ -119,6 +119,12 @@ class Losses:
                 for row, i in zip(tokens, chosen, strict=False):
                     row[: len(rows[i])] = rows[i]
                 yield chosen, tokens
+
+
+def _reference_mask(row: Row) -> np.ndarray:
+    mask = row.loss_mask(answer_only=True)
+    mask[: row.prompt_length] = False  # earlier answers of a conversation are in the prompt
+    return mask
 
 
 def load(workdir: Path, config: RunConfig, adapter: str, checkpoint: str = "last") -> Losses:

@@ -230,6 +230,7 @@ class Run:
           ConfigError, DataError, OSError: wrong input.
         """
         self._check_base(adapter, any_base)
+        self._check_same_run()
         return losses.load(self.workdir, self.config, adapter, checkpoint)
 
     def check(
@@ -253,6 +254,7 @@ class Run:
           ConfigError, DataError, OSError: wrong input, before any compute.
         """
         self._check_base(adapter, any_base)
+        self._check_same_run()
         given = self._with_eval(eval_options)
         return check.check(self.workdir, given, adapter, prompts, self._say)
 
@@ -274,6 +276,11 @@ class Run:
         if adapter not in ("last", "none") and not any_base:
             wanted = peft.base_digest(adapter)
             origin.check_base(adapter, wanted, self.config.model, "--any_base")
+
+    def _check_same_run(self) -> None:
+        """Refuse another config or base than the run's; its data may be somewhere else by now."""
+        digests = {"base_digest": inputs.base_digest(self.config.model)}
+        folder.check_same_run(self.workdir, self.config, digests)
 
     def _with_eval(self, options: Mapping[str, object]) -> RunConfig:
         return self.config.replace(**{f"eval.{key}": value for key, value in options.items()})

@@ -1,6 +1,7 @@
 """Losses per token against numpy's of the whole rows, one at a time; a text's windows."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 
 import jax_lora
-from jax_lora.errors import DataError
+from jax_lora.data.example import Example, Message
+from jax_lora.data.prompts import Encoder
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.model.transformer import Llama
 from jax_lora.run import inputs, losses, scoring
+from tests.data import chats
 
 TEXT = "Twenty years from now, é, you will be more disappointed. " * 20
 
@@ -70,6 +74,32 @@ def test_the_loss_of_references_is_that_of_numpy(run, adapter):
         assert encoded.ids[-1] == encoder.eos_id  # which is one of the tokens
         assert row["loss"] == pytest.approx(expected.mean(), rel=1e-6)
     assert len(run.losses(adapter).references(taskset)) == len(taskset.examples)
+
+
+def test_earlier_answers_of_a_conversation_are_no_reference(tmp_path):
+    tokenizer = chats.tokenizer("qwen2.5")
+    turns = (Message("user", "Hi"), Message("assistant", "Hello there"))
+    asked = Example("Bye", "", ("So long",), "all", "all", "1", messages=turns)
+    row = Encoder(tokenizer, "chat", 256, 64).training_row(asked)
+    mask = losses._reference_mask(row)
+    assert tokenizer.decode(row.ids[mask]) == "So long<|im_end|>"
+    assert "Hello there" in tokenizer.decode(row.ids[row.loss_mask(answer_only=True)])
+
+
+def test_losses_of_another_run_or_base_are_refused(run, tmp_path):
+    other = run.config.replace(**{"lora.alpha_per_rank": 1.0})
+    if run.config.method == "full":
+        other = run.config.replace(seed=7)
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        jax_lora.Run.open(other, run.workdir).losses()
+    base = shutil.copy(run.config.model, tmp_path / "other.gguf")
+    with open(base, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    there = jax_lora.Run.open(run.config.replace(model=str(base)), run.workdir)
+    for use in (there.losses, there.check):
+        with pytest.raises(ConfigError, match="belongs to another run: base_digest"):
+            use()
 
 
 def test_the_loss_of_a_text_is_that_of_numpy_and_training_changes_it(run):
