@@ -51,24 +51,22 @@ def main(_):
         if _BASELINES.value:
             from jax_lora.run import baselines
 
-            cli.refuse_unread(flags.FLAGS, "--baselines", "adapter", "checkpoint", "check")
+            unread = "adapter any_base check checkpoint check_prompts devices_per_copy overwrite"
+            unread = *unread.split(), "int8_products", "max_new_tokens"
+            cli.refuse_unread(flags.FLAGS, "--baselines", *unread)
             given = _CONFIG.value, _WORKDIR.value, _SETS.value, _METRICS.value
             return cli.say(baselines.score(*given))
+        cli.refuse_unread(flags.FLAGS, "--workdir", "config")
         workdir = cli.require("workdir", _WORKDIR.value, "a folder that train.py made")
         cli.log_progress()
         with cli.fast_imports():
             from jax_lora.run import Run
-        given = {
-            "max_new_tokens": _MAX_NEW_TOKENS.value,
-            "devices_per_copy": _DEVICES_PER_COPY.value,
-            "int8_products": _INT8_PRODUCTS.value,
-            "metrics": _METRICS.value,
-            "any_base": _ANY_BASE.value or None,
-        }
-        options: dict = {key: value for key, value in given.items() if value is not None}
+        named = _MAX_NEW_TOKENS, _DEVICES_PER_COPY, _INT8_PRODUCTS, _METRICS
+        options: dict = {flag.name: flag.value for flag in named if flag.value is not None}
+        options |= {"any_base": _ANY_BASE.value}
         run = Run.open(None, workdir, say=cli.say)
         if _CHECK.value:
-            cli.refuse_unread(flags.FLAGS, "--check", "checkpoint", "sets", "overwrite")
+            cli.refuse_unread(flags.FLAGS, "--check", "checkpoint", "sets", "overwrite", "metrics")
             if not run.check(_ADAPTER.value, _CHECK_PROMPTS.value, **options):
                 raise RunFailed("results depend on how work is cut, or the compiler is wrong")
         else:

@@ -22,6 +22,9 @@ ASKED = {
     "devices that do not divide": (["--devices_per_copy=7"], "devices_per_copy"),
     "products of integers without any": (["--int8_products"], "config.eval.int8_products"),
     "an unknown flag": (["--set=seen"], "set"),
+    "a config that a run has of its own": (["--config=configs/lora.py"], "--config"),
+    "metrics that a check has none of": (["--check", "--metrics=exact_match"], "--metrics"),
+    "baselines that no adapter changes": (["--baselines", "--max_new_tokens=2"], "max_new_tokens"),
     "tokens without end": ([f"--max_new_tokens={2**21}"], "config.eval.max_new_tokens"),
 }
 
