@@ -156,6 +156,17 @@ class Choices:
                 if trial.id in there:
                     (cell_folder(workdir, trial) / "failed.json").unlink(missing_ok=True)
 
+    def unsettled(self, workdir: Path, cells: Iterable[Cell]) -> list[Cell]:
+        """The cells without the trials and repeats that diverged and whose choice is made: to try
+        them again would change nothing, so they are no failures of the study."""
+        found = []
+        for cell in cells:
+            is_chosen = is_trial(self._config, cell) and self._rate(cell) is not None
+            ended = _validation(workdir, cell) if is_chosen else None
+            if ended is None or ended.outcome != DIVERGED:
+                found.append(cell)
+        return found
+
     def blocked(self, workdir: Path) -> list[str]:
         """A line per choice that no trial can decide any more: why, and what to do."""
         lines = []

@@ -71,7 +71,7 @@ class Command:
             choices = choice.Choices.in_folder(self._config, self._workdir)
             planned, scored = choices.planned(cells), choices.scored(cells)
             header, rows, note = costs.dry_run(
-                self._config, folder, self._workdir, planned, where, tokens_per_second
+                self._config, folder, self._workdir, planned, scored, where, tokens_per_second
             )
             note += f"\n{costs.scoring(self._config, folder, scored)}"
         self._say(f"{table(header, rows)}\n{note}")

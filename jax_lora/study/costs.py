@@ -99,6 +99,7 @@ def dry_run(
     folder: Path,
     workdir: Path,
     cells: Sequence[Cell],
+    scored: Sequence[Cell],
     target: Target | None = None,
     tokens_per_second: float | None = None,
 ) -> tuple[tuple[str, ...], list[tuple[object, ...]], str]:
@@ -109,6 +110,7 @@ def dry_run(
       folder: of the toy tasks and base.
       workdir: of the study.
       cells: of it, or some of them.
+      scored: those among them that are scored.
       target: hardware; None is this machine.
       tokens_per_second: of training the cheapest cell.
 
@@ -124,15 +126,13 @@ def dry_run(
 
     estimated = {name: estimate(run) for name, run in runs.items()}
     took = results.finished(workdir, estimated)
-    known = [(estimated[name], seconds) for name, seconds in took.items()]
-    found = results.seconds(list(estimated.values()), known)
-    seconds: dict[str, float] = {}
+    seconds = results.seconds(estimated, {cell.id for cell in scored}, took)
     if speed := tokens_per_second:
         source = "of training, by --tokens-per-second and operations"
         cheapest = min(per_token.values())
         seconds = {n: tokens[n] / speed * per_token[n] / cheapest for n in runs}
-    elif found:
-        source, seconds = "by the cells that are finished", dict(zip(runs, found, strict=True))
+    elif seconds:
+        source = "by the cells that are finished"
     elif target:
         source = f"of training at the ceiling of {where.kind}'s arithmetic"
         seconds = {n: tokens[n] / ceiling(steps[n][-1], where.device) for n in runs}

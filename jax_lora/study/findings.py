@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 from jax_lora.study import METRICS, TESTS, Frame, Study, paper_findings
@@ -21,7 +21,14 @@ from jax_lora.study.sections import Finding
 from jax_lora.study.set_findings import agreed, set_findings
 
 
-def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) -> list[Finding]:
+def findings(
+    study: Study,
+    numbers: Frame,
+    compared: Frame,
+    *,
+    seed: int = 0,
+    chosen_on: Collection[str] = (),
+) -> list[Finding]:
     """What a study says to the paper's questions, for and against.
 
     Args:
@@ -29,6 +36,7 @@ def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) ->
       numbers: `statistics.summary`.
       compared: `statistics.comparisons`.
       seed: of the bootstrap and the sign flips.
+      chosen_on: see `set_findings`.
     """
     sets = study.sets
     found = [
@@ -53,7 +61,7 @@ def findings(study: Study, numbers: Frame, compared: Frame, *, seed: int = 0) ->
             paper_findings.reaches(),
         ),
     ]
-    found += set_findings(study, seed)
+    found += set_findings(study, seed, chosen_on)
     found += measure_findings(study)
     if numbers["exact_match_difference"].notna().any():
         found.append(Finding("How far from the paper?", _from_paper(numbers)))

@@ -21,8 +21,9 @@ def choices(rates: Frame) -> Frame:
     Returns:
       config, set and round; learning_rate that was chosen, its validation_loss, runner_up and
       runner_up_distance (its loss less the chosen one's), seed_distance (of the chosen rate with
-      another seed), end ("lowest" or "highest" of the rates, else ""), and how many were tried,
-      diverged and failed for another reason. What is not there is NaN.
+      another seed; infinite where that diverged), end ("lowest" or "highest" of the rates, else
+      ""), and how many were tried, diverged and failed for another reason. What is not there is
+      NaN.
     """
     found, rates = [], with_outcomes(rates)
     for _, group in rates.groupby(_GROUP, dropna=False, sort=False):
@@ -49,7 +50,8 @@ def choices(rates: Frame) -> Frame:
                 row["runner_up"] = others.iloc[0]["learning_rate"]
                 row["runner_up_distance"] = _distance(others, best)
             if len(again):
-                row["seed_distance"] = _distance(again, best)
+                diverged = again.iloc[0]["outcome"] == DIVERGED
+                row["seed_distance"] = np.inf if diverged else _distance(again, best)
         found.append(row)
     names = ["config", "set", "round", "learning_rate", "validation_loss", "runner_up"]
     names += ["runner_up_distance", "seed_distance", "end", "tried", "diverged", "failed"]
@@ -91,7 +93,8 @@ def choices_table(made: Frame, model: str) -> Table:
         rate = _text(row["learning_rate"], "g") + (f", the {row['end']}" if row["end"] else "")
         lost = [f"{row[kind]} {kind}" for kind in (DIVERGED, FAILED) if row[kind]]
         tried = f"{row['tried']}" + (f" ({', '.join(lost)})" if lost else "")
-        seed = _text(row["seed_distance"], "+.4f")
+        seed = row["seed_distance"]
+        seed = DIVERGED if np.isinf(seed) else _text(seed, "+.4f")
         loss = _text(row["validation_loss"], ".4f")
         rows.append([row["config"], row["set"], rate, loss, runner_up, seed, tried])
     names = ("Model", "Set", "Chosen", "Validation loss", "Runner-up", "Second seed", "Tried")
@@ -116,20 +119,29 @@ def statements(rates: Frame, made: Frame) -> Iterator[str]:
       rates: `choice.COLUMNS`.
       made: `choices` of them.
     """
-    known = made.dropna(subset=["runner_up_distance", "seed_distance"])
-    close = known[known["runner_up_distance"] <= known["seed_distance"].abs()]
-    if len(known):
-        which = ", ".join(f"{r['config']} on {r['set']}" for r in close.to_dict("records"))
+    known = made.dropna(subset=["runner_up_distance"])
+    distances = made["seed_distance"].abs()
+    # One pair of seeds says little, so a choice is held against the largest distance of all pairs.
+    moved = distances[np.isfinite(distances)].max()
+    close = known[known["runner_up_distance"] <= moved]
+    if len(known) and np.isfinite(moved):
         yield (
             f"In {len(close)} of {len(known)} choices the runner-up's loss is no farther away than "
-            f"another seed moves it{f': {which}' if which else ''}."
+            f"another seed moves a loss, by up to {_text(moved, '.4f')}{_which(close)}."
         )
+    if len(lost := made[np.isinf(made["seed_distance"])]):
+        yield f"With another seed the chosen rate diverged{_which(lost)}."
     yield from _not_chosen(made)
     if len(at_end := made[made["end"] != ""]):
         which = ", ".join(
             f"{r['config']} on {r['set']} (the {r['end']})" for r in at_end.to_dict("records")
         )
         yield f"At the end of the rates that were tried, so a better one may lie beyond: {which}."
+
+
+def _which(made: Frame) -> str:
+    which = ", ".join(f"{row['config']} on {row['set']}" for row in made.to_dict("records"))
+    return f": {which}" if which else ""
 
 
 def _not_chosen(made: Frame) -> Iterator[str]:
@@ -153,13 +165,15 @@ def rank_or_rate(rates: Frame) -> Finding:
     Args:
       rates: `choice.COLUMNS`.
     """
-    lines = []
-    for name in sorted(rates["set"].unique(), key=set_order):
+    lines, rates = [], with_outcomes(rates)
+    for name in chosen_on(rates):
         if text := _rank_or_rate(rates[rates["set"] == name]):
             lines.append(f"{name}: {text}")
+    where = f"{', '.join(chosen_on(rates))}, round {rates['round'].min()}"
     lines.append(
-        "Scores: all in this report are those of the chosen rates, so what it says of ranks is "
-        "what remains of the rank."
+        "Scores: all in this report are of rates that were chosen by the loss on tasks that are "
+        f"trained on ({where}). For unseen tasks, for forgetting and for other sets and rounds "
+        "none was chosen, so a difference between ranks there may be one of rates."
     )
     known = paper()["learning_rate"]
     of_paper = (
@@ -167,6 +181,11 @@ def rank_or_rate(rates: Frame) -> Finding:
         f"fine-tuning at {known['full']:g}.",
     )
     return Finding("Is it the rank or the learning rate?", lines, of_paper)
+
+
+def chosen_on(rates: Frame) -> list[str]:
+    """The sets on which rates were tried."""
+    return sorted(rates["set"].unique(), key=set_order)
 
 
 def _rank_or_rate(rates: Frame) -> str:
@@ -183,8 +202,8 @@ def _rank_or_rate(rates: Frame) -> str:
     change = float(best[high] - best[low])
     again = plain[plain["repeat"] > 0].set_index("rank")
     again = again[again["learning_rate"] == again.index.map(made["learning_rate"])]
-    moved = again["validation_loss"] - best
-    seed = float(moved.abs().max())
+    moved = (again["validation_loss"] - best).abs()
+    seed = np.inf if (again["outcome"] == DIVERGED).any() else float(moved.max())
     common = trials.pivot(index="rank", columns="learning_rate", values="validation_loss")
     common = common.dropna(axis="columns")
     one, at_one = np.nan, "no learning rate was validated at all ranks"
@@ -196,29 +215,39 @@ def _rank_or_rate(rates: Frame) -> str:
     tried = {rank: trials[trials["rank"] == rank] for rank in ranks}
     ends = [f"rank {rank}" for rank in ranks if _end(tried[rank], made.loc[rank])]
     beyond = f" A better rate may lie beyond those tried for {', '.join(ends)}." if ends else ""
+    chance = f"a second seed moves a loss by up to {_text(moved.max(), '.4f')}, which is all that"
     return (
-        f"{_answer(change, one, seed)}. From rank {low} to rank {high} the validation loss changes "
+        f"{_answer(best, one, seed)}. From rank {low} to rank {high} the validation loss changes "
         f"by {_text(change, '+.4f')} where each rank has its own learning rate ({which}); "
-        f"{at_one}; a second seed moves a loss by up to {_text(seed, '.4f')}, which is all that is "
-        f"known of chance here.{beyond}"
+        f"{at_one}; {chance} is known of chance here.{beyond}"
     )
 
 
-def _answer(chosen: float, one: float, seed: float) -> str:
+def _answer(best: pd.Series, one: float, seed: float) -> str:
     """The answer by how the loss changes from the lowest rank to the highest.
 
     Args:
-      chosen: where each rank has its own learning rate.
-      one: at one learning rate for all, NaN where there is none.
-      seed: how far another seed moves a loss, NaN where that is not known.
+      best: the loss of each rank at its own learning rate.
+      one: the change at one learning rate for all, NaN where there is none.
+      seed: how far another seed moves a loss, infinite where one diverged, NaN where that is not
+        known.
     """
+    best = best.sort_index()
+    chosen, lowest, highest = best.iloc[-1] - best.iloc[0], best.idxmin(), best.idxmax()
     if np.isnan(seed):
         return "undecided, no second seed is there to compare with"
+    if np.isinf(seed):
+        return "undecided, a chosen learning rate diverged with a second seed"
     if chosen > seed:
         return "not the rank, whose highest value has the higher loss at its own learning rate"
     if chosen < -seed:
         partly = ", and in part the learning rate" if one < chosen - seed else ""
         return f"the rank{partly}"
+    if (spread := float(best.max() - best.min())) > seed:
+        return (
+            "undecided, the lowest and the highest rank differ no more than seeds do, but the "
+            f"loss of rank {lowest} is {spread:.4f} below that of rank {highest}"
+        )
     if abs(one) > seed:
         return "the learning rate: where each rank has its own, ranks differ no more than seeds do"
     return "undecided, ranks differ no more than seeds do"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from jax_lora.study.config import AXES, read_axes
 from jax_lora.study.estimates import LEVEL, MARGIN
 from jax_lora.study.findings import findings
 from jax_lora.study.measure_tables import capacity_table, measures_table
+from jax_lora.study.runner import cell_folder
 from jax_lora.study.sections import Bullets, File, Paragraph, Part, Picture, Report, Section
 from jax_lora.study.set_findings import fixed_size_sets, plain_sets
 from jax_lora.study.statistics import comparisons, measured, summary
@@ -83,6 +84,7 @@ def report(
     chosen_rates: Frame | None = None,
     updates: Frame | None = None,
     config: Mapping[str, object] | None = None,
+    failures: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a study's tables, figures, case studies and findings.
@@ -101,6 +103,7 @@ def report(
       chosen_rates: where learning rates were chosen, `choice.COLUMNS`.
       updates: updates.parquet, where there is one; its spectra are drawn.
       config: the study's, nested; the page shows it.
+      failures: why a cell failed, by its id.
       seed: of the bootstrap and the sign flips; the same one gives the same files.
 
     Returns:
@@ -113,7 +116,9 @@ def report(
     numbers, compared = summary(study, seed=seed), comparisons(study, seed=seed)
     measures, shown = measured(study), CaseStudies.of(cases)
     pictures = _pictures(study, numbers, measures, updates, chosen_rates)
-    answers: list[Part] = [Paragraph(_BRACKETS), *findings(study, numbers, compared, seed=seed)]
+    tried = rates.chosen_on(chosen_rates) if chosen_rates is not None else []
+    found = findings(study, numbers, compared, seed=seed, chosen_on=tried)
+    answers: list[Part] = [Paragraph(_BRACKETS), *found]
     if chosen_rates is not None:
         answers.append(rates.rank_or_rate(chosen_rates))
     made = Report(
@@ -124,7 +129,7 @@ def report(
             *([] if chosen_rates is None else [_learning_rates(study, chosen_rates)]),
             Section("Tables", _tables(study, numbers, compared, measures)),
             Section("Figures", [*pictures, *([shown] if cases else [])]),
-            Section("Missing cells", [_missing(study)]),
+            Section("Missing cells", [_missing(study, failures or {})]),
             Section("How to read the numbers", [Paragraph(_METHOD)]),
         ],
     )
@@ -156,15 +161,25 @@ def write(workdir: Path) -> Path:
     )
     config = read_axes(axes)
     cells = grid.cells_of(config) if chosen is None else Choices.in_table(config, chosen).scored()
+    cells = [cell for cell in cells if not cell.repeat]
     return report(
         read(workdir / "results.parquet"),
-        grid.frame(cell for cell in cells if not cell.repeat),
+        grid.frame(cells),
         workdir / "report",
         cases=read_jsonl(cases) if cases.is_file() else [],
         chosen_rates=chosen,
         updates=updates,
         config=axes,
+        failures=dict(_failures(workdir, cells)),
     )
+
+
+def _failures(workdir: Path, cells: Iterable[grid.Cell]) -> Iterator[tuple[str, str]]:
+    """The ids of those that failed and why, where the cells' folders are here."""
+    for cell in cells:
+        path = cell_folder(workdir, cell) / "failed.json"
+        if path.is_file():
+            yield cell.id, str(read_json(path, dict).get("reason", ""))
 
 
 def _lead(study: Study) -> str:
@@ -258,7 +273,7 @@ def _sets_with_rates(chosen_rates: Frame | None) -> list[str]:
     return sorted({*tried["set"]}, key=set_order)
 
 
-def _missing(study: Study) -> Part:
+def _missing(study: Study, failures: Mapping[str, str]) -> Part:
     there = {test: set(study.rows[study.rows["test"] == test]["cell"]) for test in TESTS}
     lines = []
     for name in study.sets:
@@ -266,6 +281,8 @@ def _missing(study: Study) -> Part:
         for test in TESTS:
             if absent := [cell for cell in cells if cell not in there[test]]:
                 lines.append(f"{name}, {test}: {', '.join(absent)}")
+    known = [cell for cell in study.grid["cell"] if cell in failures]
+    lines += [f"{cell} failed: {failures[cell]}" for cell in known]
     return Bullets(lines) if lines else Paragraph("None.")
 
 

@@ -6,15 +6,15 @@ import errno
 import filecmp
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from jax_lora.evaluation import behaviour
+from jax_lora.evaluation import behaviour, evaluate
 from jax_lora.evaluation.metrics import normalize
 from jax_lora.files import fresh_file, read_json, read_jsonl
 from jax_lora.study import COLUMNS, MEASURES, TESTS, set_order, with_measures
@@ -51,7 +51,7 @@ def rows(
     for test in TESTS:
         there = folder / "eval" / test
         answers = {(p["task"], p["id"]): p for p in read_jsonl(there / "predictions.jsonl")}
-        labels = read_json(there / "labels.json")
+        labels = evaluate.read_labels(there)
         by_task: dict[str, list[dict]] = {}
         for example in read_jsonl(there / "examples.jsonl"):
             answer = answers[example["task"], example["id"]]
@@ -105,6 +105,8 @@ def gather(cells: Sequence[Cell], folder: Path) -> None:
         saved = {name: read_json(path) for name, path in found.items()}
         rows = [row for one in saved.values() for row in one["rows"]]
         results = with_measures(pd.DataFrame(rows))
+        if rows:  # the base, which a digest knows, may have another file name where we went on
+            results["model"] = rows[0]["model"]
         kinds = COLUMNS | MEASURES | {"round": "count"}
         types = {name: _TYPES.get(kind, "float64") for name, kind in kinds.items()}
         timings = pd.DataFrame([{"cell": name} | one["timings"] for name, one in saved.items()])
@@ -177,35 +179,43 @@ def write_cases(cells: Sequence[Cell], folder: Path) -> None:
         fresh.write_text("".join(lines), encoding="utf-8")
 
 
-def seconds(wanted: Sequence[float], known: Sequence[tuple[float, float]]) -> list[float] | None:
+class Took(NamedTuple):
+    """Seconds of a cell: training grows with its operations, scoring and measuring do not."""
+
+    training: float
+    scoring: float
+
+    @classmethod
+    def of(cls, timings: Mapping[str, float]) -> Took:
+        """Of a row of timings.parquet or the timings of a done.json."""
+        scoring = timings.get("scoring", 0.0) + timings.get("measuring", 0.0)
+        return cls(timings.get("training", 0.0), scoring)
+
+
+def seconds(
+    wanted: Mapping[str, float], scored: Collection[str], took: Mapping[str, Took]
+) -> dict[str, float]:
     """How long cells take, by what others took.
 
     Args:
-      wanted: their operations.
-      known: operations and seconds of finished cells; a straight line is laid through them.
+      wanted: their operations, by id, with those of the finished cells among them.
+      scored: the ids of those that are scored, too.
+      took: by finished cell. The operations per second of training are those of all together, and
+        what scoring takes is its mean.
 
     Returns:
-      Seconds of each; None where nothing is known.
+      Seconds of each; empty where nothing is known.
     """
-    if not known:
-        return None
-    x, y = np.array(known).T
-    slope, start = np.polyfit(x, y, 1) if np.ptp(x) else (0.0, y.mean())
-    if slope < 0:
-        slope, start = 0.0, y.mean()
-    elif start < 0:
-        slope, start = y.sum() / x.sum(), 0.0
-    return [float(start + slope * operations) for operations in wanted]
+    if not took:
+        return {}
+    speed = sum(one.training for one in took.values()) / sum(wanted[name] for name in took)
+    scoring = sum(one.scoring for one in took.values()) / len(took)
+    return {n: speed * x + (scoring if n in scored else 0.0) for n, x in wanted.items()}
 
 
-def total_seconds(timings: Mapping[str, float]) -> float:
-    """What a cell took, of a row of timings.parquet or the timings of its done.json."""
-    return sum(timings.get(part, 0.0) for part in ("training", "scoring", "measuring"))
-
-
-def finished(folder: Path, operations: Mapping[str, float]) -> dict[str, float]:
-    """Seconds that the finished ones among the cells of `operations` took, by their ids."""
+def finished(folder: Path, operations: Mapping[str, float]) -> dict[str, Took]:
+    """What the finished ones among the cells of `operations` took, by their ids."""
     path = folder / "timings.parquet"
     rows = pd.read_parquet(path).fillna(0.0).to_dict("records") if path.is_file() else []
-    took = {row["cell"]: total_seconds(row) for row in rows}
+    took = {row["cell"]: Took.of(row) for row in rows}
     return {name: took[name] for name in operations if name in took}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
@@ -13,12 +13,13 @@ from jax_lora.study.sections import Finding
 SAME = 0.05  # the share by which two numbers of examples may differ and be called the same
 
 
-def set_findings(study: Study, seed: int) -> list[Finding]:
+def set_findings(study: Study, seed: int, chosen_on: Collection[str] = ()) -> list[Finding]:
     """Diversity and amount, each question of a pair of sets that has both in its results.
 
     Args:
       study: checked rows and grid.
       seed: of the bootstrap and the sign flips.
+      chosen_on: the sets on which learning rates were chosen; none where they are given.
     """
     fixed, asked = fixed_size_sets(study), []
     if pair := more_tasks(study):
@@ -35,6 +36,12 @@ def set_findings(study: Study, seed: int) -> list[Finding]:
     for question, (few, many), of_paper in asked:
         lines = [_change(study, config, few, many, seed) for config in study.configs(variant="")]
         answers = [line for line in lines if line] or ["cannot be said, no model is there of both."]
+        if (few in chosen_on) != (many in chosen_on):
+            tried, other = (few, many) if few in chosen_on else (many, few)
+            answers.append(
+                f"The learning rates were chosen on {tried} and not on {other}, so a difference "
+                "may in part be one of rates."
+            )
         found.append(Finding(f"{question}, {few} to {many}?", answers, of_paper))
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 
 from jax_lora import locks
@@ -46,7 +45,9 @@ def status(workdir: str | Path) -> str:
         names = [spec.TOY, *names]
     counts = ", ".join(f"{len(by_state[kind])} {kind}" for kind in runner.STATES)
     blocked = choices.blocked(path)
-    lines = [("state", _state(names, by_state, blocked)), ("cells", f"{counts}, of {len(cells)}")]
+    failed = [c.id for c in choices.unsettled(path, cells) if c.id in by_state["failed"]]
+    state = _state(names, by_state["waiting"], failed, blocked)
+    lines = [("state", state), ("cells", f"{counts}, of {len(cells)}")]
     lines += [("running", f"{name} {_progress(path, name)}") for name in names]
     if took := [x for name in by_state["done"] if (x := _seconds(path / "cells" / name))]:
         each = statistics.median(took)
@@ -64,14 +65,14 @@ def status(workdir: str | Path) -> str:
     return "\n".join(f"{f'{name}:':<17}{text}" for name, text in lines)
 
 
-def _state(names: list[str], by_state: Mapping[str, list[str]], blocked: list[str]) -> str:
-    if names:
+def _state(running: list[str], waiting: list[str], failed: list[str], blocked: list[str]) -> str:
+    if running:
         return "running"
-    if by_state["waiting"] and blocked:
+    if waiting and blocked:
         return "stopped; rerun the same command with --retry-failed to resume"
-    if by_state["waiting"]:
+    if waiting:
         return "stopped; rerun the same command to resume"
-    return "finished" + ("; --retry-failed takes what failed again" if by_state["failed"] else "")
+    return "finished" + ("; --retry-failed takes what failed again" if failed else "")
 
 
 def _progress(path: Path, name: str) -> str:
@@ -90,7 +91,7 @@ def _seconds(cell: Path) -> float:
     """That a cell took, 0 where its files do not say."""
     timings = _read(cell / "done.json").get("timings") or {}
     try:
-        return float(results.total_seconds(timings))
+        return float(sum(results.Took.of(timings)))
     except (TypeError, AttributeError):
         return 0.0
 

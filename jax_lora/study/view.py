@@ -45,14 +45,13 @@ def look(
       in their order.
     """
     states, took = runner.states(folder, cells, stage), results.finished(folder, operations)
-    known = [(operations[name], seconds) for name, seconds in took.items()]
-    seconds = results.seconds([operations[name] for name in states], known)
-    about = dict(zip(states, seconds or (), strict=False))
+    scored = {cell.id for cell in cells if stage(cell) in (runner.DONE, runner.LATER)}
+    about = results.seconds(operations, scored, took)
     rows = []
     for name, state in states.items():
         note = f"about {span(about[name])}" if name in about else ""
         if state == "done":
-            note = span(took[name]) if name in took else ""
+            note = span(sum(took[name])) if name in took else ""
         elif state == "failed":
             note = _reason(folder / "cells" / name / "failed.json")
         elif state == "running":

@@ -91,7 +91,7 @@ class Worker:
 
         with live or nullcontext():
             runner.run_cells(
-                ordered,
+                choices.unsettled(workdir, ordered),
                 workdir,
                 lambda cell, folder: self._run_cell(cell, folder, choices.stage(cell)),
                 stage=choices.stage,
@@ -101,7 +101,10 @@ class Worker:
             choices.write_table(workdir)
             results.gather(choices.scored(), workdir)
             results.write_cases(choices.scored(), workdir)
-        failed = [runner.cell_folder(workdir, cell) / "failed.json" for cell in chosen]
+        failed = [
+            runner.cell_folder(workdir, cell) / "failed.json"
+            for cell in choices.unsettled(workdir, chosen)
+        ]
         lines = [f"{path}: {read_json(path)['reason']}" for path in failed if path.is_file()]
         return look()[0], [*lines, *choices.blocked(workdir)]
 

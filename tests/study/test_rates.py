@@ -70,15 +70,30 @@ def test_what_is_missing_is_a_dash():
 def test_the_sentences():
     said = list(rates.statements(FOUND, rates.choices(FOUND)))
     assert said == [
-        "In 1 of 3 choices the runner-up's loss is no farther away than another seed moves it: "
-        "rank 4 on T2.",
+        "In 2 of 3 choices the runner-up's loss is no farther away than another seed moves a loss, "
+        "by up to 0.2500: rank 4 on T2, full on T2.",
         "At the end of the rates that were tried, so a better one may lie beyond: rank 4 on T2 "
         "(the highest), full on T2 (the lowest).",
     ]
     alone = trials({(4, 1e-4): 2.0, (4, 1e-3): 1.0, (4, 1e-2): 2.0}, {4: 1.0})
     assert list(rates.statements(alone, rates.choices(alone))) == [
-        "In 0 of 1 choices the runner-up's loss is no farther away than another seed moves it."
+        "In 0 of 1 choices the runner-up's loss is no farther away than another seed moves a loss, "
+        "by up to 0.0000."
     ]
+
+
+def test_a_second_seed_that_diverged_is_no_missing_one():
+    found = trials(LOSSES, {4: 2.25, 64: 1.875})
+    found.loc[(found["rank"] == 64) & (found["repeat"] > 0), "outcome"] = "diverged"
+    found.loc[(found["rank"] == 64) & (found["repeat"] > 0), "validation_loss"] = np.nan
+    made = rates.choices(found)
+    assert cells_of(rates.choices_table(made, "toy").markdown())[1][5] == "diverged"
+    said = list(rates.statements(found, made))
+    assert "by up to 0.2500: rank 4 on T2, full on T2." in said[0]
+    assert said[1] == "With another seed the chosen rate diverged: rank 64 on T2."
+    answer = rates.rank_or_rate(found).answers[0]
+    assert answer.startswith("T2: undecided, a chosen learning rate diverged with a second seed.")
+    assert "a second seed moves a loss by up to 0.2500" in answer
 
 
 def rank_or_rate(losses: dict[tuple[int | None, float], float | None], seeds: float | None) -> str:
@@ -88,7 +103,11 @@ def rank_or_rate(losses: dict[tuple[int | None, float], float | None], seeds: fl
     one = rates.rank_or_rate(found)
     assert "one learning rate, 5e-05, and full fine-tuning at 3e-05" in one.paper[0]
     (line, scores) = one.answers
-    assert scores.startswith("Scores: all in this report are those of the chosen rates")
+    assert scores == (
+        "Scores: all in this report are of rates that were chosen by the loss on tasks that are "
+        "trained on (T2, round 0). For unseen tasks, for forgetting and for other sets and rounds "
+        "none was chosen, so a difference between ranks there may be one of rates."
+    )
     return line
 
 
@@ -115,6 +134,13 @@ def test_is_it_the_rank_or_the_learning_rate():
     assert rank_or_rate(even, 0.0625).startswith("T2: the rank. From")
     worse = losses | {(64, 1e-3): 3.0, (64, 1e-4): 3.0}
     assert rank_or_rate(worse, 0.0625).startswith("T2: not the rank, whose highest value has")
+    # A rank between that is better than both ends: ranks differ, though the ends do not.
+    between = {(4, 1e-3): 2.0, (16, 1e-3): 1.75, (64, 1e-3): 2.0}
+    assert rank_or_rate(between, 0.125).startswith(
+        "T2: undecided, the lowest and the highest rank differ no more than seeds do, but the loss "
+        "of rank 16 is 0.2500 below that of rank 4. From rank 4 to rank 64 the validation loss"
+    )
+    assert rank_or_rate(between, 0.25).startswith("T2: undecided, ranks differ no more than seeds")
     apart = {(4, 1e-3): 2.0, (4, 1e-2): None, (64, 1e-3): None, (64, 1e-2): 1.0}
     assert "; no learning rate was validated at all ranks; a second" in rank_or_rate(apart, 0.0625)
     lost = losses | {key: None for key in losses if key[0] == 64}

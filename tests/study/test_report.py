@@ -15,7 +15,12 @@ from jax_lora.study.case_studies import CaseStudies
 from jax_lora.study.estimates import Estimate, verdict
 from jax_lora.study.findings import findings
 from jax_lora.study.report import report, write
-from jax_lora.study.set_findings import fixed_size_sets, more_examples, more_tasks
+from jax_lora.study.set_findings import (
+    fixed_size_sets,
+    more_examples,
+    more_tasks,
+    set_findings,
+)
 from jax_lora.study.statistics import comparisons, summary
 from jax_lora.study.tables import comparison_table
 from tests.conftest import REPOSITORY
@@ -93,6 +98,25 @@ def test_missing_cells_are_listed(written):
         "- T8, unseen: full-T8-0, full-T8-1, full-T8-2",
     ]
     assert "27.00 ± 1.41 (2/3)" in text
+
+
+def test_a_missing_cell_says_why_it_failed(tmp_path):
+    cells = grid([4, 8], ["T2"], rounds=1)
+    rows = results(cells, tasks(2), linear)
+    rows = rows[rows["cell"] != "lora-r8-T2-0"]
+    failures = {"lora-r8-T2-0": "the loss of step 7 is not finite", "elsewhere": "-"}
+    text = report(rows, cells, tmp_path, failures=failures).read_text("utf-8")
+    missing = text.partition("## Missing cells\n\n")[2].partition("\n\n")[0].splitlines()
+    assert missing[2:] == ["- lora-r8-T2-0 failed: the loss of step 7 is not finite"]
+
+
+def test_sets_are_compared_at_rates_that_one_of_them_chose():
+    cells = grid([4], ["T2", "T*2"], rounds=1)
+    own = Study.of(results(cells, tasks(8), linear), cells)
+    last = "The learning rates were chosen on T2 and not on T*2, so a difference may in part be one"
+    for chosen_on, said in (((), False), (("T2",), True), (("T2", "T*2"), False)):
+        (found,) = set_findings(own, 0, chosen_on)
+        assert found.answers[-1].startswith(last) is said
 
 
 def test_findings_by_hand(written):

@@ -21,7 +21,7 @@ import pytest
 from jax_lora import cli, locks, study
 from jax_lora.errors import RunFailed, Stopped
 from jax_lora.evaluation import evaluate
-from jax_lora.files import jsonl_line, write_json, write_text
+from jax_lora.files import jsonl_line, read_json, write_json, write_text
 from jax_lora.run.training import running
 from jax_lora.study import grid, results, runner
 from jax_lora.study.worker import _faults
@@ -372,6 +372,17 @@ def test_results_are_a_function_of_the_cells_alone(tmp_path):
     assert not list((tmp_path / "one").glob(".*"))  # nothing half-written is left
 
 
+def test_the_base_may_have_another_file_name_where_a_study_goes_on(tmp_path):
+    path = finish(tmp_path, CELLS)
+    ended = runner.cell_folder(tmp_path, CELLS[1]) / "done.json"
+    saved = read_json(ended)
+    rows = [row | {"model": "renamed.gguf"} for row in saved["rows"]]
+    write_json(ended, saved | {"rows": rows})
+    (name,) = study.read(path)["model"].unique()
+    results.gather(CELLS, tmp_path)
+    assert study.read(path)["model"].unique().tolist() == [name]
+
+
 def test_missing_cells_are_missing(tmp_path):
     results.gather(CELLS, tmp_path)
     assert not (tmp_path / "results.parquet").exists()
@@ -498,13 +509,18 @@ def test_a_further_metric_has_a_column(tmp_path):
     assert own.scores("T2", "seen", "token_f1")["rank 4"].to_list() == pytest.approx([200 / 3] * 2)
 
 
-def test_time_left_follows_operations():
-    assert results.seconds([1.0], []) is None
-    assert results.seconds([3.0], [(1.0, 20.0), (2.0, 30.0)]) == pytest.approx([40.0])
-    assert results.seconds([3.0, 1.0], [(2.0, 30.0)]) == [30.0, 30.0]
-    # Never less for more operations, never something for nothing.
-    assert results.seconds([9.0], [(1.0, 30.0), (2.0, 10.0)]) == [20.0]
-    assert results.seconds([4.0], [(1.0, 1.0), (2.0, 5.0)]) == [8.0]
+def test_time_left_follows_operations_and_what_is_scored():
+    """Training takes 5 s per operation and scoring 30 s, of whatever is scored."""
+    operations = {"a": 1.0, "b": 3.0, "c": 10.0, "trial": 10.0}
+    assert results.seconds(operations, {"c"}, {}) == {}
+    took = {"a": results.Took(8.0, 40.0), "b": results.Took(12.0, 20.0)}
+    found = results.seconds(operations, {"a", "b", "c"}, took)
+    assert found == {"a": 35.0, "b": 45.0, "c": 80.0, "trial": 50.0}
+
+
+def test_a_cell_took_what_its_file_says():
+    took = results.Took.of({"host": "h", "training": 1.0, "scoring": 2.0, "measuring": 4.0})
+    assert took == (1.0, 6.0) and results.Took.of({}) == (0.0, 0.0)
 
 
 # ---------------------------------------------------------------- what a failure was

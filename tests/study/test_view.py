@@ -23,27 +23,33 @@ def rows_of(*counts):
     return [(f"{state}{i}", state, "note") for state, count in every for i in range(count)]
 
 
+def seconds(operations: int) -> float:
+    """Of a cell, where one of one operation trained as many seconds as its process has for a
+    number, and was scored in one."""
+    return operations * os.getpid() + 1.0
+
+
 def test_what_a_folder_tells(tmp_path):
     head, rows = view.look(tmp_path, CELLS, WORK)
     assert head == f"0 of {len(CELLS)} done, 0 failed, 0 running"
     assert rows == [(name, "waiting", "") for name in names()]
 
-    finish(tmp_path, CELLS[:1])  # which took as many seconds as its process has for a number
+    finish(tmp_path, CELLS[:1])
     runner.fail(runner.cell_folder(tmp_path, CELLS[1]), "out of memory")
     foreign(tmp_path / "locks", CELLS[2].id, 0.0)
     own = runner.cell_folder(tmp_path, CELLS[2])
     own.mkdir()
     (own / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n{"st')
     head, rows = view.look(tmp_path, CELLS, WORK)
-    took = view.span(os.getpid() + 1.0)
-    left = view.span((len(CELLS) - 2) * (os.getpid() + 1.0))
+    took, *others = (view.span(x) for x in (seconds(1), seconds(3), seconds(4)))
+    left = view.span(sum(seconds(i + 1) for i in range(2, len(CELLS))))
     running = f"1 running ({CELLS[2].id})"
     assert head == f"1 of {len(CELLS)} done, 1 failed, {running}, about {left} left"
     assert rows[:4] == [
         (CELLS[0].id, "done", took),
         (CELLS[1].id, "failed", "out of memory"),
-        (CELLS[2].id, "running", f"on {FAR_AWAY['host']}, step 20, about {took}"),
-        (CELLS[3].id, "waiting", f"about {took}"),
+        (CELLS[2].id, "running", f"on {FAR_AWAY['host']}, step 20, about {others[0]}"),
+        (CELLS[3].id, "waiting", f"about {others[1]}"),
     ]
     assert locks.holder(tmp_path / "locks", CELLS[3].id) == {}
 
