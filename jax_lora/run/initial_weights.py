@@ -63,10 +63,11 @@ _CACHED: dict[tuple[str, str, Put | None, str], PyTree] = {}  # the last base, b
 
 
 def _frozen_base(source: str, dtype: str, put: Put | None, quantization: str) -> PyTree:
-    key = (source, dtype, put, quantization)
+    stamp = base_weights.stamp(source)
+    key = (source, dtype, put, quantization, stamp)
     if key not in _CACHED:
         forms = {None: unstacked.put, unstacked.put: None}  # both are on one device
-        other = (source, dtype, forms[put], quantization) if put in forms else None
+        other = (source, dtype, forms[put], quantization, stamp) if put in forms else None
         held = [_CACHED.pop(other)] if other in _CACHED else []
         _CACHED.clear()  # first: a device may not hold two
         if held:

@@ -178,7 +178,7 @@ def encoder(config: RunConfig) -> Encoder:
         would become NaN; the encoder refuses any other such id where it occurs.
     """
     d = config.data
-    stamp = _stamp(d.template)
+    stamp = f"{_stamp(d.template)} {base_weights.stamp(config.model)}"
     return _encoder(config.model, d.template, d.source_length, d.target_length, stamp)
 
 
@@ -206,9 +206,13 @@ def stop_rule(config: RunConfig) -> stop_texts.Stop | None:
     return stop_texts.stop_rule(config.eval.stop, one.decode_all, one.byte_ids)
 
 
-@functools.lru_cache(maxsize=8)
 def base_digest(model: str) -> str:
     """The identity of a base's files, wherever they lie, see `base.digest`."""
+    return _base_digest(model, base_weights.stamp(model))
+
+
+@functools.lru_cache(maxsize=8)
+def _base_digest(model: str, stamp: str) -> str:
     return base_weights.digest(model)
 
 

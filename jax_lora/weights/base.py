@@ -99,6 +99,15 @@ def check(source: str | os.PathLike[str]) -> None:
     (gguf if path.suffix == ".gguf" else hf).check(path)
 
 
+def stamp(source: str | os.PathLike[str]) -> str:
+    """What tells the files of a base from others that lay there before, of which none is read; ""
+    for a hub id."""
+    path = Path(source).expanduser()
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
+
+
 def digest(source: str | os.PathLike[str]) -> str:
     """What identifies a base by its content, wherever it lies: 64 hexadecimal digits.
 

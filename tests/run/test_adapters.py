@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from jax_lora.config import RunConfig
 from jax_lora.errors import ConfigError, DataError
 from jax_lora.files import read_json, write_json
 from jax_lora.model import lora
-from jax_lora.run import Run, initial_weights, prepare
+from jax_lora.run import Run, initial_weights, inputs, prepare
 from jax_lora.run.convert import convert_adapter
-from jax_lora.weights import base, peft
+from jax_lora.weights import base, hf, peft
+from jax_lora.weights.tokenizers import load_tokenizer
 from tests.run.test_hub import trained  # noqa: F401  (a fixture)
 from tests.weights.test_convert import adapter
 from tests.weights.test_peft import BOTH, TINY, chosen
@@ -97,6 +101,56 @@ def test_an_adapter_whose_run_trained_the_base_too_is_not_taken_alone(tmp_path):
         ):
             take()
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_trained_of_its_base_is_known_wherever_its_adapter_lies(
+    tiny_run, tmp_path, monkeypatch
+):
+    trainable = ("lora/.*/[ab]", "params/norm/scale")
+    frozen = ("lora/.*/scale", "params/(?!norm/).*")
+    config = tiny_run(max_steps=2, trainable=trainable, frozen=frozen)
+    Run.open(config, tmp_path / "run").train()
+    made = tmp_path / "run" / "adapter"
+    shutil.copytree(made, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(made)
+    monkeypatch.chdir(made)
+    for folder in (".", str(tmp_path / "link"), str(tmp_path / "copy"), str(made)):
+        assert peft.trained_base(folder) == ["norm.scale"], folder
+        with pytest.raises(DataError, match="its run trained norm.scale of the base, too"):
+            peft.check_complete(folder)
+
+
+def test_a_scale_that_could_not_be_written_back_is_refused_at_the_start(tmp_path):
+    tree = lora.init(jax.random.key(0), TINY, 24, alpha=16, targets=("q_proj",))
+    peft.save(tmp_path / "a", tree, rank=24, alpha=16)
+    options = dict(seed=0, rank=24, targets=("q_proj",), scaling="alpha/r", variant="lora")
+    start = functools.partial(initial_weights.new_adapters, TINY, init=str(tmp_path / "a"))
+    start(alpha=16, **options)
+    with pytest.raises(ConfigError, match="give the adapter's own lora.alpha_per_rank"):
+        start(alpha=24 * 0.66667, **options)
+
+
+def test_a_base_that_replaces_another_is_read_anew(tiny_run, tiny_model, tmp_path):
+    """In one process, as a notebook has it."""
+    path = tmp_path / "base"
+    shape, params = base.load(str(tiny_model), "float32")
+    tokenizer = load_tokenizer(tiny_model)
+    hf.save(path, shape, params, tokenizer, "float32")
+    config = tiny_run(model=str(path))
+    trains = jax.tree.map(lambda _: False, base.load(str(path), "float32")[1])
+
+    def seen():
+        params = initial_weights.load_base(str(path), "float32", trains)
+        return inputs.base_digest(str(path)), jax.device_get(params["norm"]["scale"])
+
+    before, encoder = seen(), inputs.encoder(config)
+    assert seen()[0] == before[0] and inputs.encoder(config) is encoder
+    params["norm"]["scale"] = params["norm"]["scale"] + 1
+    shutil.rmtree(path)
+    hf.save(path, shape, params, tokenizer, "float32")
+    after = seen()
+    assert after[0] != before[0] and (after[1] == before[1] + 1).all()
+    assert inputs.encoder(config) is not encoder
 
 
 def test_training_does_not_start_from_an_adapter_of_another_base(tiny_run, tmp_path):
