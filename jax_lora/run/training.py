@@ -284,6 +284,7 @@ def save_adapter(given: Inputs, training: Training, state: State, workdir: Path)
         # For the whole base, whose principal part the adapters held at the start.
         adapters = variants.since(adapters, peft.load(workdir / "pissa").adapters)
         rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
+    trained = [row["module"] for row in given.parameters.to_dict("records") if row["trainable"]]
     if jax.process_index() == 0:
         peft.save(
             workdir / "adapter",
@@ -295,5 +296,6 @@ def save_adapter(given: Inputs, training: Training, state: State, workdir: Path)
             base_digest=given.digests["base_digest"],
             quantization=config.model_quantization,
             template=config.data.template,
+            base_trained=[name for name in trained if not name.startswith("lora.")],
             use_rslora=rslora,
         )

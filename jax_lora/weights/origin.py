@@ -7,6 +7,7 @@ know in `adapter_config.json`, and older versions refuse them:
     base_digest    of the base, see `jax_lora.weights.base.digest`
     quantization   of the base's linear layers, where there is one: `config.model_quantization`
     template       of an adapter: "chat" where the run that it is from had that `data.template`
+    base_trained   of an adapter: the weights of the base that the run that it is from trained, too
     adapter        of a merged model: the digest of the adapter in it
     digest         of a converted model: its own, so that weights changed since then are noticed
 """
@@ -29,7 +30,7 @@ def write(
     folder: str | os.PathLike[str],
     name: str | None,
     base_digest: str | None,
-    **more: str,
+    **more: object,
 ) -> None:
     """Name the base of what is in a folder; without a digest, remove the name of another."""
     path = Path(folder) / NAME

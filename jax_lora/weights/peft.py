@@ -87,8 +87,8 @@ def digest(folder: str | os.PathLike[str]) -> str:
 
 
 def run_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder of a run, where that of the adapter in it may be given."""
-    found = resolve(folder)
+    """The folder of a run, where that of the adapter in it, or a link to it, may be given."""
+    found = resolve(folder).resolve()
     return found.parent if found.name == "adapter" else found
 
 
@@ -124,7 +124,10 @@ def _setting(folder: str | os.PathLike[str], name: str, *keys: str) -> str | Non
 
 
 def trained_base(folder: str | os.PathLike[str]) -> list[str]:
-    """Weights of the base that the run of this folder (see `run_of`) trained."""
+    """Weights of the base that the run of an adapter trained, by jax_lora.json beside it or by the
+    run's own table (see `run_of`)."""
+    if isinstance(named := origin.read(resolve(folder)).get("base_trained"), list):
+        return [str(name) for name in named]
     table = run_of(folder) / "parameters.json"
     if not table.is_file():
         return []
@@ -279,6 +282,7 @@ def save(
     base_digest: str | None = None,
     quantization: str = "none",
     template: str | None = None,
+    base_trained: Sequence[str] = (),
 ) -> None:
     """Write an adapter that PEFT, and whatever reads its format, loads; float32, bit for bit.
 
@@ -291,6 +295,7 @@ def save(
         0 is a layer without an adapter.
       base_digest: of the base, see `weights.base.digest`; goes into `jax_lora.json`.
       quantization, template: of the base, and `data.template` of the run if it is "chat"; go there.
+      base_trained: weights of the base that the run trained, too; go there.
 
     Raises:
       ValueError: no adapters, something in the tree that is no linear layer, a `scale` that
@@ -336,15 +341,22 @@ def save(
     }
     folder = Path(folder)
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    origin.write(folder, base_name, base_digest, **_trained_with(quantization, template))
+    more = _trained_with(quantization, template, base_trained)
+    origin.write(folder, base_name, base_digest, **more)
     with fresh_file(config_path) as partial_config, fresh_file(path) as partial:
         write_json(partial_config, config)
         write_tensors(partial, written)
 
 
-def _trained_with(quantization: str, template: str | None) -> dict[str, str]:
-    """What jax_lora.json names besides the base, see `_setting`."""
-    more = {} if quantization == "none" else {"quantization": quantization}
+def _trained_with(
+    quantization: str, template: str | None, base_trained: Sequence[str]
+) -> dict[str, object]:
+    """What jax_lora.json names besides the base, see `_setting` and `trained_base`."""
+    more: dict[str, object] = {}
+    if quantization != "none":
+        more["quantization"] = quantization
+    if base_trained:
+        more["base_trained"] = list(base_trained)
     # Other templates teach the tokenizer's end token; and a path would be one of this machine.
     return more | ({"template": template} if template == "chat" else {})
 
