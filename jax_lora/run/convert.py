@@ -160,9 +160,10 @@ def _generation(
         *tokenizers.base_end_ids(tokenizer, base.read_config(path).vocab_size, path),
         *taught_end_ids(tokenizer, template),
     ]
-    named = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
+    named = given if isinstance(given, list) else [given]
     if any(i not in named for i in ids):
-        known["eos_token_id"] = list(dict.fromkeys(ids))
+        ids = list(dict.fromkeys(ids))
+        known["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     return known
 
 

@@ -178,7 +178,8 @@ def load(folder: str | os.PathLike[str], layers: int | None = None) -> Adapter:
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`, or a run's folder with
         such a folder `adapter` in it.
-      layers: of the model; by default up to the last one with an adapter.
+      layers: of the model; by default up to the last one with an adapter, and one more where
+        that was the last to be chosen.
 
     Returns:
       The adapter; tensors are float32, numpy. Layers that the adapter leaves out (by PEFT's
@@ -202,7 +203,10 @@ def load(folder: str | os.PathLike[str], layers: int | None = None) -> Adapter:
     last = max(layer for module in found.values() for layer in module)
     if layers is not None and last >= layers:
         raise DataError(f"{path}: found a tensor of layer {last}, expected {layers} layers")
-    layers = layers or last + 1
+    if layers is None:
+        layers = last + 1
+        # Where the choice of layers ends here, one more without an adapter tells it from all.
+        layers += not any(config.targets(module_name(name, layers)) for name in GROUP)
     copies = {name: layers if name in GROUP else 1 for name in TARGETS}
     chosen = {n: [i for i in range(copies[n]) if config.targets(module_name(n, i))] for n in copies}
     chosen = {name: where for name, where in chosen.items() if where}

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
 import convert
@@ -81,6 +82,36 @@ def test_every_end_id_is_kept_wherever_the_source_names_it(tmp_path):
     convert.main([str(tmp_path / "one"), str(tmp_path / "two")])
     two = json.loads((tmp_path / "two" / "generation_config.json").read_text())
     assert two == {"eos_token_id": [0, 5, 7], "top_k": 3}
+
+
+def test_the_tokenizers_own_end_is_kept_where_a_file_names_another(tmp_path, source):
+    """Training puts it behind every answer."""
+    convert.main([str(source), str(tmp_path / "one")])
+    end = json.loads((tmp_path / "one" / "generation_config.json").read_text())["eos_token_id"]
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "one" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 5}))
+    convert.main([str(tmp_path / "one"), str(tmp_path / "two")])
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "two" / name).read_text())["eos_token_id"]
+        assert found == [end, 5] != [5, 5]
+
+
+def test_an_adapter_of_the_first_layers_stays_one_of_them(tmp_path):
+    """The number of layers, which only the base knows, is not needed for it."""
+    adapter(tmp_path / "a", layers=4)
+    path = tmp_path / "a" / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"layers_to_transform": [0, 1]}
+    path.write_text(json.dumps(settings))
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    kept = {k: v for k, v in load_file(weights).items() if ".layers.2." not in k}
+    kept = {k: v for k, v in kept.items() if ".layers.3." not in k}
+    save_file(kept, weights)
+    convert.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    one, two = (peft.load(tmp_path / name, 4) for name in ("a", "b"))
+    assert one.ranks == two.ranks and {len(ranks) for ranks in two.ranks.values()} == {4}
+    assert all(not any(ranks[2:]) and all(ranks[:2]) for ranks in two.ranks.values())
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.adapters, two.adapters))
 
 
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, source, capsys):
