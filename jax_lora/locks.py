@@ -99,12 +99,13 @@ class Lock:
         """Give it up; also removes what dead owners left."""
         self._released.set()
         self._thread.join()
-        os.utime(self._handle.fileno())  # nobody may take it over while its files go
-        if self._is_held():
-            name, n = self.path.name.rsplit(".", 1)
-            for i in range(1, int(n) + 1):  # upwards: see `take`
-                with suppress(FileNotFoundError):
-                    self.path.with_name(f"{name}.{i}").unlink()
+        with suppress(OSError):  # of a lost disk whoever worked on it has told
+            os.utime(self._handle.fileno())  # nobody may take it over while its files go
+            if self._is_held():
+                name, n = self.path.name.rsplit(".", 1)
+                for i in range(1, int(n) + 1):  # upwards: see `take`
+                    with suppress(FileNotFoundError):
+                        self.path.with_name(f"{name}.{i}").unlink()
         self._handle.close()
 
     def __enter__(self) -> Lock:

@@ -1,5 +1,6 @@
 """Locks under every interleaving of a few processes, cut at their calls to the file system."""
 
+import errno
 import fcntl
 import itertools
 import json
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from jax_lora import locks
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, RunFailed
+from jax_lora.run import folder
 from tests.study.test_runner import foreign
 
 NAME = "cell"
@@ -301,3 +303,24 @@ def test_a_holder_elsewhere_that_is_silent_is_replaced(tmp_path, monkeypatch, ag
     assert (200 if age > 0 else 300) <= now[0] < 320
     monkeypatch.undo()
     lock.release()
+
+
+def test_a_full_disk_has_the_name_of_the_folder(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        with folder.owned(tmp_path / "r", "training"):
+            pass
+    assert error.value.filename == str(tmp_path / "r")
+
+
+def test_a_lost_disk_hides_no_error_of_the_work(tmp_path, monkeypatch):
+    def lost(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(RunFailed, match="the last checkpoint is step 4"):
+        with locks.take(tmp_path, "a"):
+            monkeypatch.setattr(locks.os, "utime", lost)
+            raise RunFailed("the disk; the last checkpoint is step 4")

@@ -17,8 +17,16 @@ from pathlib import Path
 from jax_lora import locks
 from jax_lora.config import RunConfig
 from jax_lora.distributed import KeyValueStore
-from jax_lora.errors import ConfigError, DataError, Stopped, one_line
-from jax_lora.files import Json, jsonl_line, read_json, read_jsonl, write_json, write_text
+from jax_lora.errors import ConfigError, DataError, RunFailed, Stopped, one_line
+from jax_lora.files import (
+    Json,
+    jsonl_line,
+    naming,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_text,
+)
 from jax_lora.run.trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -112,7 +120,8 @@ def owned(
     made = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
     reason = f"{workdir}: the first process could not take the folder"
     try:
-        lock = locks.hold(workdir, LOCK, what)
+        with naming(workdir):
+            lock = locks.hold(workdir, LOCK, what)
         reason = ""
     except ConfigError as error:
         reason = str(error)
@@ -135,7 +144,10 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
     path = workdir / "error.json"
     try:
         yield
-    except (ConfigError, DataError, OSError, Stopped):  # wrong input, or no error
+    except Stopped:  # it went on past what failed before
+        path.unlink(missing_ok=True)
+        raise
+    except (ConfigError, DataError, OSError):  # wrong input
         raise
     except Exception as error:
         reason = one_line(error)
@@ -148,7 +160,8 @@ def _failures(workdir: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def all_or_nothing(folder: Path, is_primary: bool = True) -> Iterator[None]:
-    """Remove a folder that the enclosed block filled and could not finish (a full disk).
+    """Remove a folder that the enclosed block filled and could not finish (a full disk, too little
+    memory).
 
     A folder with anything but our locks and unfinished files in it is left as it is.
 
@@ -157,7 +170,7 @@ def all_or_nothing(folder: Path, is_primary: bool = True) -> Iterator[None]:
     is_new = is_primary and not (folder.exists() and _holds_files(folder))
     try:
         yield
-    except OSError:
+    except (OSError, RunFailed):
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -118,7 +118,8 @@ class Run:
         with folder.all_or_nothing(self.workdir, is_primary):
             if is_primary:
                 prepare.write_start(given, self.workdir)
-            ready = prepare.build(given, self.workdir)
+            with training.building(given):
+                ready = prepare.build(given, self.workdir)
         say(_summary(given))
         best, stop_after = ready.checkpoints.best, self.config.stop_after
         if ready.start and not best.ends(stop_after):

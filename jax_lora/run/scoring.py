@@ -30,7 +30,7 @@ from jax_lora.planning import counts
 from jax_lora.run import folder as run_folder
 from jax_lora.run import initial_weights, inputs
 from jax_lora.run import score_tables as tables
-from jax_lora.run.training import running
+from jax_lora.run.training import holding, running
 from jax_lora.training import trainable_mask
 from jax_lora.training.checkpoints import Checkpoints, step_named
 from jax_lora.weights import base as base_weights
@@ -287,7 +287,8 @@ def score(
     for name in names:
         if not rows[name]:
             raise DataError(f"{config.data.path}: found no example of {name}, expected some")
-    scored = load(workdir, config, adapter, put, checkpoint)
+    with holding("no answer was made; quantize the base, or raise eval.devices_per_copy"):
+        scored = load(workdir, config, adapter, put, checkpoint)
     settings = digests | _settings(config, scored, end_ids)
     results = workdir / folder_name(adapter, checkpoint)
     for name in names:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -249,15 +249,35 @@ def what_is_safe(given: Inputs, checkpoints: Checkpoints) -> Callable[[BaseExcep
             safe = f"the last checkpoint is step {step}: rerun the same command to resume there"
         if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
             remat = "" if config.remat == "full" else ", or set config.remat=full"
-            need = max(memory(step).peak for step in steps_of(given.resolved)) / 2**30
             safe += (
-                f"; by plan.py's formula a step needs {need:.1f} GiB on each device: to need less, "
-                f"lower config.micro_tokens (now {config.micro_tokens}){remat}; both may change in "
-                "a resumed run"
+                f"; {_need(given)}: to need less, lower config.micro_tokens (now "
+                f"{config.micro_tokens}){remat}; both may change in a resumed run"
             )
         return safe
 
     return tell
+
+
+def _need(given: Inputs) -> str:
+    need = max(memory(step).peak for step in steps_of(given.resolved)) / 2**30
+    return f"by plan.py's formula a step needs {need:.1f} GiB on each device"
+
+
+def building(given: Inputs) -> AbstractContextManager[None]:
+    """As `running`, of what is put on the devices before the first step."""
+    return holding(
+        f"no step was taken; {_need(given)}: to need less, lower config.lora.rank, quantize the "
+        "base (config.model_quantization), or take more devices"
+    )
+
+
+@contextmanager
+def holding(advice: str) -> Iterator[None]:
+    """Turn what a device says that cannot hold the weights into `RunFailed`, with advice."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        raise RunFailed(f"{_in_short(error)}; {advice}") from error
 
 
 @contextmanager
@@ -270,8 +290,12 @@ def running(what_is_safe: Callable[[BaseException], str]) -> Iterator[None]:
     try:
         yield
     except (OSError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-        raise RunFailed(f"{text[:500]}; {what_is_safe(error)}") from error
+        raise RunFailed(f"{_in_short(error)}; {what_is_safe(error)}") from error
+
+
+def _in_short(error: BaseException) -> str:
+    text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    return text[:500]
 
 
 def save_adapter(given: Inputs, training: Training, state: State, workdir: Path) -> None:

@@ -169,6 +169,9 @@ def test_a_step_that_is_not_finite_is_named_to_the_example(
     for words in ("failed while training", "2 of 6", "last checkpoint: step 2", text):
         assert words in status(run.workdir)
     monkeypatch.undo()  # a fault of the machine: the run goes on as if nothing had been
+    with pytest.raises(Stopped):
+        run.train(asked_to_stop=lambda: len(run.metrics()) >= 3)
+    assert "stopped; rerun the same command" in status(run.workdir)
     assert run.train().loss.equals(jax_lora.Run.open(None, finished).metrics().loss)
     assert not (run.workdir / "error.json").exists()
 

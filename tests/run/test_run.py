@@ -161,6 +161,29 @@ def test_too_little_memory_says_what_to_lower(config, monkeypatch, tmp_path):
         assert words in str(error.value)
 
 
+def test_weights_that_do_not_fit_leave_the_folder_free(config, monkeypatch, tmp_path):
+    def build(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "build", build)
+        with pytest.raises(RunFailed) as error:
+            jax_lora.Run.open(config, tmp_path / "r").train()
+    for words in ("RESOURCE_EXHAUSTED", "no step was taken", "GiB", "lower config.lora.rank"):
+        assert words in str(error.value)
+    smaller = config.replace(**{"lora.rank": 1})
+    jax_lora.Run.open(smaller, tmp_path / "r").train()  # it is nobody else's
+
+
+def test_weights_that_do_not_fit_are_no_traceback_in_scoring(run, monkeypatch):
+    def load(*_):
+        raise MemoryError("99 bytes")
+
+    monkeypatch.setattr(scoring, "load", load)
+    with pytest.raises(RunFailed, match="99 bytes; no answer was made; .*devices_per_copy"):
+        run.score(["unseen"])
+
+
 def test_a_fault_of_ours_is_no_failed_run(config, monkeypatch, tmp_path):
     def train(*_):
         raise ValueError("shapes")
