@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +33,14 @@ class MicroBatch(NamedTuple):
     tokens: np.ndarray | Array
     loss_weights: np.ndarray | Array
     segment_ids: np.ndarray | Array
+
+
+@lru_cache(maxsize=2)  # of a million rows one takes longer than a step should wait
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of the rows in an epoch; all steps share it, so it is read only."""
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Batches:
     def indices(self, step: int) -> np.ndarray:
         """Which rows make up the global batch of a step (counted from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        order = _order(self.seed, epoch, len(self.rows))
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def at(self, step: int) -> list[MicroBatch]:

@@ -181,3 +181,19 @@ def test_what_fits_nowhere_is_refused():
     with pytest.raises(ValueError, match="found 0 and 32"):
         batches([4], batch_size=0)
     assert bucket_for(8, (16, 8)) == 8
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_epoch_is_shuffled_once(monkeypatch, packed):
+    """However many steps it has: of a million rows that takes longer than a step."""
+    shuffled, make = [], np.random.default_rng
+
+    def counted(seed):
+        shuffled.append(seed)
+        return make(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    made = batches([5] * 300, batch_size=2, seed=12345, packed=packed)
+    for step in range(3 * made.steps_per_epoch):
+        made.at(step)
+    assert len(shuffled) <= 4
