@@ -72,7 +72,7 @@ def chunked_cross_entropy(
       dropout: on the input of the head's adapter, where there is one.
     """
     count = targets.size // groups
-    size = max(1, chunk // groups)
+    size = min(count, max(1, chunk // groups))
     pad = -count % size
 
     def split(x, order):

@@ -172,6 +172,17 @@ def test_chunks_equal_the_plain_loss():
         )
 
 
+def test_the_logits_of_few_tokens_are_not_padded_to_a_chunk():
+    """They are what little memory is lowered for by `config.micro_tokens`."""
+    micro = jax.tree.map(jnp.asarray, global_batch(8)[0])
+    params = {"params": variables()["params"]}
+    found = {}
+    for chunk in (micro.tokens.size, 100_000):
+        value = jax.value_and_grad(lambda v, c=chunk: loss_sum(MODEL, v, micro, chunk=c))
+        found[chunk] = str(jax.make_jaxpr(value)(params))
+    assert found[micro.tokens.size] == found[100_000]
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_schedules_equal_transformers(recorded, kind):
     ours = schedule(kind, 1.0, 5, 30)
