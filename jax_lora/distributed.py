@@ -44,11 +44,17 @@ def initialize(coordinator: str = "", processes: int = -1, process: int = -1) ->
         JAX_NUM_PROCESSES and JAX_PROCESS_ID. Unused with "auto".
 
     Raises:
-      ConfigError: an address without a port, or numbers missing or out of range.
+      ConfigError: an address without a port, numbers missing or out of range, or without an
+        address.
       OSError: the others could not be reached.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not coordinator:
+        if (processes, process) != (-1, -1):
+            raise ConfigError(
+                "--processes and --process: found without a coordinator, expected --coordinator "
+                "(or JAX_COORDINATOR_ADDRESS) in each of them"
+            )
         return
     start = jax.distributed.initialize
     if coordinator != "auto":

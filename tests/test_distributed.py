@@ -38,6 +38,8 @@ def test_the_cluster_the_flags_or_the_environment_say_who_takes_part(no_cluster,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("", 2, 1), "--processes and --process: found without a coordinator"),
+        (("", -1, 1), "--processes and --process: found without a coordinator"),
         (("host", 2, 0), "coordinator: found 'host', expected host:port or auto"),
         (("host:1", -1, 0), "coordinator: found process 0 of -1, expected 0 to one less"),
         (("host:1", 2, 2), "coordinator: found process 2 of 2, expected"),

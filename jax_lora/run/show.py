@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from jax_lora.config import RunConfig
 from jax_lora.data.prompts import Encoder, Row
+from jax_lora.data.tasksets import TaskSet
 from jax_lora.errors import ConfigError
 from jax_lora.run import inputs
 
@@ -34,8 +35,9 @@ def samples(config: RunConfig, count: int) -> str:
     encoder, taskset = inputs.encoder(config), inputs.training_set(config)
     total = len(taskset.examples)
     lines = [f"{taskset.name}: {total} examples; template {config.data.template}"]
-    for example in taskset.examples[:: -(-total // count)]:
-        row = encoder.training_row(example)
+    chosen = TaskSet(taskset.name, taskset.tasks, lambda: taskset.examples[:: -(-total // count)])
+    answer, strict = config.data.answer, inputs.is_strict(config)
+    for example, row in inputs.training_rows(encoder, chosen, answer, config.seed, strict):
         mask = row.loss_mask(config.data.answer_only)
         note = ", input cut to fit" if row.truncated else ""
         lines.append(

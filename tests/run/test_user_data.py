@@ -133,6 +133,10 @@ def test_rows_that_do_not_fit_are_left_out_or_refused(config, tmp_path, caplog):
     strict = mine.replace(**{"data.strict": True})
     with pytest.raises(ConfigError, match="all row 4: the prompt has .* raise source_length"):
         jax_lora.Run.open(strict, tmp_path / "r").train()
+    with pytest.raises(ConfigError, match="all row 4: the prompt has"):
+        samples(strict, 4)
+    shown = samples(mine, 4)
+    assert "all row 3: " in shown and "all row 4" not in shown
     assert not (tmp_path / "r").exists()
 
 
