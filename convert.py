@@ -1,6 +1,6 @@
 """Write any Llama (a Hugging Face folder, a hub id, a GGUF file) as a Hugging Face folder.
 
-    python convert.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2 --dtype=float32
+    python convert.py .cache/SmolLM2-135M-Instruct.Q4_1.gguf smollm2 --dtype=float32
     python convert.py huggyllama/llama-7b merged --merge=runs/r2048
     python convert.py runs/r2048 adapter --fold-scale --push=ORG/NAME
 

@@ -3,7 +3,7 @@
     python plan.py --config=configs/lora_7b_a100.py:rank=2048 --target=a100-80gb
     python plan.py --config=configs/full_7b_8xa100.py --target=a100-80gb-8 --compile
 
-Only the config is read: no data, no weights, and no accelerator is needed. --config.model may be
+Of the model only its config is read; no data and no accelerator is needed. --config.model may be
 a known name such as llama-13b; where it is empty, the model is llama-7b. --compile also asks the
 compiler of the target: it takes a minute or so, and the extra cuda12 or cuda13, or tpu.
 """

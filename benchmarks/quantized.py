@@ -1,6 +1,6 @@
 """Peak memory and seconds per training step of one GGUF base, in each form that it can be kept in.
 
-    python -m benchmarks.quantized SmolLM2-135M-Instruct.Q4_1.gguf --forms=none,gguf
+    python -m benchmarks.quantized .cache/SmolLM2-135M-Instruct.Q4_1.gguf --forms=none,gguf
 
 Every form has a process of its own: the base is read, LoRA of rank 16 on q, k, v and o is put on
 it, and steps are taken on one micro-batch of random tokens, in float32, with remat "full". The
