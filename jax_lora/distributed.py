@@ -50,7 +50,7 @@ def initialize(coordinator: str = "", processes: int = -1, process: int = -1) ->
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if not coordinator:
-        if (processes, process) != (-1, -1):
+        if processes > 1 or process > 0:
             raise ConfigError(
                 "--processes and --process: found without a coordinator, expected --coordinator "
                 "(or JAX_COORDINATOR_ADDRESS) in each of them"

@@ -374,7 +374,8 @@ def _hush_abandoned_reads() -> None:
         return not any(words in record.getMessage() for words in theirs)
 
     logging.getLogger("asyncio").addFilter(is_other)
-    warnings.filterwarnings("ignore", "coroutine '_read_array", RuntimeWarning)
+    abandoned = r"coroutine '(_read_array|Store\._get_array_metadatas)' was never"
+    warnings.filterwarnings("ignore", abandoned, RuntimeWarning)
 
 
 def _some(names: Sequence[str]) -> str:
